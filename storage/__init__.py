@@ -1,0 +1,16 @@
+"""The cache as an artifact: what a teacher said, on disk, and the checks that keep it true.
+
+This package needs numpy, pyarrow, zarr and pydantic. It never imports torch, transformers or dask, so a cache can be
+opened, checked and read on a machine that has none of them. The law of the format is docs/cache-format.md.
+
+    from storage import Cache
+    cache = Cache.open("caches/reviews")
+    cache.labels, cache.num_rows
+    for shard in cache.shards:
+        rows = cache.read(shard)          # row_ids, input_hashes, num_tokens, logits_NC
+"""
+
+from storage.errors import StillroomError
+from storage.reader import Cache
+
+__all__ = ["Cache", "StillroomError"]

@@ -1,0 +1,119 @@
+"""Every error that Stillroom raises on purpose, in one tree.
+
+StillroomError                      what a person can mend; the message says what, where, found, expected, what to do
+├── ConfigError      (ValueError)   params.yaml or the command line says something that cannot be
+├── AssetError       (OSError)      a download, or a file that should be there, is not what was asked for
+├── DataError        (ValueError)   a dataset cannot be used as it is
+├── TeacherError     (ValueError)   a teacher cannot be used as it is, or said something that is no number
+├── TeacherElsewhere (RuntimeError) this machine would have to start a teacher that has already done its work elsewhere
+├── StoreFull        (OSError)      the disk ran full; finished shards are kept
+└── CacheError                      a cache that must not be read
+    ├── NoManifest       (FileNotFoundError)  not a cache, or one that was never sealed
+    ├── ManifestInvalid  (ValueError)         the manifest is damaged, or was edited
+    ├── FormatTooNew     (ValueError)         written by a later Stillroom
+    ├── ShardMissing     (FileNotFoundError)  a file that the manifest lists is not there
+    ├── ShardTruncated   (OSError)            a file is shorter or longer than the manifest says
+    ├── ShardCorrupt     (OSError)            the bytes of a file are not those that were sealed
+    ├── ShardUnexpected  (OSError)            a file that the manifest does not list
+    └── SpecMismatch     (ValueError)         a sound cache that does not fit; lists every field that differs
+
+Each class is a builtin too, so `except FileNotFoundError` works for people who have never seen this page.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class StillroomError(Exception):
+    """Something that a person can mend. `str(error)` is the whole message, ready to print."""
+
+
+class ConfigError(StillroomError, ValueError):
+    """params.yaml or the command line says something that cannot be."""
+
+
+class AssetError(StillroomError, OSError):
+    """A download, or a file that should be there, is not what was asked for."""
+
+
+class DataError(StillroomError, ValueError):
+    """A dataset cannot be used as it is."""
+
+
+class TeacherError(StillroomError, ValueError):
+    """A teacher cannot be used as it is, or said something that is no number."""
+
+
+class TeacherElsewhere(StillroomError, RuntimeError):
+    """This machine would have to start a teacher that has already done its work elsewhere."""
+
+
+class StoreFull(StillroomError, OSError):
+    """The disk ran full; finished shards are kept."""
+
+
+class CacheError(StillroomError):
+    """A cache that must not be read."""
+
+
+class NoManifest(CacheError, FileNotFoundError):
+    """Not a cache, or one that was never sealed."""
+
+
+class ManifestInvalid(CacheError, ValueError):
+    """The manifest is damaged, or was edited."""
+
+
+class FormatTooNew(CacheError, ValueError):
+    """Written by a later Stillroom."""
+
+
+class ShardMissing(CacheError, FileNotFoundError):
+    """A file that the manifest lists is not there."""
+
+
+class ShardTruncated(CacheError, OSError):
+    """A file is shorter or longer than the manifest says."""
+
+
+class ShardCorrupt(CacheError, OSError):
+    """The bytes of a file are not those that were sealed."""
+
+
+class ShardUnexpected(CacheError, OSError):
+    """A file that the manifest does not list."""
+
+
+class Mismatch(NamedTuple):
+    """One field that differs, as people read it."""
+
+    field: str
+    found: object
+    expected: object
+
+
+class SpecMismatch(CacheError, ValueError):
+    """A sound cache that does not fit; `mismatches` holds every field that differs."""
+
+    def __init__(self, what: str, mismatches: Sequence[Mismatch], advice: str) -> None:
+        self.mismatches = tuple(mismatches)
+        fields = "1 field" if len(self.mismatches) == 1 else f"{len(self.mismatches)} fields"
+        super().__init__(f"{what} ({fields}).\n{_table(self.mismatches)}\n{advice}")
+
+
+def _table(mismatches: Sequence[Mismatch]) -> str:
+    rows = [("", "found", "expected"), *((m.field, _short(m.found), _short(m.expected)) for m in mismatches)]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(
+        "  " + "   ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _short(value: object) -> str:
+    """Values as people compare them: digests by their first 12 characters, lists in brackets."""
+    if isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef"):
+        return value[:12] + "..."
+    if isinstance(value, list | tuple):
+        shown = [_short(v) for v in value[:8]] + (["..."] if len(value) > 8 else [])
+        return "[" + ", ".join(shown) + "]"
+    return str(value)

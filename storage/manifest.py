@@ -1,0 +1,169 @@
+"""manifest.json: what a cache is, written last. A cache without it does not exist.
+
+The file is exactly `render(manifest)`: canonical JSON whose `checksum` field is the sha256 of all the rest, so a
+flipped byte anywhere in it is seen. Readers trust the manifest and never a directory listing.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, StringConstraints, ValidationError, model_validator
+
+from storage.errors import FormatTooNew, ManifestInvalid, NoManifest
+from storage.spec import Count, Identity, Sha256, Strict, canonical_json, sha256_json
+
+FORMAT = "stillroom-cache"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = (
+    2**30
+)  # refuse to load more: a billion rows a manifest of this format's shards stays far below
+
+# Relative, forward slashes, no empty, "." or ".." part: a manifest can never name a file outside its cache.
+RelativePath = Annotated[
+    str,
+    StringConstraints(
+        pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$", max_length=300
+    ),
+]
+
+
+class FileEntry(Strict):
+    """One file of a cache, relative to the cache's root."""
+
+    path: RelativePath
+    bytes: Count
+    sha256: Sha256
+
+
+class ShardEntry(Strict):
+    """One shard: its key (storage.spec.shard_key), its size, and the files that hold it."""
+
+    key: Sha256
+    rows: Annotated[int, Field(ge=1, le=2**31)]
+    positions: Count
+    inputs: Sha256  # over the input hashes of its rows, in order
+    files: Annotated[tuple[FileEntry, ...], Field(min_length=1, max_length=10_000, strict=False)]
+
+    @property
+    def logits_path(self) -> str:
+        """Where this shard's Parquet file lies, relative to the cache's root."""
+        return f"logits/{self.key}.parquet"
+
+    @property
+    def hidden_path(self) -> str:
+        """Where this shard's Zarr group lies, relative to the cache's root."""
+        return f"hidden/{self.key}"
+
+
+class Manifest(Strict):
+    """The full description of a sealed cache. Field by field: docs/cache-format.md."""
+
+    format: Literal["stillroom-cache"] = "stillroom-cache"
+    format_version: Annotated[int, Field(ge=1)] = FORMAT_VERSION
+    identity: Identity
+    dataset: Sha256  # storage.spec.content_fingerprint of the rows
+    shards: Annotated[tuple[ShardEntry, ...], Field(min_length=1, max_length=10_000_000, strict=False)]
+    tokenizer_files: Annotated[tuple[FileEntry, ...], Field(max_length=100, strict=False)]
+    provenance: dict[
+        str, Any
+    ]  # versions, hardware, the teacher's own score: for people, covered by no fingerprint
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Self:
+        paths = [file.path for file in self.files]
+        if len(set(paths)) != len(paths):
+            raise ValueError("a file is listed twice")
+        for shard in self.shards:
+            stray = [
+                f.path
+                for f in shard.files
+                if f.path != shard.logits_path and not f.path.startswith(shard.hidden_path + "/")
+            ]
+            if stray or shard.logits_path not in (f.path for f in shard.files):
+                raise ValueError(
+                    f"shard {shard.key[:12]} lists files that are not its own: {stray or 'no logits'}"
+                )
+        return self
+
+    @property
+    def files(self) -> tuple[FileEntry, ...]:
+        """Every file of the cache but the manifest itself."""
+        return tuple(file for shard in self.shards for file in shard.files) + self.tokenizer_files
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in all shards."""
+        return sum(shard.rows for shard in self.shards)
+
+
+def render(manifest: Manifest) -> bytes:
+    """The exact bytes of manifest.json: canonical JSON with `checksum` over all other fields, and a newline."""
+    body = manifest.model_dump(mode="json")
+    return canonical_json({**body, "checksum": sha256_json(body)}) + b"\n"
+
+
+def load(cache: Path) -> Manifest:
+    """The manifest of the cache at `cache`.
+
+    Raises NoManifest, ManifestInvalid or FormatTooNew; each says what to do.
+    """
+    path = cache / MANIFEST_NAME
+    if not cache.is_dir():
+        raise NoManifest(
+            f"there is no cache at {cache}.\n"
+            f"Fetch it with `dvc pull {cache}`, or make it with `dvc repro cache@{cache.name}`."
+        )
+    if not path.is_file():
+        raise NoManifest(
+            f"{path} is missing: {cache} is not a cache, or was never sealed.\n"
+            f"The manifest is written last. Run `dvc repro cache@{cache.name}` again: finished shards are kept."
+        )
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise ManifestInvalid(f"{path} has {path.stat().st_size:,} bytes: more than a manifest can have.")
+    return parse(path.read_bytes(), path)
+
+
+def parse(raw: bytes, path: Path) -> Manifest:
+    """The manifest in `raw`, refused unless it is byte for byte what `render` would write."""
+    again = f"Copy the cache again (`dvc checkout --force {path.parent}`), or rebuild it."
+    try:
+        body = _read_json(raw)
+    except (ValueError, RecursionError) as error:
+        raise ManifestInvalid(f"{path} is not JSON: {error}.\n{again}") from None
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        found = body.get("format") if isinstance(body, dict) else type(body).__name__
+        raise ManifestInvalid(
+            f"{path} does not describe a cache: format is {found!r}, expected {FORMAT!r}.\n{again}"
+        )
+    checksum = body.pop("checksum", None)
+    if checksum != sha256_json(body):
+        raise ManifestInvalid(
+            f"{path} is damaged or was edited by hand.\n"
+            f"  checksum found {checksum}, expected {sha256_json(body)}\n{again}"
+        )
+    version = body.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise FormatTooNew(
+            f"{path} has format version {version}; this Stillroom reads up to {FORMAT_VERSION}.\n"
+            "Upgrade Stillroom, or ask for a cache in the older format."
+        )
+    try:
+        manifest = Manifest.model_validate(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "manifest"
+        raise ManifestInvalid(
+            f"{path}: {where}: {first['msg']} (of {error.error_count()} faults).\n{again}"
+        ) from None
+    if render(manifest) != raw:
+        raise ManifestInvalid(f"{path} is not in canonical form: it was edited or re-encoded.\n{again}")
+    return manifest
+
+
+def _read_json(raw: bytes) -> Any:
+    def refuse(token: str) -> Any:
+        raise ValueError(f"{token} is not a number that JSON knows")
+
+    return json.loads(raw, parse_constant=refuse)

@@ -1,0 +1,155 @@
+"""`Cache`: the door through which everything reads a sealed cache."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from storage import hidden, manifest, records
+from storage.errors import Mismatch, ShardCorrupt, SpecMismatch
+from storage.manifest import Manifest, ShardEntry
+from storage.spec import Identity, content_fingerprint, sha256_json
+from storage.verify import AGAIN, check_files, check_sizes
+
+
+class Cache:
+    """A sealed cache. Nothing that it returns is unchecked: each file's digest is compared before its first use."""
+
+    def __init__(self, path: Path, sealed: Manifest) -> None:
+        self.path = path
+        self.manifest = sealed
+        self._checked: set[str] = set()
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """The cache at `path`: its manifest is sound, and each file that it lists is there with the right size.
+
+        Raises NoManifest, ManifestInvalid, FormatTooNew, ShardMissing or ShardTruncated.
+        """
+        path = Path(path)
+        sealed = manifest.load(path)
+        check_sizes(path, sealed.files)
+        return cls(path, sealed)
+
+    @property
+    def identity(self) -> Identity:
+        """Who was asked, and what was kept."""
+        return self.manifest.identity
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names in the order of the logits."""
+        return self.identity.spec.labels
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in all shards."""
+        return self.manifest.num_rows
+
+    @property
+    def shards(self) -> tuple[ShardEntry, ...]:
+        """The shards, in order."""
+        return self.manifest.shards
+
+    @property
+    def hidden_layers(self) -> tuple[int, ...]:
+        """The layers whose pooled states are kept (0 = embeddings); empty where none are."""
+        return self.identity.spec.hidden.layers if self.identity.spec.hidden else ()
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """The directory of the teacher's tokenizer files, checked."""
+        self._check("tokenizer", self.manifest.tokenizer_files)
+        return self.path / "tokenizer"
+
+    @property
+    def manifest_sha256(self) -> str:
+        """sha256 hex of manifest.json: it stands for every byte of the cache."""
+        return sha256_json(self.manifest.model_dump(mode="json"))
+
+    def read(self, shard: ShardEntry) -> records.LogitRows:
+        """The rows of one shard. Raises ShardMissing, ShardTruncated or ShardCorrupt."""
+        self._check(shard.key, shard.files)
+        rows = records.read(self.path / shard.logits_path, len(self.labels))
+        found = (len(rows.row_ids), int(rows.num_tokens.sum()), sha256_json(rows.input_hashes.to_pylist()))
+        if found != (shard.rows, shard.positions, shard.inputs):
+            raise ShardCorrupt(
+                f"{self.path / shard.logits_path} is not the shard that the manifest describes.\n"
+                f"  rows, positions, inputs found    {found}\n"
+                f"  rows, positions, inputs expected {(shard.rows, shard.positions, shard.inputs)}\n{AGAIN}"
+            )
+        if not np.isfinite(rows.logits).all():
+            bad = int(np.flatnonzero(~np.isfinite(rows.logits).all(axis=1))[0])
+            raise ShardCorrupt(f"{self.path}: the logits of row {rows.row_ids[bad]} are not finite.\n{AGAIN}")
+        return rows
+
+    def hidden(self, shard: ShardEntry, layer: int) -> npt.NDArray[Any]:
+        """The pooled states [rows, width] of one layer, row for row beside `read(shard)`.
+
+        Raises ValueError for a layer that was not kept, and what `read` raises for damage.
+        """
+        spec = self.identity.spec.hidden
+        if spec is None or layer not in spec.layers:
+            raise ValueError(f"{self.path} keeps the layers {list(self.hidden_layers)}, not {layer}")
+        self._check(shard.key, shard.files)
+        return hidden.read(self.path / shard.hidden_path, layer, shard.rows, spec)
+
+    def row_ids(self) -> pa.StringArray:
+        """The ids of all rows, in cache order."""
+        return pa.concat_arrays([self.read(shard).row_ids for shard in self.shards])
+
+    def check(
+        self,
+        what: str,
+        *,
+        identity: Identity | None = None,
+        labels: Iterable[str] | None = None,
+        row_ids: pa.StringArray | None = None,
+        whole: bool = False,
+        advice: str = "Choose a cache that was made for this data, or rebuild it.",
+    ) -> None:
+        """Refuse the cache where it does not fit `what`, with every field that differs.
+
+        `identity`: the teacher, tokenizer and spec that it should come from. `labels`: class names in order.
+        `row_ids`: rows that must all have a target; with `whole`, the cache must hold these rows and no others.
+        Raises SpecMismatch.
+        """
+        faults: list[Mismatch] = []
+        if identity is not None:
+            faults += _differences(self.identity.model_dump(), identity.model_dump())
+        if labels is not None and list(labels) != list(self.labels):
+            faults.append(Mismatch("dataset.labels", list(self.labels), list(labels)))
+        if row_ids is not None:
+            wanted = pc.unique(row_ids)
+            missing = wanted.filter(pc.invert(pc.is_in(wanted, value_set=self.row_ids())))
+            if len(missing):
+                some = ", ".join(missing.slice(0, 3).to_pylist())
+                faults.append(Mismatch("rows with a target", len(wanted) - len(missing), len(wanted)))
+                faults.append(
+                    Mismatch("rows without one", some + (", ..." if len(missing) > 3 else ""), "none")
+                )
+            if whole and self.manifest.dataset != (content := content_fingerprint(wanted.to_pylist())):
+                faults.append(Mismatch("dataset.content", self.manifest.dataset, content))
+        if faults:
+            raise SpecMismatch(f"{self.path} does not fit {what}", faults, advice)
+
+    def _check(self, name: str, files: Iterable[manifest.FileEntry]) -> None:
+        if name not in self._checked:
+            check_files(self.path, files)
+            self._checked.add(name)
+
+
+def _differences(found: Any, expected: Any, field: str = "") -> list[Mismatch]:
+    """Every leaf in which two nested descriptions differ, by its dotted name."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        keys = list(dict.fromkeys([*found, *expected]))
+        return [
+            fault
+            for key in keys
+            for fault in _differences(found.get(key), expected.get(key), f"{field}.{key}".lstrip("."))
+        ]
+    return [] if found == expected else [Mismatch(field, found, expected)]

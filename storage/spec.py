@@ -1,0 +1,112 @@
+"""Who was asked, and what was kept: the identity of a cache's contents, and the fingerprints that name it.
+
+Two captures with the same `Identity` over the same rows hold the same numbers (up to the rounding of one machine
+against another), so the identity decides where finished shards live and which of them may be shared or reused.
+Labels' meaning, splits and timings are not in it: they never change what the teacher says.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+ROW_ID_CHARS = 32  # 128 bits in hex: 10^12 rows collide with probability 10^-15
+
+
+class Strict(BaseModel):
+    """Frozen, no unknown key, no silent conversion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TeacherIdentity(Strict):
+    """sha256 of the teacher's meaning: its tensors (names, shapes, dtypes, bytes) and its config."""
+
+    weights: Sha256
+    config: Sha256
+
+
+class TokenizerIdentity(Strict):
+    """What turns text into ids: the tokenizer file's content and the settings that live outside it."""
+
+    content: Sha256
+    vocab_size: Annotated[int, Field(ge=1, le=2**31)]
+    special_tokens: dict[str, int]
+    padding_side: Literal["left", "right"]
+
+
+class HiddenSpec(Strict):
+    """Which hidden states are kept: one vector of `width` numbers a row for each layer (0 = embeddings)."""
+
+    layers: Annotated[tuple[Annotated[int, Field(ge=0, le=10_000)], ...], Field(min_length=1, strict=False)]
+    pool: Literal["first", "mean"]
+    width: Annotated[int, Field(ge=1, le=2**20)]
+    dtype: Literal["float16", "float32"]
+
+
+class Spec(Strict):
+    """What was asked of the teacher, and how its answers are coded."""
+
+    task: Literal["sequence-classification"]
+    labels: Annotated[tuple[str, ...], Field(min_length=2, max_length=100_000, strict=False)]
+    codec: Literal["dense"]
+    max_length: Annotated[int, Field(ge=1, le=2**31)]
+    too_long: Literal["error", "truncate"]
+    precision: Literal["float32", "bfloat16"]
+    hidden: HiddenSpec | None
+
+
+class Identity(Strict):
+    """Everything, apart from the rows themselves, that decides a shard's numbers."""
+
+    capture_version: Annotated[int, Field(ge=1, le=2**31)]
+    teacher: TeacherIdentity
+    tokenizer: TokenizerIdentity
+    spec: Spec
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 hex of the canonical JSON of this identity."""
+        return sha256_json(self.model_dump(mode="json"))
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one way a value becomes bytes to be hashed: sorted keys, no spaces, UTF-8, no NaN."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()
+
+
+def sha256_json(value: Any) -> str:
+    """sha256 hex of `canonical_json(value)`."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def row_id(source: str, content: str) -> str:
+    """The name of a row for ever: 32 hex characters of sha256 over where it comes from and what it says.
+
+    Labels and splits are left out on purpose, so that mending a label does not send anyone back to the teacher.
+    """
+    return hashlib.sha256(f"{source}\x00{content}".encode()).hexdigest()[:ROW_ID_CHARS]
+
+
+def input_hash(token_ids: Sequence[int]) -> str:
+    """32 hex characters of sha256 over the row's token ids as little-endian int32, special tokens included."""
+    return hashlib.sha256(np.asarray(token_ids, "<i4").tobytes()).hexdigest()[:ROW_ID_CHARS]
+
+
+def content_fingerprint(row_ids: Iterable[str]) -> str:
+    """sha256 hex of a set of rows: their distinct ids in sorted order. Neither order nor repeats change it."""
+    return hashlib.sha256("".join(sorted(set(row_ids))).encode()).hexdigest()
+
+
+def shard_key(identity: Identity, row_ids: Sequence[str], input_hashes: Sequence[str]) -> str:
+    """The name of a shard: sha256 hex of everything that decides its numbers."""
+    digest = hashlib.sha256(identity.fingerprint.encode())
+    for row, inputs in zip(row_ids, input_hashes, strict=True):
+        digest.update(f"{row}{inputs}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,102 @@
+"""Is every byte of a cache the byte that was sealed, and does what it says hang together?
+
+`check_files` compares files with their entries; `verify` reads a whole cache and returns what it counted.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from storage.errors import ShardCorrupt, ShardMissing, ShardTruncated, ShardUnexpected
+from storage.manifest import MANIFEST_NAME, FileEntry
+from storage.spec import content_fingerprint
+
+if TYPE_CHECKING:
+    from storage.reader import Cache
+
+AGAIN = "Fetch it again (`dvc checkout --force` or `dvc pull`), or rebuild the cache: only damaged shards are made again."
+
+
+class Counts(NamedTuple):
+    """What `verify` saw on its way through a sound cache."""
+
+    rows: int
+    positions: int  # token ids that the teacher read
+    shards: int
+    files: int
+    bytes: int
+
+
+def file_entry(root: Path, relative: str) -> FileEntry:
+    """The entry of one file as it is on disk now."""
+    path = root / relative
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileEntry(path=relative, bytes=path.stat().st_size, sha256=digest)
+
+
+def check_sizes(root: Path, files: Iterable[FileEntry]) -> None:
+    """Every file is there with the size that was sealed. Raises ShardMissing or ShardTruncated. Reads no content."""
+    for file in files:
+        path = root / file.path
+        if not path.is_file():
+            raise ShardMissing(
+                f"{path} is missing: the manifest lists it with {file.bytes:,} bytes.\n{AGAIN}"
+            )
+        size = path.stat().st_size
+        if size != file.bytes:
+            raise ShardTruncated(f"{path} has {size:,} bytes; {file.bytes:,} were sealed.\n{AGAIN}")
+
+
+def check_files(root: Path, files: Iterable[FileEntry]) -> None:
+    """Every byte of every file is the one that was sealed. Raises ShardMissing, ShardTruncated or ShardCorrupt."""
+    for file in files:
+        check_sizes(root, [file])
+        found = file_entry(root, file.path)
+        if found.sha256 != file.sha256:
+            raise ShardCorrupt(
+                f"{root / file.path} is damaged.\n"
+                f"  sha256 found    {found.sha256}\n  sha256 expected {file.sha256}\n{AGAIN}"
+            )
+
+
+def verify(cache: "Cache", on_shard: Callable[[int], None] = lambda rows: None) -> Counts:
+    """Read all of `cache` and check it: digests, no stray file, rows unique and covered, every number finite.
+
+    `on_shard` is called with the number of rows after each shard, for progress. Raises a CacheError that names the
+    first fault; returns what was counted otherwise.
+    """
+    listed = {file.path for file in cache.manifest.files} | {MANIFEST_NAME}
+    present = {path.relative_to(cache.path).as_posix() for path in cache.path.rglob("*") if path.is_file()}
+    if stray := sorted(present - listed):
+        raise ShardUnexpected(
+            f"{cache.path / stray[0]} is not part of this cache ({len(stray)} such): remove it."
+        )
+    check_files(cache.path, cache.manifest.tokenizer_files)
+    seen: set[str] = set()
+    positions = 0
+    for shard in cache.shards:
+        rows = cache.read(shard)
+        row_ids = rows.row_ids.to_pylist()
+        twice = [row for row in row_ids if row in seen]
+        if twice or len(set(row_ids)) != len(row_ids):
+            raise ShardCorrupt(f"{cache.path}: row {(twice or row_ids)[0]} is in the cache twice.\n{AGAIN}")
+        seen.update(row_ids)
+        positions += int(rows.num_tokens.sum())
+        for layer in cache.hidden_layers:
+            states_NW = cache.hidden(shard, layer)
+            if not np.isfinite(states_NW).all():
+                bad = row_ids[int(np.flatnonzero(~np.isfinite(states_NW).all(axis=1))[0])]
+                raise ShardCorrupt(
+                    f"{cache.path}: the hidden state of row {bad} (layer {layer}) is not finite."
+                )
+        on_shard(len(row_ids))
+    if content_fingerprint(seen) != cache.manifest.dataset:
+        raise ShardCorrupt(
+            f"{cache.path}: its rows are not those of the dataset that its manifest names.\n{AGAIN}"
+        )
+    files = cache.manifest.files
+    return Counts(len(seen), positions, len(cache.shards), len(files), sum(file.bytes for file in files))

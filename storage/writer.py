@@ -1,0 +1,216 @@
+"""Finished shards, and how they become a cache.
+
+A store is a directory of finished shards, each in a directory named by what it is made of:
+
+    <store>/<identity fingerprint>/<shard key>/shard.json          its manifest entry, and what it cost
+                                              /logits/<key>.parquet
+                                              /hidden/<key>/...
+    <store>/tmp/                                                   shards being written, swept when their writer is gone
+
+A shard is written aside, flushed to disk and renamed, so it is there whole or not at all, whoever else writes it too.
+`seal` links finished shards into a cache and writes the manifest last, in a directory that is renamed into place.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage import hidden, manifest, records
+from storage.errors import CacheError, StoreFull
+from storage.manifest import FileEntry, Manifest, ShardEntry
+from storage.spec import Identity, canonical_json, content_fingerprint, sha256_json, shard_key
+from storage.verify import check_files, file_entry
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+STALE_SECONDS = 24 * 3600
+
+
+class StoredShard(NamedTuple):
+    """A finished shard in a store."""
+
+    root: Path  # the directory that its entry's paths are relative to
+    entry: ShardEntry
+    seconds: float  # what the teacher needed for it
+
+    def row_ids(self) -> pa.StringArray:
+        """The ids of its rows, in order."""
+        column = pq.read_table(self.root / self.entry.logits_path, columns=["row_id"]).column(0)
+        return column.combine_chunks()
+
+
+class Store:
+    """The finished shards below `root`. Any number of processes may use one store at once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._tmp = root / "tmp"
+
+    def finished(self, identity: Identity) -> list[StoredShard]:
+        """Every sound shard made under `identity`, largest first. Damaged ones are removed: they are made again."""
+        found = []
+        for meta in sorted((self.root / identity.fingerprint).glob("*/shard.json")):
+            try:
+                body = json.loads(meta.read_bytes())
+                shard = StoredShard(
+                    meta.parent, ShardEntry.model_validate(body["entry"]), float(body["seconds"])
+                )
+                check_files(shard.root, shard.entry.files)
+            except (CacheError, ValueError, KeyError, TypeError):
+                shutil.rmtree(meta.parent)
+            else:
+                found.append(shard)
+        return sorted(found, key=lambda shard: (-shard.entry.rows, shard.entry.key))
+
+    def put(
+        self,
+        identity: Identity,
+        rows: records.LogitRows,
+        states: Mapping[int, npt.NDArray[Any]],
+        seconds: float,
+    ) -> StoredShard:
+        """Write one finished shard and return it. Raises StoreFull where the disk ends; earlier shards stay."""
+        row_ids, inputs = rows.row_ids.to_pylist(), rows.input_hashes.to_pylist()
+        key = shard_key(identity, row_ids, inputs)
+        final = self.root / identity.fingerprint / key
+        with self._aside() as aside, _disk_full_explained(self.root):
+            (aside / "logits").mkdir()
+            records.write(aside / "logits" / f"{key}.parquet", rows, identity.spec.labels)
+            if identity.spec.hidden is not None:
+                hidden.write(aside / "hidden" / key, states, identity.spec.hidden)
+            entry = ShardEntry(
+                key=key,
+                rows=len(row_ids),
+                positions=int(rows.num_tokens.sum()),
+                inputs=sha256_json(inputs),
+                files=_entries(aside),
+            )
+            body = {"entry": entry.model_dump(mode="json"), "seconds": round(seconds, 3)}
+            (aside / "shard.json").write_bytes(canonical_json(body))
+            _fsync_tree(aside)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            # OSError: another worker finished the same shard first, and a full directory is never replaced
+            with (
+                contextlib.suppress(FileExistsError, OSError) if final.exists() else contextlib.nullcontext()
+            ):
+                os.rename(aside, final)
+            _fsync(final.parent)
+        return StoredShard(final, entry, seconds)
+
+    def sweep(self) -> None:
+        """Remove what killed writers left behind: their process is gone, or they are a day old."""
+        for aside in self._tmp.glob("*"):
+            host, pid = aside.name.split(".")[0], aside.name.split(".")[1]
+            stale = aside.stat().st_mtime < time.time() - STALE_SECONDS
+            if stale or (host == _host() and not Path(f"/proc/{pid}").exists()):
+                shutil.rmtree(aside, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[Path]:
+        aside = self._tmp / f"{_host()}.{os.getpid()}.{uuid.uuid4().hex}"
+        with _disk_full_explained(self.root):
+            aside.mkdir(parents=True)
+        try:
+            yield aside
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def seal(
+    cache: Path,
+    identity: Identity,
+    shards: Sequence[StoredShard],
+    tokenizer_files: Mapping[str, bytes],
+    provenance: Mapping[str, Any],
+) -> Manifest:
+    """Link finished shards into `cache`, in this order, and write its manifest. Replaces what was there.
+
+    `tokenizer_files` maps a file name to its content: a student that reads with the teacher's tokenizer finds it in
+    the cache. The result depends on the arguments alone: no time, no path, no worker.
+    """
+    aside = cache.parent / f".{cache.name}.{_host()}.{os.getpid()}"
+    for stale in cache.parent.glob(f".{cache.name}.*"):
+        shutil.rmtree(stale)
+    with _disk_full_explained(cache.parent):
+        (aside / "tokenizer").mkdir(parents=True)
+        for name, content in tokenizer_files.items():
+            (aside / "tokenizer" / name).write_bytes(content)
+        tokenizer = _entries(aside)
+        row_ids: list[str] = []
+        for shard in shards:
+            row_ids.extend(shard.row_ids().to_pylist())
+            for file in shard.entry.files:
+                target = aside / file.path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _link(shard.root / file.path, target)
+        sealed = Manifest(
+            identity=identity,
+            dataset=content_fingerprint(row_ids),
+            shards=tuple(shard.entry for shard in shards),
+            tokenizer_files=tokenizer,
+            provenance=dict(provenance),
+        )
+        (aside / manifest.MANIFEST_NAME).write_bytes(manifest.render(sealed))
+        _fsync_tree(aside)
+        if cache.exists():
+            shutil.rmtree(cache)
+        os.rename(aside, cache)
+        _fsync(cache.parent)
+    return sealed
+
+
+def _entries(root: Path) -> tuple[FileEntry, ...]:
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return tuple(file_entry(root, path.relative_to(root).as_posix()) for path in files)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        shutil.copyfile(source, target)  # the store is on another file system, or links are not allowed there
+
+
+def _host() -> str:
+    return socket.gethostname().replace(".", "-") or "host"
+
+
+def _fsync_tree(root: Path) -> None:
+    for directory, _, names in os.walk(root):
+        for name in names:
+            _fsync(Path(directory) / name)
+        _fsync(Path(directory))
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _disk_full_explained(where: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StoreFull) or error.errno not in DISK_FULL:
+            raise
+        raise StoreFull(
+            f"no space left while writing below {where}: {os.strerror(error.errno or 0)}.\n"
+            "Finished shards are kept. Free some space and run the same command again: it goes on from there."
+        ) from error
