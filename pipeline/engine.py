@@ -1,0 +1,104 @@
+"""Batched inference: token rows -> what the teacher says about each.
+
+Rows are sorted by length and cut into batches of a token budget, so little is spent on padding; answers come back
+in the order of the rows. Shape letters: N rows, B batch, L tokens, C classes, W width.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline.tokens import Tokens
+from storage.errors import TeacherError
+from storage.spec import HiddenSpec
+
+# Tokens a batch: on a CPU what stays in its caches (32 to 64 short rows were fastest), on a GPU what fills it.
+TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 65_536}
+
+
+class TeacherOutput(NamedTuple):
+    """Answers for N rows, in their order."""
+
+    logits: npt.NDArray[np.float32]  # N x C, before any softmax
+    hidden: dict[int, npt.NDArray[np.float32]]  # layer -> N x W, pooled
+
+
+def infer(
+    model: torch.nn.Module,
+    tokens: Tokens,
+    rows: npt.NDArray[np.int64],
+    pad_id: int,
+    precision: str,
+    hidden: HiddenSpec | None = None,
+    names: Sequence[str] | None = None,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> TeacherOutput:
+    """The teacher's logits, and pooled hidden states if asked, for `rows` of `tokens`.
+
+    `precision` is float32 or bfloat16 (autocast). `names` are the row ids, for errors. `advance` is told how many
+    rows are done. Raises TeacherError that names the row where an answer is not finite.
+    """
+    device = next(model.parameters()).device
+    logits_NC: npt.NDArray[np.float32] | None = None
+    states: dict[int, npt.NDArray[np.float32]] = {}
+    autocast = (
+        torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
+    )
+    with torch.inference_mode(), autocast:
+        for batch in by_length(tokens.lengths[rows], TOKENS_PER_BATCH[device.type]):
+            ids_BL, mask_BL = (torch.from_numpy(a).to(device) for a in tokens.padded(rows[batch], pad_id))
+            out = model(
+                input_ids=ids_BL, attention_mask=mask_BL.long(), output_hidden_states=hidden is not None
+            )
+            answers = {-1: out.logits.float().cpu().numpy()}
+            for layer in hidden.layers if hidden else ():
+                answers[layer] = _pool(out.hidden_states[layer].float(), mask_BL, hidden.pool).cpu().numpy()
+            if logits_NC is None:
+                logits_NC = np.empty((len(rows), answers[-1].shape[1]), np.float32)
+                states = {
+                    k: np.empty((len(rows), a.shape[1]), np.float32) for k, a in answers.items() if k >= 0
+                }
+            for layer, answer in answers.items():
+                _refuse_nonfinite(answer, layer, rows[batch], names)
+                (logits_NC if layer < 0 else states[layer])[batch] = answer
+            advance(len(batch))
+    if logits_NC is None:
+        raise ValueError("no rows were given")
+    return TeacherOutput(logits_NC, states)
+
+
+def by_length(lengths: npt.NDArray[np.int64], tokens_per_batch: int) -> list[npt.NDArray[np.int64]]:
+    """Positions of rows, shortest first, cut so that rows x longest stays within the budget (one row at least)."""
+    order = np.argsort(lengths, kind="stable")
+    batches, start = [], 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or (end + 1 - start) * lengths[order[end]] > tokens_per_batch:
+            batches.append(order[start:end])
+            start = end
+    return batches
+
+
+def _pool(states_BLW: torch.Tensor, mask_BL: torch.Tensor, pool: str) -> torch.Tensor:
+    if pool == "first":
+        return states_BLW[:, 0]
+    weight_BL1 = mask_BL[..., None].float()
+    return (states_BLW * weight_BL1).sum(1) / weight_BL1.sum(1)
+
+
+def _refuse_nonfinite(
+    answer: npt.NDArray[np.float32], layer: int, rows: npt.NDArray[np.int64], names: Sequence[str] | None
+) -> None:
+    finite = np.isfinite(answer).all(axis=1)
+    if finite.all():
+        return
+    row = rows[int(np.flatnonzero(~finite)[0])]
+    what = "logits" if layer < 0 else f"hidden state of layer {layer}"
+    raise TeacherError(
+        f"the teacher's {what} for row {names[row] if names is not None else row} are not finite "
+        f"({int((~finite).sum())} of the {len(rows)} rows in its batch).\n"
+        "Finished shards are kept. Look at that row's text; if the arithmetic overflows, set precision: float32."
+    )

@@ -1,0 +1,59 @@
+"""What a person sees while something lasts: one bar with rate and time left, and plain lines. All on stderr."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} {task.fields['unit']}/s" if speed else f"- {task.fields['unit']}/s")
+
+
+def log(message: str) -> None:
+    """One plain line for people; never parsed by anything."""
+    console.print(message, markup=False)
+
+
+@contextmanager
+def bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """A progress bar over `total` units with rate and time left; yields a function to call with units done."""
+    with bars(unit) as add:
+        yield add(label, total)
+
+
+@contextmanager
+def bars(unit: str) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """Several bars below each other. Yields add(label, total), which returns advance(units).
+
+    Where stderr is no terminal, one line is printed when a bar is full, so that logs stay readable.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
+
+        def add(label: str, total: int) -> Callable[[int], None]:
+            task = progress.add_task(label, total=total, unit=unit)
+            return lambda units: progress.advance(task, units)
+
+        yield add

@@ -1,0 +1,133 @@
+"""Student architectures, and the files they are kept in.
+
+Each is a module whose forward takes ids [B, L] and the mask of true tokens [B, L], padded on the right, and returns
+logits [B, C]. Padding never changes an answer. A saved student is a directory with model.safetensors and
+student.json (its entry of params.yaml, vocabulary and classes); the tokenizer lies beside it, once for all seeds.
+
+Shape letters: B batch, L tokens, C classes, E embedding width, H hidden units.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pipeline import config
+from storage.errors import AssetError
+
+EMBEDDING_STD = 0.1  # wide enough for the mean of embeddings to carry a signal from the first step
+
+
+class FC(nn.Module):
+    """Mean of embeddings, one hidden layer of ReLUs (a deep averaging network; Iyyer et al. 2015)."""
+
+    def __init__(self, entry: config.FC, vocab_size: int, num_labels: int) -> None:
+        super().__init__()
+        self.embedding = _embedding(vocab_size, entry.embedding)
+        self.head = nn.Sequential(
+            nn.Dropout(entry.dropout),
+            nn.Linear(entry.embedding, entry.hidden),
+            nn.ReLU(),
+            nn.Dropout(entry.dropout),
+            nn.Linear(entry.hidden, num_labels),
+        )
+
+    def forward(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        """Logits [B, C]."""
+        weight_BL1 = mask_BL[..., None].to(self.embedding.weight.dtype)
+        mean_BE = (self.embedding(ids_BL) * weight_BL1).sum(1) / weight_BL1.sum(1)
+        return self.head(mean_BE)
+
+
+class BiLSTM(nn.Module):
+    """One LSTM in each direction; max and mean over the row's tokens, then a linear layer (after Tang et al. 2019).
+
+    The backward LSTM reads each row reversed in place (its own last token first). So both see padding only after
+    the row's end, and no packing is needed: on a CPU that is 1.4 times as fast as packed sequences.
+    """
+
+    def __init__(self, entry: config.BiLSTM, vocab_size: int, num_labels: int) -> None:
+        super().__init__()
+        self.embedding = _embedding(vocab_size, entry.embedding)
+        self.forwards = nn.LSTM(entry.embedding, entry.hidden, batch_first=True)
+        self.backwards = nn.LSTM(entry.embedding, entry.hidden, batch_first=True)
+        self.dropout = nn.Dropout(entry.dropout)
+        self.head = nn.Linear(4 * entry.hidden, num_labels)
+
+    def forward(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        """Logits [B, C]."""
+        lengths_B = mask_BL.sum(1)
+        place_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
+        mirror_BL = (lengths_B[:, None] - 1 - place_L).clamp(min=0)
+        embedded_BLE = self.dropout(self.embedding(ids_BL))
+        there_BLH, _ = self.forwards(embedded_BLE)
+        reversed_BLE = embedded_BLE.gather(1, mirror_BL[..., None].expand_as(embedded_BLE))
+        back_BLH, _ = self.backwards(reversed_BLE)  # its order along L does not matter to max and mean
+        states = torch.cat([there_BLH, back_BLH], dim=-1)
+        mask_BL1 = mask_BL[..., None]
+        most = states.masked_fill(~mask_BL1, float("-inf")).amax(1)
+        mean = (states * mask_BL1).sum(1) / lengths_B[:, None]
+        return self.head(self.dropout(torch.cat([most, mean], dim=-1)))
+
+
+class TinyBERT(nn.Module):
+    """A BERT of a few narrow layers from random weights (sizes as in Turc et al. 2019)."""
+
+    def __init__(self, entry: config.TinyBERT, vocab_size: int, num_labels: int) -> None:
+        super().__init__()
+        from transformers import BertConfig, BertForSequenceClassification  # seconds to import; the others need none
+
+        self.bert = BertForSequenceClassification(
+            BertConfig(
+                vocab_size=vocab_size,
+                hidden_size=entry.width,
+                num_hidden_layers=entry.layers,
+                num_attention_heads=entry.heads,
+                intermediate_size=4 * entry.width,
+                hidden_dropout_prob=entry.dropout,
+                attention_probs_dropout_prob=0.0,  # keeps the fused attention kernel on a CPU
+                max_position_embeddings=max(entry.max_length, 16),
+                num_labels=num_labels,
+            )
+        )
+
+    def forward(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        """Logits [B, C]."""
+        return self.bert(input_ids=ids_BL, attention_mask=mask_BL.long()).logits
+
+
+KINDS: dict[str, Any] = {"fc": FC, "bilstm": BiLSTM, "tinybert": TinyBERT}
+
+
+def build(entry: config.Student, vocab_size: int, num_labels: int) -> nn.Module:
+    """The student that `entry` describes, with random weights from torch's current seed."""
+    return KINDS[entry.kind](entry, vocab_size, num_labels)
+
+
+def save(directory: Path, model: nn.Module, entry: config.Student, vocab_size: int, num_labels: int) -> None:
+    """Write model.safetensors and student.json."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, directory / "model.safetensors")
+    facts = {"student": entry.model_dump(mode="json"), "vocab_size": vocab_size, "num_labels": num_labels}
+    (directory / "student.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def load(directory: Path) -> nn.Module:
+    """The student in `directory`, ready for inference. Raises AssetError where it is not one."""
+    if not (directory / "student.json").is_file():
+        raise AssetError(f"there is no student in {directory}: train it with `dvc repro train@{directory.parent.name}`.")
+    facts = json.loads((directory / "student.json").read_text())
+    entry: config.Student = TypeAdapter(config.Student).validate_python(facts["student"])
+    model = build(entry, facts["vocab_size"], facts["num_labels"])
+    model.load_state_dict(load_file(directory / "model.safetensors"))
+    return model.eval()
+
+
+def _embedding(vocab_size: int, width: int) -> nn.Embedding:
+    embedding = nn.Embedding(vocab_size, width)
+    nn.init.normal_(embedding.weight, std=EMBEDDING_STD)
+    return embedding

@@ -1,0 +1,112 @@
+"""Teachers: their fingerprints, how they are loaded, what they are called by.
+
+A teacher is a directory: config.json, *.safetensors, tokenizer.json, tokenizer_config.json, and after the teacher
+stage teacher.json (its score and what it cost). Identities are read from the files alone, so that asking whether
+anything is missing never loads a model. Weights are safetensors only; nothing is unpickled, no remote code is run.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline import hardware
+from pipeline.tokens import TextReader
+from storage.errors import AssetError, TeacherError
+from storage.spec import TeacherIdentity, sha256_json
+
+RECORD = "teacher.json"
+# Keys of config.json that say how a checkpoint was saved or where, and nothing about what it computes.
+VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures"}
+
+
+def identity(directory: Path) -> TeacherIdentity:
+    """sha256 of the tensors (name, dtype, shape, bytes, in name order) and of the config. Loads no model."""
+    config = _json(directory / "config.json", directory)
+    meaning = {key: value for key, value in config.items() if key not in VOLATILE}
+    return TeacherIdentity(weights=_weights_digest(directory), config=sha256_json(meaning))
+
+
+def reader(directory: Path) -> TextReader:
+    """The teacher's tokenizer with the maximum that the teacher stage recorded."""
+    settings = record(directory)
+    return TextReader(directory, settings["max_length"], settings["too_long"])
+
+
+def record(directory: Path) -> dict[str, Any]:
+    """What the teacher stage wrote down: labels, maximum, score, cost."""
+    return _json(directory / RECORD, directory)
+
+
+def labels(directory: Path, override: tuple[str, ...] | None, expected: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the head's outputs, in order. Raises TeacherError where they are not the dataset's."""
+    names = _json(directory / "config.json", directory).get("id2label", {})
+    found = override or tuple(names[key] for key in sorted(names, key=int))
+    if sorted(found) != sorted(expected):
+        raise TeacherError(
+            f"the teacher in {directory} does not speak of this dataset's labels.\n"
+            f"  found    {list(found)}\n  expected {list(expected)} in any order\n"
+            "Name its outputs in order under teachers.NAME.labels, or fine-tune it: teachers.NAME.train."
+        )
+    return found
+
+
+def load(directory: Path, num_labels: int | None = None, **config: Any) -> torch.nn.Module:
+    """The classifier in `directory`, in float32 on the best device, ready for inference.
+
+    With `num_labels` a head of that size is made where the checkpoint has none. Raises AssetError or TeacherError.
+    """
+    from transformers import AutoModelForSequenceClassification, logging
+
+    _weight_files(directory)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    extra = {"num_labels": num_labels} if num_labels else {}
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            directory, use_safetensors=True, local_files_only=True, dtype=torch.float32, **extra, **config
+        )
+    except (OSError, ValueError) as error:
+        raise TeacherError(f"the model in {directory} cannot be loaded as a classifier: {error}") from error
+    return model.to(hardware.device()).eval()
+
+
+def _weights_digest(directory: Path) -> str:
+    digest = hashlib.sha256()
+    tensors: dict[str, tuple[Path, int, dict[str, Any]]] = {}
+    for path in _weight_files(directory):
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_bytes))
+        header.pop("__metadata__", None)
+        tensors |= {name: (path, 8 + header_bytes, entry) for name, entry in header.items()}
+    for name in sorted(tensors):
+        path, start, entry = tensors[name]
+        first, last = entry["data_offsets"]
+        digest.update(f"{name}\x00{entry['dtype']}\x00{entry['shape']}\x00".encode())
+        if last > first:
+            digest.update(np.memmap(path, np.uint8, "r", start + first, (last - first,)))
+    return digest.hexdigest()
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise AssetError(
+            f"there are no weights in {directory}: expected *.safetensors.\n"
+            "Weights in other formats can hold programs and are never opened; convert them with save_pretrained."
+        )
+    return files
+
+
+def _json(path: Path, directory: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise AssetError(
+            f"{path} is missing: {directory} is no teacher.\n"
+            f"Make it with `dvc repro teacher@{directory.name}`, or name the right directory in params.yaml."
+        )
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content

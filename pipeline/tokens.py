@@ -1,0 +1,140 @@
+"""Text -> token ids, one way for teachers and students, so that the same tokenizer gives the same ids in both.
+
+Only the `tokenizers` library is used (tokenizer.json): a student needs no transformers to read.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+from storage.errors import AssetError, DataError
+from storage.spec import TokenizerIdentity, input_hash, sha256_json
+
+FILES = ("tokenizer.json", "tokenizer_config.json")
+SPECIAL = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token", "bos_token", "eos_token")
+BATCH_TEXTS = 4096
+
+
+class Tokens(NamedTuple):
+    """Token ids of N rows, end to end; row i is `ids[offsets[i]:offsets[i + 1]]`."""
+
+    ids: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int64]  # N + 1
+    num_cut: int  # rows that lost tokens to the maximum
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each row."""
+        return np.diff(self.offsets)
+
+    def row(self, index: int) -> npt.NDArray[np.int32]:
+        """The token ids of one row."""
+        return self.ids[self.offsets[index] : self.offsets[index + 1]]
+
+    def hashes(self) -> pa.StringArray:
+        """storage.spec.input_hash of every row."""
+        return pa.array([input_hash(self.row(i)) for i in range(len(self.offsets) - 1)], pa.string())
+
+    def padded(
+        self, rows: npt.NDArray[np.int64], pad_id: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Ids [B, L] of these rows, padded on the right to the longest, and the mask of true tokens [B, L]."""
+        lengths_B = self.offsets[rows + 1] - self.offsets[rows]
+        mask_BL = np.arange(lengths_B.max()) < lengths_B[:, None]
+        ids_BL = np.full(mask_BL.shape, pad_id, np.int64)
+        ids_BL[mask_BL] = self.ids[(self.offsets[rows][:, None] + np.arange(mask_BL.shape[1]))[mask_BL]]
+        return ids_BL, mask_BL
+
+
+class TextReader:
+    """A tokenizer with its padding id, its maximum, and what it does about longer rows."""
+
+    def __init__(self, directory: Path, max_length: int, too_long: str) -> None:
+        path, config = (directory / name for name in FILES)
+        if not path.is_file():
+            raise AssetError(
+                f"{directory} has no tokenizer.json.\nSave a fast tokenizer there: "
+                f"AutoTokenizer.from_pretrained(...).save_pretrained({str(directory)!r})."
+            )
+        self.tokenizer = Tokenizer.from_file(str(path))
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.max_length, self.too_long = max_length, too_long
+        self._settings = json.loads(config.read_text()) if config.is_file() else {}
+        self.special = {name: i for name in SPECIAL if (i := self._special_id(name)) is not None}
+        self.pad_id = self.special.get("pad_token", 0)  # masked wherever it stands, so any id serves
+
+    def identity(self) -> TokenizerIdentity:
+        """The fingerprint of this tokenizer: its file's meaning, size, special tokens and padding side."""
+        return TokenizerIdentity(
+            content=sha256_json(json.loads(self.tokenizer.to_str())),
+            vocab_size=self.tokenizer.get_vocab_size(with_added_tokens=True),
+            special_tokens=self.special,
+            padding_side=self._settings.get("padding_side", "right"),
+        )
+
+    def read(self, texts: Iterable[str], row_ids: Sequence[str] | pa.StringArray) -> Tokens:
+        """The token ids of `texts`. Raises DataError for rows past the maximum unless they are to be cut."""
+        ids: list[npt.NDArray[np.int32]] = []
+        full: list[int] = []
+        for batch in _batched(texts):
+            for encoding in self.tokenizer.encode_batch_fast(batch):
+                full.append(len(encoding.ids))
+                ids.append(np.array(encoding.ids[: self.max_length] or [self.pad_id], np.int32))
+        lengths = np.array(full)
+        over = np.flatnonzero(lengths > self.max_length)
+        if len(over) and self.too_long == "error":
+            worst = int(lengths.argmax())
+            raise DataError(
+                f"{len(over):,} of {len(full):,} rows are longer than max_length {self.max_length} tokens "
+                f"(the longest has {lengths[worst]}: row {row_ids[worst]}).\n"
+                "Raise max_length, or write too_long: truncate to cut them (they are counted)."
+            )
+        for index in over:  # keep the closing special token, as truncating tokenizers do
+            closing = self.special.get("sep_token", self.special.get("eos_token"))
+            if closing is not None:
+                ids[index][-1] = closing
+        offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
+        return Tokens(np.concatenate(ids) if ids else np.zeros(0, np.int32), offsets, len(over))
+
+    @classmethod
+    def learn(cls, texts: Iterable[str], vocab_size: int, directory: Path, max_length: int) -> Self:
+        """A WordPiece tokenizer of `vocab_size` entries learned from `texts`, saved into `directory`."""
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer()
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=vocab_size, special_tokens=special, show_progress=False
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
+        directory.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(str(directory / FILES[0]))
+        names = dict(zip(SPECIAL, special, strict=False))
+        (directory / FILES[1]).write_text(json.dumps({**names, "padding_side": "right"}, indent=2) + "\n")
+        return cls(directory, max_length, "truncate")
+
+    def _special_id(self, name: str) -> int | None:
+        token = self._settings.get(name)
+        text = token.get("content") if isinstance(token, dict) else token
+        return self.tokenizer.token_to_id(text) if text else None
+
+
+def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for text in texts:
+        batch.append(text)
+        if len(batch) == BATCH_TEXTS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

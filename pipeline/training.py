@@ -1,0 +1,141 @@
+"""The training loop, for students and for teachers that are fine-tuned: small enough to read in one sitting.
+
+`fit` takes batches from a callable and a loss from another, so it knows nothing of caches, recipes or labels.
+accelerate places the model on the device and scales the precision; on a CPU it changes nothing.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+
+from pipeline.batches import DistillBatch
+
+MAX_GRADIENT_NORM = 1.0
+
+
+class Settings(NamedTuple):
+    """How long and how fast: AdamW, a linear warm-up, then linear decay to 0."""
+
+    epochs: int
+    steps_per_epoch: int
+    learning_rate: float
+    warmup: float  # share of all steps
+    weight_decay: float
+    evaluations_per_epoch: int
+    patience: int  # evaluations without improvement before it stops
+
+
+class Validation(NamedTuple):
+    """One look at the validation split."""
+
+    accuracy: float
+    loss: float  # cross-entropy to the labels, nats
+
+
+class Fit(NamedTuple):
+    """What training did. The model holds its best state afterwards."""
+
+    seconds: float  # of training and validation, without reading the cache's index
+    steps: int
+    rows_seen: int
+    best_step: int
+    stopped: str  # "patience" or "epochs"
+    curve: list[dict[str, float]]  # one entry an evaluation
+
+
+def fit(
+    model: torch.nn.Module,
+    epoch_batches: Callable[[int], Iterable[DistillBatch]],
+    loss: Callable[[torch.Tensor, DistillBatch], torch.Tensor],
+    validate: Callable[[torch.nn.Module], Validation],
+    settings: Settings,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> Fit:
+    """Train `model` and leave it in its best state by validation accuracy (ties: the lower loss).
+
+    `epoch_batches(epoch)` yields the batches of an epoch; `loss(logits, batch)` is minimised. `advance` is told how
+    many rows each step saw. Raises FloatingPointError where the loss is not finite.
+    """
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)
+    total = settings.epochs * settings.steps_per_epoch
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _pace(step, total, settings.warmup))
+    every = max(1, settings.steps_per_epoch // settings.evaluations_per_epoch)
+    state = _Progress()
+    started = time.perf_counter()
+    for epoch in range(settings.epochs):
+        model.train()
+        for batch in epoch_batches(epoch):
+            batch = DistillBatch(*(tensor.to(accelerator.device) for tensor in batch))
+            value = loss(model(batch.ids_BL, batch.mask_BL), batch)
+            accelerator.backward(value)
+            accelerator.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            state.saw(len(batch.labels_B), float(value.detach()))
+            advance(len(batch.labels_B))
+            if state.steps % every == 0 or state.steps == total:
+                state.look(model, validate, epoch=state.steps / settings.steps_per_epoch)
+                model.train()
+            if state.since_best >= settings.patience:
+                break
+        if state.since_best >= settings.patience:
+            break
+    if not state.curve or state.curve[-1]["step"] != state.steps:
+        state.look(model, validate, epoch=state.steps / settings.steps_per_epoch)
+    model.load_state_dict(state.best_state)
+    model.eval()
+    stopped = "patience" if state.since_best >= settings.patience else "epochs"
+    seconds = time.perf_counter() - started
+    return Fit(seconds, state.steps, state.rows, state.best_step, stopped, state.curve)
+
+
+class _Progress:
+    """Where training stands, and the best state so far."""
+
+    def __init__(self) -> None:
+        self.steps = self.rows = self.since_best = self.best_step = 0
+        self.curve: list[dict[str, float]] = []
+        self.best_state: dict[str, Any] = {}
+        self._best = (-1.0, 0.0)
+        self._losses: list[float] = []
+
+    def saw(self, rows: int, loss: float) -> None:
+        self.steps += 1
+        self.rows += rows
+        self._losses.append(loss)
+        if loss != loss or loss in (float("inf"), float("-inf")):
+            raise FloatingPointError(f"the training loss is {loss} at step {self.steps}: lower the learning rate")
+
+    def look(self, model: torch.nn.Module, validate: Callable[[torch.nn.Module], Validation], epoch: float) -> None:
+        model.eval()
+        seen = validate(model)
+        self.curve.append(
+            {
+                "step": self.steps,
+                "epoch": round(epoch, 3),
+                "rows": self.rows,
+                "train_loss": sum(self._losses) / len(self._losses),
+                "validation_accuracy": seen.accuracy,
+                "validation_loss": seen.loss,
+            }
+        )
+        self._losses = []
+        self.since_best += 1
+        if (seen.accuracy, -seen.loss) > self._best:
+            self._best, self.best_step, self.since_best = (seen.accuracy, -seen.loss), self.steps, 0
+            self.best_state = copy.deepcopy(model.state_dict())
+
+
+def _pace(step: int, total: int, warmup: float) -> float:
+    """The learning rate's factor at a step: up over the first `warmup` share, then down to 0."""
+    rise = max(1, round(warmup * total))
+    return min((step + 1) / rise, max(0.0, (total - step) / max(1, total - rise)))
