@@ -47,7 +47,9 @@ class CachedRows:
     `tokens` are those of all the dataset's rows. Raises SpecMismatch where the cache lacks a row.
     """
 
-    def __init__(self, cache: Cache, rows: Rows, tokens: Tokens, pad_id: int, splits: tuple[str, ...]) -> None:
+    def __init__(
+        self, cache: Cache, rows: Rows, tokens: Tokens, pad_id: int, splits: tuple[str, ...]
+    ) -> None:
         self.cache, self.rows, self.tokens, self.pad_id = cache, rows, tokens, pad_id
         chosen = rows.select(*splits)
         cache.check("this dataset", labels=rows.label_names, row_ids=rows.row_ids.take(chosen))
@@ -70,13 +72,13 @@ class CachedRows:
         """The batches of one training epoch, prefetched. The order depends on (seed, epoch) alone."""
         return prefetch(self._epoch(seed, epoch, batch_rows), PREFETCH_BYTES, lambda batch: batch.num_bytes)
 
-    def in_order(self, batch_rows: int) -> Iterator[tuple[npt.NDArray[np.int64], DistillBatch]]:
-        """(dataset rows, batch), rows of like length together: for evaluation."""
+    def in_order(self, batch_rows: int) -> Iterator[DistillBatch]:
+        """All rows once, those of like length together: for evaluation."""
         rows, logits = self._window(range(len(self._by_shard)))
         by_length = np.argsort(self.tokens.lengths[rows], kind="stable")
         for start in range(0, len(rows), batch_rows):
             part = by_length[start : start + batch_rows]
-            yield rows[part], self._batch(rows[part], logits[part])
+            yield self._batch(rows[part], logits[part])
 
     def _epoch(self, seed: int, epoch: int, batch_rows: int) -> Iterator[DistillBatch]:
         for number, shards in enumerate(order.windows(len(self._by_shard), SHARDS_PER_WINDOW, seed, epoch)):
@@ -105,37 +107,52 @@ def prefetch(items: Iterable[Item], max_bytes: int, size: Callable[[Item], int])
 
     Closing the iterator early ends the thread.
     """
-    ready: queue.SimpleQueue[Item | BaseException | None] = queue.SimpleQueue()
-    room = threading.Condition()
-    held = 0
-    closed = False
+    ahead = _Ahead(max_bytes)
+    ready: queue.SimpleQueue[Item | Exception | None] = queue.SimpleQueue()
 
     def produce() -> None:
-        nonlocal held
         try:
             for item in items:
-                with room:
-                    room.wait_for(lambda: closed or held < max_bytes)
-                    if closed:
-                        return
-                    held += size(item)
+                if not ahead.wait_and_take(size(item)):
+                    return
                 ready.put(item)
             ready.put(None)
-        except BaseException as error:  # noqa: BLE001 - handed to the consumer, whatever it is
-            ready.put(error)
+        except Exception as error:
+            ready.put(error)  # raised where the item would have been used
 
     thread = threading.Thread(target=produce, name="prefetch", daemon=True)
     thread.start()
     try:
         while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
+            if isinstance(item, Exception):
                 raise item
-            with room:
-                held -= size(item)
-                room.notify()
+            ahead.give_back(size(item))
             yield item
     finally:
-        with room:
-            closed = True
-            room.notify()
+        ahead.close()
         thread.join()
+
+
+class _Ahead:
+    """How many bytes a producer is ahead of its consumer, with a limit that it waits at."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._held, self._closed = limit, 0, False
+        self._changed = threading.Condition()
+
+    def wait_and_take(self, num_bytes: int) -> bool:
+        """Wait for room and take it; False where nobody wants more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._held < self._limit)
+            self._held += num_bytes
+            return not self._closed
+
+    def give_back(self, num_bytes: int) -> None:
+        with self._changed:
+            self._held -= num_bytes
+            self._changed.notify()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()

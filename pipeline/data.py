@@ -85,7 +85,7 @@ def prepare(name: str, config: Dataset, out: Path) -> dict[str, Any]:
 
     texts = _texts(name, config, raw[config.columns.text], counts)
     labels = _labels(name, config, raw[config.columns.label])
-    given = raw[config.split] if isinstance(config.split, str) else None
+    given = list(raw[config.split]) if isinstance(config.split, str) else []
     for index, text in texts:
         split = (
             share(text, config.split) if isinstance(config.split, Split) else _named_split(name, given, index)

@@ -55,8 +55,11 @@ def infer(
                 input_ids=ids_BL, attention_mask=mask_BL.long(), output_hidden_states=hidden is not None
             )
             answers = {-1: out.logits.float().cpu().numpy()}
-            for layer in hidden.layers if hidden else ():
-                answers[layer] = _pool(out.hidden_states[layer].float(), mask_BL, hidden.pool).cpu().numpy()
+            if hidden is not None:
+                for layer in hidden.layers:
+                    answers[layer] = (
+                        _pool(out.hidden_states[layer].float(), mask_BL, hidden.pool).cpu().numpy()
+                    )
             if logits_NC is None:
                 logits_NC = np.empty((len(rows), answers[-1].shape[1]), np.float32)
                 states = {

@@ -1,13 +1,16 @@
 """What this machine is, and how its arithmetic is set up. The only file that sets torch's global switches.
 
-Reproducible means: threads are pinned, so the same program gives the same bits on the same kind of machine.
+Reproducible means: threads are pinned, so the same program gives the same bits on the same kind of machine. torch is
+imported where it is used: counting cores should not take seconds.
 """
 
 import os
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def num_cores() -> int:
@@ -15,13 +18,17 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def device() -> torch.device:
+def device() -> "torch.device":
     """The GPU where there is one, else the CPU."""
+    import torch
+
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pin_threads(threads: int) -> None:
     """Use exactly so many threads for arithmetic, and no tf32."""
+    import torch
+
     torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = False
 
@@ -31,13 +38,17 @@ def computes_in_bfloat16() -> bool:
 
     Other CPUs emulate it: on an AMD EPYC of the Zen 3 generation bf16 autocast ran 7 times slower than float32.
     """
+    import torch
+
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def machine() -> str:
     """One line for reports: processor or GPU, and cores."""
+    import torch
+
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, {num_cores()} cores"
     return f"{_cpu_name()}, {num_cores()} cores"

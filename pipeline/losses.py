@@ -27,7 +27,11 @@ def distillation_loss(student_BC: torch.Tensor, teacher_BC: torch.Tensor, temper
 
 
 def recipe_loss(
-    student_BC: torch.Tensor, labels_B: torch.Tensor, teacher_BC: torch.Tensor, alpha: float, temperature: float
+    student_BC: torch.Tensor,
+    labels_B: torch.Tensor,
+    teacher_BC: torch.Tensor,
+    alpha: float,
+    temperature: float,
 ) -> torch.Tensor:
     """alpha CE + (1 - alpha) T^2 KL. A part with weight 0 is not computed."""
     if alpha == 1:

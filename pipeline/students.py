@@ -40,7 +40,8 @@ class FC(nn.Module):
         """Logits [B, C]."""
         weight_BL1 = mask_BL[..., None].to(self.embedding.weight.dtype)
         mean_BE = (self.embedding(ids_BL) * weight_BL1).sum(1) / weight_BL1.sum(1)
-        return self.head(mean_BE)
+        logits_BC: torch.Tensor = self.head(mean_BE)
+        return logits_BC
 
 
 class BiLSTM(nn.Module):
@@ -71,7 +72,8 @@ class BiLSTM(nn.Module):
         mask_BL1 = mask_BL[..., None]
         most = states.masked_fill(~mask_BL1, float("-inf")).amax(1)
         mean = (states * mask_BL1).sum(1) / lengths_B[:, None]
-        return self.head(self.dropout(torch.cat([most, mean], dim=-1)))
+        logits_BC: torch.Tensor = self.head(self.dropout(torch.cat([most, mean], dim=-1)))
+        return logits_BC
 
 
 class TinyBERT(nn.Module):
@@ -79,7 +81,10 @@ class TinyBERT(nn.Module):
 
     def __init__(self, entry: config.TinyBERT, vocab_size: int, num_labels: int) -> None:
         super().__init__()
-        from transformers import BertConfig, BertForSequenceClassification  # seconds to import; the others need none
+        from transformers import (
+            BertConfig,
+            BertForSequenceClassification,
+        )  # seconds to import; the others need none
 
         self.bert = BertForSequenceClassification(
             BertConfig(
@@ -97,7 +102,8 @@ class TinyBERT(nn.Module):
 
     def forward(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
         """Logits [B, C]."""
-        return self.bert(input_ids=ids_BL, attention_mask=mask_BL.long()).logits
+        logits_BC: torch.Tensor = self.bert(input_ids=ids_BL, attention_mask=mask_BL.long()).logits
+        return logits_BC
 
 
 KINDS: dict[str, Any] = {"fc": FC, "bilstm": BiLSTM, "tinybert": TinyBERT}
@@ -105,13 +111,17 @@ KINDS: dict[str, Any] = {"fc": FC, "bilstm": BiLSTM, "tinybert": TinyBERT}
 
 def build(entry: config.Student, vocab_size: int, num_labels: int) -> nn.Module:
     """The student that `entry` describes, with random weights from torch's current seed."""
-    return KINDS[entry.kind](entry, vocab_size, num_labels)
+    student: nn.Module = KINDS[entry.kind](entry, vocab_size, num_labels)
+    return student
 
 
 def save(directory: Path, model: nn.Module, entry: config.Student, vocab_size: int, num_labels: int) -> None:
     """Write model.safetensors and student.json."""
     directory.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, directory / "model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+        directory / "model.safetensors",
+    )
     facts = {"student": entry.model_dump(mode="json"), "vocab_size": vocab_size, "num_labels": num_labels}
     (directory / "student.json").write_text(json.dumps(facts, indent=2) + "\n")
 
@@ -119,7 +129,9 @@ def save(directory: Path, model: nn.Module, entry: config.Student, vocab_size: i
 def load(directory: Path) -> nn.Module:
     """The student in `directory`, ready for inference. Raises AssetError where it is not one."""
     if not (directory / "student.json").is_file():
-        raise AssetError(f"there is no student in {directory}: train it with `dvc repro train@{directory.parent.name}`.")
+        raise AssetError(
+            f"there is no student in {directory}: train it with `dvc repro train@{directory.parent.name}`."
+        )
     facts = json.loads((directory / "student.json").read_text())
     entry: config.Student = TypeAdapter(config.Student).validate_python(facts["student"])
     model = build(entry, facts["vocab_size"], facts["num_labels"])

@@ -8,7 +8,7 @@ anything is missing never loads a model. Weights are safetensors only; nothing i
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from pipeline import hardware
 from pipeline.tokens import TextReader
 from storage.errors import AssetError, TeacherError
 from storage.spec import TeacherIdentity, sha256_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 RECORD = "teacher.json"
 # Keys of config.json that say how a checkpoint was saved or where, and nothing about what it computes.
@@ -54,7 +57,7 @@ def labels(directory: Path, override: tuple[str, ...] | None, expected: tuple[st
     return found
 
 
-def load(directory: Path, num_labels: int | None = None, **config: Any) -> torch.nn.Module:
+def load(directory: Path, num_labels: int | None = None, **config: Any) -> "PreTrainedModel":
     """The classifier in `directory`, in float32 on the best device, ready for inference.
 
     With `num_labels` a head of that size is made where the checkpoint has none. Raises AssetError or TeacherError.
@@ -88,7 +91,7 @@ def _weights_digest(directory: Path) -> str:
         first, last = entry["data_offsets"]
         digest.update(f"{name}\x00{entry['dtype']}\x00{entry['shape']}\x00".encode())
         if last > first:
-            digest.update(np.memmap(path, np.uint8, "r", start + first, (last - first,)))
+            digest.update(np.memmap(path, np.uint8, "r", start + first, (last - first,)).data)
     return digest.hexdigest()
 
 

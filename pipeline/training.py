@@ -43,6 +43,7 @@ class Fit(NamedTuple):
     steps: int
     rows_seen: int
     best_step: int
+    best_accuracy: float  # on validation, of the state that is kept
     stopped: str  # "patience" or "epochs"
     curve: list[dict[str, float]]  # one entry an evaluation
 
@@ -95,7 +96,7 @@ def fit(
     model.eval()
     stopped = "patience" if state.since_best >= settings.patience else "epochs"
     seconds = time.perf_counter() - started
-    return Fit(seconds, state.steps, state.rows, state.best_step, stopped, state.curve)
+    return Fit(seconds, state.steps, state.rows, state.best_step, state.best[0], stopped, state.curve)
 
 
 class _Progress:
@@ -105,7 +106,7 @@ class _Progress:
         self.steps = self.rows = self.since_best = self.best_step = 0
         self.curve: list[dict[str, float]] = []
         self.best_state: dict[str, Any] = {}
-        self._best = (-1.0, 0.0)
+        self.best = (-1.0, 0.0)
         self._losses: list[float] = []
 
     def saw(self, rows: int, loss: float) -> None:
@@ -113,9 +114,13 @@ class _Progress:
         self.rows += rows
         self._losses.append(loss)
         if loss != loss or loss in (float("inf"), float("-inf")):
-            raise FloatingPointError(f"the training loss is {loss} at step {self.steps}: lower the learning rate")
+            raise FloatingPointError(
+                f"the training loss is {loss} at step {self.steps}: lower the learning rate"
+            )
 
-    def look(self, model: torch.nn.Module, validate: Callable[[torch.nn.Module], Validation], epoch: float) -> None:
+    def look(
+        self, model: torch.nn.Module, validate: Callable[[torch.nn.Module], Validation], epoch: float
+    ) -> None:
         model.eval()
         seen = validate(model)
         self.curve.append(
@@ -130,8 +135,8 @@ class _Progress:
         )
         self._losses = []
         self.since_best += 1
-        if (seen.accuracy, -seen.loss) > self._best:
-            self._best, self.best_step, self.since_best = (seen.accuracy, -seen.loss), self.steps, 0
+        if (seen.accuracy, -seen.loss) > self.best:
+            self.best, self.best_step, self.since_best = (seen.accuracy, -seen.loss), self.steps, 0
             self.best_state = copy.deepcopy(model.state_dict())
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -94,7 +95,7 @@ def row_id(source: str, content: str) -> str:
     return hashlib.sha256(f"{source}\x00{content}".encode()).hexdigest()[:ROW_ID_CHARS]
 
 
-def input_hash(token_ids: Sequence[int]) -> str:
+def input_hash(token_ids: npt.ArrayLike) -> str:
     """32 hex characters of sha256 over the row's token ids as little-endian int32, special tokens included."""
     return hashlib.sha256(np.asarray(token_ids, "<i4").tobytes()).hexdigest()[:ROW_ID_CHARS]
 

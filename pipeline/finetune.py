@@ -1,0 +1,146 @@
+"""The teacher stage: fine-tune a model on a dataset's labels, or take it as it is; score it; write down who it is."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline import config, engine, hardware, teachers
+from pipeline.batches import BUCKET_BATCHES, DistillBatch
+from pipeline.data import Rows, load_rows
+from pipeline.losses import label_loss
+from pipeline.progress import bar, log
+from pipeline.tokens import FILES, TextReader, Tokens
+from pipeline.training import Fit, Settings, Validation, fit
+from storage import order
+from storage.errors import AssetError, TeacherError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def make_teacher(name: str, entry: config.Teacher, dataset: Path, out: Path) -> dict[str, Any]:
+    """Put the teacher `name` into the directory `out` and return its record, which is also out/teacher.json."""
+    rows = load_rows(dataset)
+    source = Path(entry.model)
+    if not (source / "config.json").is_file():
+        raise AssetError(
+            f"teachers.{name}.model: {source} is no directory with a config.json.\n"
+            f"For a model of a hub, add it to assets (source: {entry.model}) and write model: assets/NAME."
+        )
+    hardware.pin_threads(hardware.num_cores())
+    out.mkdir(parents=True, exist_ok=True)
+    _save_tokenizer(source, out)
+    reader = TextReader(out, entry.max_length, entry.too_long)
+    tokens = reader.read(
+        rows.texts.to_pylist(), rows.row_ids
+    )  # all rows: too long is said before work starts
+    if entry.train:
+        model, done = _fine_tune(name, entry.train, source, rows, tokens, reader.pad_id)
+        model.save_pretrained(out)
+    else:
+        model, done = teachers.load(source), None
+        for file in [source / "config.json", *sorted(source.glob("*.safetensors*"))]:
+            _link(file, out / file.name)
+    names = teachers.labels(out, entry.labels, rows.label_names)
+    record: dict[str, Any] = {
+        "labels": list(names),
+        "max_length": entry.max_length,
+        "too_long": entry.too_long,
+        "scores": {s: _score(model, rows, tokens, reader.pad_id, names, s) for s in ("validation", "test")},
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "training": done._asdict() if done else None,
+    }
+    (out / teachers.RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    log(f"{name}: {record['scores']['test']:.1%} of the test rows right")
+    return record
+
+
+def _fine_tune(
+    name: str, train: config.TeacherTraining, source: Path, rows: Rows, tokens: Tokens, pad_id: int
+) -> "tuple[PreTrainedModel, Fit]":
+    torch.manual_seed(train.seed)
+    dropout = {} if train.dropout is None else {
+        "hidden_dropout_prob": train.dropout, "attention_probs_dropout_prob": train.dropout
+    }  # fmt: skip
+    labels = {
+        "id2label": dict(enumerate(rows.label_names)),
+        "label2id": {n: i for i, n in enumerate(rows.label_names)},
+    }
+    model = teachers.load(source, len(rows.label_names), **dropout, **labels)
+    chosen = rows.select("train")
+
+    def batches(epoch: int) -> Iterator[DistillBatch]:
+        for part in order.batches(
+            tokens.lengths[chosen], train.batch_rows, BUCKET_BATCHES, train.seed, epoch
+        ):
+            ids, mask = tokens.padded(chosen[part], pad_id)
+            labels = rows.labels[chosen[part]].astype(np.int64)
+            nothing = np.zeros((len(part), 0), np.float32)
+            yield DistillBatch(*(torch.from_numpy(array) for array in (ids, mask, labels, nothing)))
+
+    steps = -(-len(chosen) // train.batch_rows)
+    settings = Settings(
+        train.epochs, steps, train.learning_rate, train.warmup, train.weight_decay,
+        train.evaluations_per_epoch, train.patience,
+    )  # fmt: skip
+    with bar(f"fine-tuning {name}", train.epochs * len(chosen), "rows") as advance:
+        done = fit(
+            _Classifier(model), batches, lambda logits, batch: label_loss(logits, batch.labels_B),
+            lambda _: _validation(model, rows, tokens, pad_id), settings, advance,
+        )  # fmt: skip
+    return model, done
+
+
+class _Classifier(torch.nn.Module):
+    """A transformers classifier with the students' signature."""
+
+    def __init__(self, model: "PreTrainedModel") -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        logits_BC: torch.Tensor = self.model(input_ids=ids_BL, attention_mask=mask_BL.long()).logits
+        return logits_BC
+
+
+def _validation(model: "PreTrainedModel", rows: Rows, tokens: Tokens, pad_id: int) -> Validation:
+    chosen = rows.select("validation")
+    logits = torch.from_numpy(engine.infer(model, tokens, chosen, pad_id, "float32").logits)
+    labels = torch.from_numpy(rows.labels[chosen].astype(np.int64))
+    return Validation((logits.argmax(1) == labels).float().mean().item(), label_loss(logits, labels).item())
+
+
+def _score(
+    model: "PreTrainedModel", rows: Rows, tokens: Tokens, pad_id: int, names: tuple[str, ...], split: str
+) -> float:
+    """Accuracy on a split, by label name: the teacher's order of labels may be another."""
+    chosen = rows.select(split)
+    logits = engine.infer(model, tokens, chosen, pad_id, "float32", names=rows.row_ids.to_pylist()).logits
+    said: npt.NDArray[np.str_] = np.array(names)[logits.argmax(1)]
+    return float((said == np.array(rows.label_names)[rows.labels[chosen]]).mean())
+
+
+def _save_tokenizer(source: Path, out: Path) -> None:
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(out)
+    except (OSError, ValueError) as error:
+        raise TeacherError(f"the tokenizer in {source} cannot be loaded: {error}") from error
+    for extra in out.iterdir():
+        if extra.name not in FILES:
+            extra.unlink()
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,108 @@
+"""What a classifier is worth: quality, agreement with its teacher, calibration, size, latency.
+
+Shape letters: N rows, C classes.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+
+from pipeline import hardware
+from pipeline.tokens import Tokens
+
+ECE_BINS = 15
+LATENCY_WARMUP, LATENCY_REPEATS = 5, 60
+
+Logits = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int32]
+
+
+def quality(logits_NC: Logits, labels_N: Labels) -> dict[str, float | None]:
+    """Accuracy, ROC AUC (one against the rest, macro; None where a class is absent), macro F1, ECE. All in [0, 1]."""
+    probability_NC = np.exp(_log_softmax(logits_NC))
+    said_N = logits_NC.argmax(1)
+    classes = np.arange(logits_NC.shape[1])
+    auc = None
+    if set(labels_N) == set(classes):
+        scores = probability_NC[:, 1] if len(classes) == 2 else probability_NC
+        auc = float(roc_auc_score(labels_N, scores, multi_class="ovr", labels=classes))
+    return {
+        "accuracy": float(accuracy_score(labels_N, said_N)),
+        "roc_auc": auc,
+        "macro_f1": float(f1_score(labels_N, said_N, average="macro", labels=classes, zero_division=0)),
+        "ece": calibration_error(probability_NC, labels_N),
+    }
+
+
+def calibration_error(probability_NC: npt.NDArray[np.floating[Any]], labels_N: Labels) -> float:
+    """Expected calibration error (Guo et al. 2017): |accuracy - confidence| over 15 equal bins of confidence."""
+    confidence_N = probability_NC.max(1)
+    right_N = probability_NC.argmax(1) == labels_N
+    bin_N = np.minimum((confidence_N * ECE_BINS).astype(int), ECE_BINS - 1)
+    gaps = [abs(float((right_N[bin_N == b] - confidence_N[bin_N == b]).sum())) for b in range(ECE_BINS)]
+    return sum(gaps) / len(labels_N)
+
+
+def against_teacher(logits_NC: Logits, teacher_NC: Logits, labels_N: Labels) -> dict[str, float]:
+    """Agreement of classes, KL(teacher || student) in nats at T = 1, and who is right where, as shares of rows."""
+    student, teacher = _log_softmax(logits_NC), _log_softmax(teacher_NC)
+    right, teacher_right = logits_NC.argmax(1) == labels_N, teacher_NC.argmax(1) == labels_N
+    return {
+        "agreement": float((logits_NC.argmax(1) == teacher_NC.argmax(1)).mean()),
+        "kl_to_teacher": float((np.exp(teacher) * (teacher - student)).sum(1).mean()),
+        "both_right": float((right & teacher_right).mean()),
+        "only_teacher_right": float((~right & teacher_right).mean()),
+        "only_student_right": float((right & ~teacher_right).mean()),
+        "both_wrong": float((~right & ~teacher_right).mean()),
+    }
+
+
+def latency(
+    answer: Callable[[torch.Tensor, torch.Tensor], object],
+    tokens: Tokens,
+    rows: npt.NDArray[np.int64],
+    pad_id: int,
+    size: int,
+) -> float:
+    """Median milliseconds of one call on `size` rows, on one thread, tokens to logits. Rows differ from call to call."""
+    picked = np.resize(rows, (LATENCY_WARMUP + LATENCY_REPEATS) * size).reshape(-1, size)
+    times = []
+    threads = torch.get_num_threads()
+    hardware.pin_threads(1)
+    try:
+        with torch.inference_mode():
+            for batch in picked:
+                ids, mask = (torch.from_numpy(array) for array in tokens.padded(batch, pad_id))
+                started = time.perf_counter()
+                answer(ids, mask)
+                times.append(time.perf_counter() - started)
+    finally:
+        hardware.pin_threads(threads)
+    return 1000 * float(np.median(times[LATENCY_WARMUP:]))
+
+
+def over_seeds(values: Sequence[dict[str, float | None]]) -> dict[str, dict[str, Any]]:
+    """Each metric as {"mean", "std", "values"} over seeds; std is the sample's (n - 1), None for a single seed."""
+    merged = {}
+    for name in values[0]:
+        column = [value[name] for value in values]
+        known = [v for v in column if v is not None]
+        whole = len(known) == len(column)
+        merged[name] = {
+            "mean": float(np.mean(known)) if whole else None,
+            "std": float(np.std(known, ddof=1)) if whole and len(known) > 1 else None,
+            "values": column,
+        }
+    return merged
+
+
+def _log_softmax(logits_NC: Logits) -> npt.NDArray[np.float64]:
+    wide: npt.NDArray[np.float64] = logits_NC.astype(np.float64)
+    wide -= wide.max(axis=1, keepdims=True)
+    wide -= np.log(np.exp(wide).sum(axis=1, keepdims=True))
+    return wide

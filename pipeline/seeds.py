@@ -1,0 +1,93 @@
+"""One seed of a run: build the student, train it from the cache, save it. Runs in a process of its own."""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from pipeline import hardware, students
+from pipeline.batches import CachedRows, DistillBatch
+from pipeline.data import POOL
+from pipeline.losses import label_loss, recipe_loss
+from pipeline.runs import Job
+from pipeline.tokens import TextReader
+from pipeline.training import Fit, Settings, Validation, fit
+
+EVALUATION_ROWS = 256
+
+
+class Trained(NamedTuple):
+    """What became of one seed."""
+
+    fit: Fit
+    cut_rows: int  # rows that lost tokens to the student's maximum
+
+
+def train_seed(
+    job: Job, tell: Callable[[tuple[int, int]], object] = lambda news: None, every_seconds: float = 0.5
+) -> Trained:
+    """Train and save one seed, on one thread. `tell` hears (seed, rows in all) first, then (seed, rows more)."""
+    hardware.pin_threads(1)
+    torch.manual_seed(job.seed)
+    student, recipe = job.student, job.recipe
+    cache, rows = job.paths.open()
+    reader = TextReader(job.paths.out / "tokenizer", student.max_length, "truncate")
+    tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
+    cached = CachedRows(cache, rows, tokens, reader.pad_id, ("train", POOL) if recipe.pool else ("train",))
+    held_out = CachedRows(cache, rows, tokens, reader.pad_id, ("validation",))
+    vocab_size = reader.identity().vocab_size
+    model = students.build(student, vocab_size, len(cache.labels))
+    tell((job.seed, recipe.epochs * cached.num_rows))
+    done = fit(
+        model,
+        lambda epoch: cached.epoch(job.seed, epoch, recipe.batch_rows),
+        lambda logits, batch: _loss(job, logits, batch),
+        lambda trained: _validate(trained, held_out),
+        Settings(
+            epochs=recipe.epochs,
+            steps_per_epoch=cached.num_batches(recipe.batch_rows),
+            learning_rate=student.learning_rate,
+            warmup=recipe.warmup,
+            weight_decay=recipe.weight_decay,
+            evaluations_per_epoch=recipe.evaluations_per_epoch,
+            patience=recipe.patience,
+        ),
+        _in_gulps(tell, job.seed, every_seconds),
+    )
+    students.save(job.paths.out / f"seed-{job.seed}", model, student, vocab_size, len(cache.labels))
+    return Trained(done, tokens.num_cut)
+
+
+def answers(model: torch.nn.Module, cached: CachedRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(student logits [N, C], teacher logits [N, C], labels [N]) of all rows, in one order."""
+    said, teacher, labels = [], [], []
+    with torch.inference_mode():
+        for batch in cached.in_order(EVALUATION_ROWS):
+            said.append(model(batch.ids_BL, batch.mask_BL))
+            teacher.append(batch.teacher_BC)
+            labels.append(batch.labels_B)
+    return torch.cat(said), torch.cat(teacher), torch.cat(labels)
+
+
+def _loss(job: Job, logits_BC: torch.Tensor, batch: DistillBatch) -> torch.Tensor:
+    return recipe_loss(logits_BC, batch.labels_B, batch.teacher_BC, job.recipe.alpha, job.recipe.temperature)
+
+
+def _validate(model: torch.nn.Module, held_out: CachedRows) -> Validation:
+    logits, _, labels = answers(model, held_out)
+    return Validation((logits.argmax(1) == labels).float().mean().item(), label_loss(logits, labels).item())
+
+
+def _in_gulps(tell: Callable[[tuple[int, int]], object], seed: int, every: float) -> Callable[[int], None]:
+    """Rows done, passed on now and then: a message a step would cost more than the step."""
+    held, last = 0, time.monotonic()
+
+    def advance(rows: int) -> None:
+        nonlocal held, last
+        held += rows
+        if time.monotonic() - last > every:
+            tell((seed, held))
+            held, last = 0, time.monotonic()
+
+    return advance

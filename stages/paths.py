@@ -1,0 +1,27 @@
+"""Where stages keep what they make. dvc.yaml says the same; a test compares the two."""
+
+from pathlib import Path
+
+from pipeline.config import Run
+from pipeline.runs import RunPaths
+
+ASSETS = Path("assets")
+DATA = Path("data")
+TEACHERS = Path("teachers")
+CACHES = Path("caches")
+VERIFIED = Path("verified")
+MODELS = Path("models")
+EVAL = Path("results/eval")
+CAPTURE = Path("results/capture")
+CURVES = Path("results/curves")
+REPORT = Path("report/index.html")
+
+
+def of_run(name: str, run: Run) -> RunPaths:
+    """What a run reads and where it writes."""
+    return RunPaths(
+        cache=CACHES / run.cache,
+        dataset=DATA / run.dataset,
+        verified=VERIFIED / f"{run.cache}.json",
+        out=MODELS / name,
+    )

@@ -1,0 +1,17 @@
+"""A run of params.yaml -> models/RUN: one student a seed, trained from the cache."""
+
+from pipeline import config, runs
+from stages import cli, paths
+
+
+def main(name: str) -> None:
+    """Train one run."""
+    params = config.load()
+    run = config.pick(params.runs, "runs", name)
+    student, recipe = params.students[run.student], params.recipes[run.recipe]
+    record = runs.train(name, run, student, recipe, params.workers.seeds_at_once, paths.of_run(name, run))
+    runs.write_curve(record, paths.CURVES / f"{name}.csv")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,20 @@
+"""caches/NAME -> verified/NAME.json: every byte, every row, and a replay of the teacher. Gates training."""
+
+import json
+
+from pipeline import capture, config
+from stages import cli, paths
+from storage import Cache
+
+
+def main(name: str) -> None:
+    """Verify one cache."""
+    entry = config.pick(config.load().caches, "caches", name)
+    cache = Cache.open(paths.CACHES / name)
+    record = capture.check(name, cache, entry, paths.DATA / entry.dataset, paths.TEACHERS / entry.teacher)
+    paths.VERIFIED.mkdir(parents=True, exist_ok=True)
+    (paths.VERIFIED / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)
