@@ -1,0 +1,42 @@
+# make demo    set up and run everything on real reviews     make test    set up and run the tests
+# make check   ruff, format, mypy     make fix   what ruff can mend     make bench   benchmarks     make golden
+PYTHON ?= python3.11
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DVC_NO_ANALYTICS := 1
+
+.PHONY: demo test check fix bench golden constraints
+.DELETE_ON_ERROR:
+
+demo: .venv/ready
+	dvc repro
+	@echo "Open $(CURDIR)/report/index.html"
+
+test: .venv/ready
+	pytest
+
+check: .venv/ready
+	ruff check .
+	ruff format --check .
+	mypy
+
+fix: .venv/ready
+	ruff check --fix .
+	ruff format .
+
+bench: .venv/ready
+	for file in benchmarks/bench_*.py; do python $$file || exit 1; done
+
+golden: .venv/ready
+	python tests/golden/make_cache.py
+
+# torch comes first and alone: resolved together with others, a newer build with gigabytes of CUDA could be chosen.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	pip install --constraint constraints.txt torch
+	pip install --constraint constraints.txt --editable '.[pipeline,dev]'
+	touch $@
+
+constraints: .venv/ready
+	(grep '^#' constraints.txt; pip freeze --exclude-editable | sed 's/+cpu//') > constraints.new
+	mv constraints.new constraints.txt
