@@ -68,7 +68,7 @@ def fit(
     model, optimizer = accelerator.prepare(model, optimizer)
     total = settings.epochs * settings.steps_per_epoch
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _pace(step, total, settings.warmup))
-    every = max(1, settings.steps_per_epoch // settings.evaluations_per_epoch)
+    every = -(-settings.steps_per_epoch // settings.evaluations_per_epoch)
     state = _Progress()
     started = time.perf_counter()
     for epoch in range(settings.epochs):

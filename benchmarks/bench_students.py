@@ -1,0 +1,109 @@
+"""Two choices of the student side, measured: how the BiLSTM reads rows of unlike length, and one thread a seed.
+
+1. A training step of the BiLSTM with a mirrored backward LSTM against the textbook way, packed sequences.
+2. Two seeds in two processes of one thread each against one after the other on two threads.
+Last line: JSON with the ratios (above 1: our way is faster).
+"""
+
+import multiprocessing as mp
+import time
+
+import common
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from pipeline import config, hardware, students
+
+VOCAB, BATCH, LENGTH = 30_522, 64, 26
+ENTRY = config.BiLSTM(kind="bilstm", embedding=128, hidden=128)
+
+
+class Packed(nn.Module):
+    """The textbook BiLSTM: one bidirectional nn.LSTM over packed sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, ENTRY.embedding)
+        self.lstm = nn.LSTM(ENTRY.embedding, ENTRY.hidden, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(4 * ENTRY.hidden, 2)
+
+    def forward(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        lengths_B = mask_BL.sum(1)
+        packed = pack_padded_sequence(
+            self.embedding(ids_BL), lengths_B, batch_first=True, enforce_sorted=False
+        )
+        states, _ = pad_packed_sequence(self.lstm(packed)[0], batch_first=True, padding_value=float("-inf"))
+        mean = states.masked_fill(~mask_BL[..., None], 0.0).sum(1) / lengths_B[:, None]
+        logits: torch.Tensor = self.head(torch.cat([states.amax(1), mean], dim=-1))
+        return logits
+
+
+def stepper(model: nn.Module, steps: int = 10):
+    """A function that trains `model` for some steps on rows of 20 to 26 random tokens."""
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    ids_BL = torch.randint(1, VOCAB, (BATCH, LENGTH))
+    mask_BL = torch.arange(LENGTH) < torch.randint(20, LENGTH + 1, (BATCH,)).clamp(max=LENGTH)[:, None]
+    mask_BL[0] = True
+
+    def run() -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(ids_BL, mask_BL).square().mean().backward()
+            optimizer.step()
+
+    return run
+
+
+def work(threads: int, start) -> None:
+    """Train for a while on so many threads, from the moment that `start` is set."""
+    hardware.pin_threads(threads)
+    run = stepper(students.build(ENTRY, VOCAB, 2))
+    run()
+    start.wait()
+    for _ in range(5):
+        run()
+
+
+def together(processes: int, threads: int) -> float:
+    """Seconds for `processes` trainings at once."""
+    context = mp.get_context("spawn")
+    start = context.Barrier(processes + 1)
+    pool = [context.Process(target=work, args=(threads, start)) for _ in range(processes)]
+    for process in pool:
+        process.start()
+    start.wait()
+    started = time.perf_counter()
+    for process in pool:
+        process.join()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    hardware.pin_threads(1)
+    torch.manual_seed(0)
+    ways = {"mirrored": stepper(students.build(ENTRY, VOCAB, 2)), "packed": stepper(Packed())}
+    seconds = common.medians(ways)
+    print(
+        f"BiLSTM step, one thread: mirrored {seconds['mirrored']:.3f} s, packed {seconds['packed']:.3f} s (10 steps)"
+    )
+    cores = hardware.num_cores()
+    after, beside = [], []
+    for _ in range(3):
+        after.append(cores * together(1, cores))
+        beside.append(together(cores, 1))
+    after.sort()
+    beside.sort()
+    print(
+        f"{cores} seeds: one after the other on {cores} threads {after[1]:.1f} s, side by side {beside[1]:.1f} s"
+    )
+    common.close(
+        {
+            "mirrored_over_packed": seconds["packed"] / seconds["mirrored"],
+            "side_by_side_over_threads": after[1] / beside[1],
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()
