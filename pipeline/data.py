@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import Dataset, Pool, Split
+from pipeline.progress import tracked
 from storage.errors import DataError
 from storage.spec import content_fingerprint, row_id
 
@@ -208,7 +209,7 @@ def _pool(name: str, config: Dataset, pool: Pool, labelled: set[str], counts: Co
     raw = _read(name, config.path, pool.files or config.files, config.format, pool.where, f"{name}.pool")
     _require_columns(name, raw.column_names, [config.columns.text])
     texts: dict[str, None] = {}
-    for value in raw[config.columns.text]:
+    for value in tracked(f"reading the pool of {name}", raw[config.columns.text], "texts"):
         whole = unicodedata.normalize("NFC", str(value or ""))
         for text in sentences(whole) if pool.cut == "sentences" else [whole.strip()]:
             words = len(text.split())

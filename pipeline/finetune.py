@@ -85,11 +85,16 @@ def _fine_tune(
             nothing = np.zeros((len(part), 0), np.float32)
             yield DistillBatch(*(torch.from_numpy(array) for array in (ids, mask, labels, nothing)))
 
-    steps = -(-len(chosen) // train.batch_rows)
     settings = Settings(
-        train.epochs, steps, train.learning_rate, train.warmup, train.weight_decay,
-        train.evaluations_per_epoch, train.patience,
-    )  # fmt: skip
+        epochs=train.epochs,
+        steps_per_epoch=-(-len(chosen) // train.batch_rows),
+        learning_rate=train.learning_rate,
+        warmup=train.warmup,
+        weight_decay=train.weight_decay,
+        evaluations_per_epoch=train.evaluations_per_epoch,
+        patience=train.patience,
+        bfloat16=hardware.precision(train.precision) == "bfloat16",
+    )
     with bar(f"fine-tuning {name}", train.epochs * len(chosen), "rows") as advance:
         done = fit(
             _Classifier(model), batches, lambda logits, batch: label_loss(logits, batch.labels_B),

@@ -7,7 +7,7 @@ imported where it is used: counting cores should not take seconds.
 import os
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,13 @@ def computes_in_bfloat16() -> bool:
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def precision(asked: Literal["auto", "float32", "bfloat16"]) -> Literal["float32", "bfloat16"]:
+    """What `asked` means on this machine."""
+    if asked == "auto":
+        return "bfloat16" if computes_in_bfloat16() else "float32"
+    return asked
 
 
 def machine() -> str:

@@ -1,8 +1,9 @@
 """What a person sees while something lasts: one bar with rate and time left, and plain lines. All on stderr."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -15,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+Item = TypeVar("Item")
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -35,6 +38,14 @@ def bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """A progress bar over `total` units with rate and time left; yields a function to call with units done."""
     with bars(unit) as add:
         yield add(label, total)
+
+
+def tracked(label: str, items: Sequence[Item], unit: str) -> Iterator[Item]:
+    """The items, with a progress bar over them."""
+    with bar(label, len(items), unit) as advance:
+        for item in items:
+            yield item
+            advance(1)
 
 
 @contextmanager

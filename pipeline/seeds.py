@@ -61,10 +61,11 @@ def train_seed(
 
 def answers(model: torch.nn.Module, cached: CachedRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(student logits [N, C], teacher logits [N, C], labels [N]) of all rows, in one order."""
+    device = next(model.parameters()).device
     said, teacher, labels = [], [], []
     with torch.inference_mode():
         for batch in cached.in_order(EVALUATION_ROWS):
-            said.append(model(batch.ids_BL, batch.mask_BL))
+            said.append(model(batch.ids_BL.to(device), batch.mask_BL.to(device)).cpu())
             teacher.append(batch.teacher_BC)
             labels.append(batch.labels_B)
     return torch.cat(said), torch.cat(teacher), torch.cat(labels)

@@ -1,7 +1,7 @@
 """The training loop, for students and for teachers that are fine-tuned: small enough to read in one sitting.
 
 `fit` takes batches from a callable and a loss from another, so it knows nothing of caches, recipes or labels.
-accelerate places the model on the device and scales the precision; on a CPU it changes nothing.
+accelerate places the model on the device and, where asked, runs its forward pass in bfloat16.
 """
 
 import copy
@@ -27,6 +27,7 @@ class Settings(NamedTuple):
     weight_decay: float
     evaluations_per_epoch: int
     patience: int  # evaluations without improvement before it stops
+    bfloat16: bool = False  # the forward pass in bfloat16 autocast; weights stay float32
 
 
 class Validation(NamedTuple):
@@ -61,7 +62,8 @@ def fit(
     `epoch_batches(epoch)` yields the batches of an epoch; `loss(logits, batch)` is minimised. `advance` is told how
     many rows each step saw. Raises FloatingPointError where the loss is not finite.
     """
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    precision = "bf16" if settings.bfloat16 else "no"
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
@@ -92,6 +94,7 @@ def fit(
             break
     if not state.curve or state.curve[-1]["step"] != state.steps:
         state.look(model, validate, epoch=state.steps / settings.steps_per_epoch)
+    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # autocast ends with training
     model.load_state_dict(state.best_state)
     model.eval()
     stopped = "patience" if state.since_best >= settings.patience else "epochs"

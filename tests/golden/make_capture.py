@@ -1,0 +1,68 @@
+"""Writes tests/golden/capture.json: what a teacher of fixed weights is captured as, under the CAPTURE_VERSION of today.
+
+Run by `make golden`. A diff in the file means that capture gives other numbers than before: raise
+pipeline/CAPTURE_VERSION with it, so that nobody mixes shards of the two.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline import capture, config, engine, teachers
+from tests import toy
+
+GOLDEN = Path(__file__).parent / "capture.json"
+DIGITS = 4
+
+
+def write_teacher(directory: Path) -> None:
+    """The toy model with weights that depend on their names alone, not on torch's generators."""
+    toy.write_model(directory)
+    path = directory / "model.safetensors"
+    weights = load_file(path)
+    for place, name in enumerate(sorted(weights)):
+        shape = weights[name].shape
+        bits = np.random.PCG64(place).random_raw(weights[name].numel())
+        values = (bits >> 11).astype(np.float64) / 2**53 - 0.5
+        weights[name] = torch.from_numpy(values.astype(np.float32).reshape(shape))
+    save_file(weights, path, metadata={"format": "pt"})
+    record = {"labels": ["negative", "positive"], "max_length": 32, "too_long": "error"}
+    (directory / teachers.RECORD).write_text(json.dumps(record))
+
+
+def captured(directory: Path) -> dict[str, Any]:
+    """Logits and pooled states of a few texts, in shards' own rounding, and the fingerprints that name them."""
+    entry = config.CacheEntry(
+        dataset="toy", teacher="golden", hidden=config.Hidden(layers=(1, 2)), precision="float32"
+    )
+    who = capture.identity(entry, directory)
+    reader = teachers.reader(directory)
+    texts = toy.texts(6)
+    tokens = reader.read(texts, texts)
+    said = engine.infer(
+        teachers.load(directory), tokens, np.arange(len(texts)), reader.pad_id, "float32", who.spec.hidden
+    )
+    return {
+        "capture_version": capture.CAPTURE_VERSION,
+        "teacher": who.teacher.model_dump(),
+        "tokenizer": who.tokenizer.model_dump(),
+        "input_hashes": tokens.hashes().to_pylist(),
+        "logits": said.logits.astype(float).round(DIGITS).tolist(),
+        "hidden": {
+            layer: states[:, :4].astype(float).round(DIGITS).tolist() for layer, states in said.hidden.items()
+        },
+    }
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as made:
+        write_teacher(Path(made) / "teacher")
+        GOLDEN.write_text(json.dumps(captured(Path(made) / "teacher"), indent=1) + "\n")
