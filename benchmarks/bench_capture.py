@@ -1,7 +1,7 @@
 """Capture against the bare forward pass of the same batches: what batching, checking and writing cost on top.
 
-The model has MiniLM's shape (6 layers, 384 wide, 22.7 M parameters) and random weights; rows have the lengths of the
-reviews. Also: emulated or native bfloat16 against float32. Last line: JSON with the ratios.
+The model has MiniLM's shape (6 layers, 384 wide, 22.7 M parameters) and random weights; rows have the lengths
+of the reviews. Also: emulated or native bfloat16 against float32. Last line: JSON with the ratios.
 """
 
 import tempfile

@@ -1,14 +1,13 @@
 """The cache stage: which shards are missing -> the teacher -> storage. And its replay, for verify.
 
-Plan: finished shards of the same identity whose rows are all wanted are taken as they are, largest first; the rows
-that they leave over are cut, in dataset order, into new shards. So a killed capture goes on where it was, appended
-rows cost themselves alone, and two caches of one teacher share what they have in common. The teacher is loaded when
-the first missing shard is computed, and not at all where none is.
+Plan: finished shards of the same identity whose rows are all wanted are taken as they are, largest first; the
+rows that they leave over are cut, in dataset order, into new shards. So a killed capture goes on where it
+was, appended rows cost themselves alone, and two caches of one teacher share what they have in common. The
+teacher is loaded when the first missing shard is computed, and not at all where none is.
 """
 
 import json
 import platform
-import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -33,8 +32,9 @@ from storage.writer import Store, StoredShard, seal
 STORE = Path(".stillroom")
 CAPTURE_VERSION = int((Path(__file__).parent / "CAPTURE_VERSION").read_text())
 REPLAY_ROWS = 256
-# How far a replayed logit may lie from the cached one, relative to the largest logit of its row: rounding of other
-# batch shapes and processors in float32; two units in the last place of bfloat16 through a dozen layers.
+# How far a replayed logit may lie from the cached one, relative to the largest logit of its row: rounding of
+# other batch shapes and processors in float32; two units in the last place of bfloat16 through a dozen
+# layers.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 6e-2}
 
 Indices = npt.NDArray[np.int64]
@@ -45,7 +45,7 @@ class Captured(NamedTuple):
 
     manifest: Manifest
     computed_rows: int  # rows that the teacher was run on now
-    seconds: float  # what the teacher needed for all shards, now or earlier
+    seconds: float  # what the teacher needed for all shards, now or earlier (hardware.compute_seconds)
     cut_rows: int  # rows that lost tokens to the teacher's maximum
 
 
@@ -75,8 +75,8 @@ def plan(
 ) -> tuple[list[StoredShard], list[Indices]]:
     """(shards to take as they are, rows of each new shard) so that every distinct row is in exactly one.
 
-    `finished` is largest first; a shard is taken where all its rows are wanted and none is taken already. The plan
-    depends on the arguments alone, and finishing any of its new shards leaves the rest of it as it was.
+    `finished` is largest first; a shard is taken where all its rows are wanted and none is taken already. The
+    plan depends on the arguments alone, and finishing any of its new shards leaves the rest of it as it was.
     """
     first: dict[str, int] = {}
     for index, row in enumerate(row_ids):
@@ -103,7 +103,8 @@ def capture(
 ) -> Captured:
     """Ask the teacher about every row that no finished shard holds, and seal the cache into `out`.
 
-    `before_teacher` is called when a shard is missing, before the teacher is loaded; it may refuse by raising.
+    `before_teacher` is called when a shard is missing, before the teacher is loaded; it may refuse by
+    raising.
     """
     rows = load_rows(dataset)
     who = identity(entry, teacher)
@@ -121,12 +122,12 @@ def capture(
         model = teachers.load(teacher)
         with bar(f"capturing {name}", todo, "rows") as advance:
             for part in missing:
-                started = time.perf_counter()
+                started = hardware.compute_seconds()
                 said = engine.infer(
                     model, tokens, part, reader.pad_id, who.spec.precision, who.spec.hidden, row_ids, advance
                 )
                 kept = _logit_rows(rows, hashes, tokens, part, said)
-                taken.append(store.put(who, kept, said.hidden, time.perf_counter() - started))
+                taken.append(store.put(who, kept, said.hidden, hardware.compute_seconds() - started))
     place = {row: index for index, row in reversed(list(enumerate(row_ids)))}
     taken.sort(key=lambda shard: place[shard.row_ids()[0].as_py()])
     files = {file: (teacher / file).read_bytes() for file in FILES if (teacher / file).is_file()}
@@ -184,7 +185,8 @@ def check(name: str, cache: Cache, entry: config.CacheEntry, dataset: Path, teac
 def replay(cache: Cache, rows: Rows, teacher: Path) -> int:
     """Ask the teacher again about a sample of rows that the cache's content chooses; return how many.
 
-    Raises SpecMismatch where a row's tokens or logits are not those that were cached, within the codec's error.
+    Raises SpecMismatch where a row's tokens or logits are not those that were cached, within the codec's
+    error.
     """
     cached = [cache.read(shard) for shard in cache.shards]
     place = {row: index for index, row in enumerate(rows.row_ids.to_pylist())}
@@ -245,7 +247,9 @@ def _logit_rows(
 
 
 def _provenance(entry: config.CacheEntry, teacher: Path) -> dict[str, Any]:
-    """For people: which versions and machine, how good the teacher is. No time of day: bytes must not depend on it."""
+    """For people: which versions and machine, how good the teacher is. No time of day: bytes must not depend
+    on it.
+    """
     packages = ("torch", "transformers", "tokenizers", "pyarrow", "zarr", "numpy")
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},

@@ -1,7 +1,7 @@
 """The schema of params.yaml: frozen, strict, and the only place that says what a field means.
 
-An unknown key is an error that names the nearest known one; so is a name that no shelf holds. Numbers carry their
-unit in the docstring below the field. Defaults are the values that a newcomer should start from.
+An unknown key is an error that names the nearest known one; so is a name that no shelf holds. Numbers carry
+their unit in the docstring below the field. Defaults are the values that a newcomer should start from.
 """
 
 import difflib
@@ -90,7 +90,9 @@ class Dataset(Section):
     files: str = ""
     """Glob below `path`; empty: `path` itself."""
     format: str = "auto"
-    """A builder of `datasets.load_dataset` (csv, json, parquet, text, arrow, ...); auto: by the file's ending."""
+    """A builder of `datasets.load_dataset` (csv, json, parquet, text, arrow, ...); auto: by the file's
+    ending.
+    """
     columns: Columns = Columns()
     where: dict[str, str | int] = {}
     """Keep rows whose column equals this value."""
@@ -164,7 +166,8 @@ class CacheEntry(Section):
 
 class _Student(Section):
     tokenizer: Literal["teacher"] | Positive = "teacher"
-    """`teacher`: the teacher's, from the cache. A number: its own WordPiece of so many entries, learned from the
+    """`teacher`: the teacher's, from the cache. A number: its own WordPiece of so many entries, learned from
+    the
     training and pool text."""
     max_length: Positive = 128
     """The most tokens that it reads of a row; the rest is cut, and cut rows are counted in the run's record."""
@@ -249,7 +252,7 @@ class Workers(Section):
     """How work is spread over this machine. Never changes a result."""
 
     seeds_at_once: Positive | None = None
-    """Seeds of a run trained side by side, each on one thread; null: one a core."""
+    """Seeds of a run trained side by side, each on one thread; null: two a core."""
 
 
 class Params(Section):
@@ -272,7 +275,9 @@ class _Reference(NamedTuple):
 
 
 def load(path: Path = PARAMS) -> Params:
-    """The checked content of params.yaml. Raises ConfigError with every fault, the nearest known name beside it."""
+    """The checked content of params.yaml. Raises ConfigError with every fault, the nearest known name beside
+    it.
+    """
     if not path.is_file():
         raise ConfigError(
             f"there is no {path} here: run this from the project's root, or copy the one in the README."

@@ -1,8 +1,10 @@
 """Raw dataset -> prepared rows: read, cut, split, name.
 
 A prepared dataset is a directory with two files:
-    rows.parquet   row_id, text, label (position in `labels`, -1 for none), split (train, validation, test, pool)
-    summary.json   label names, counts of everything that was kept, dropped or repeated, the content's fingerprint
+    rows.parquet   row_id, text, label (position in `labels`, -1 for none), split (train, validation, test,
+    pool)
+    summary.json   label names, counts of everything that was kept, dropped or repeated, the content's
+    fingerprint
 Tokens are not in it: every teacher and student reads the same rows with a tokenizer of its own.
 """
 
@@ -70,7 +72,8 @@ def load_rows(directory: Path) -> Rows:
 def prepare(name: str, config: Dataset, out: Path) -> dict[str, Any]:
     """Read, check, cut and split the dataset `name`; write rows.parquet and summary.json; return the summary.
 
-    Raises DataError for a missing path or column, a label outside the set, an empty split, or rows without text.
+    Raises DataError for a missing path or column, a label outside the set, an empty split, or rows without
+    text.
     """
     raw = _read(name, config.path, config.files, config.format, config.where, name)
     needed = [config.columns.text, config.columns.label] + (
@@ -132,7 +135,8 @@ def _read(name: str, path: str, files: str, builder: str, where: dict[str, str |
             )
     datasets.disable_progress_bars()
     try:
-        # keep_in_memory and a cache of its own would be slower; the builder's cache is keyed by the files' content
+        # keep_in_memory and a cache of its own would be slower; the builder's cache is keyed by the files'
+        # content
         loaded = (
             datasets.load_dataset(builder)
             if builder == str(root)
@@ -205,7 +209,9 @@ def _named_split(name: str, column: list[Any], index: int) -> str:
 
 
 def _pool(name: str, config: Dataset, pool: Pool, labelled: set[str], counts: Counter[str]) -> list[str]:
-    """The unlabelled texts: distinct, none of them a labelled text, chosen by hash so that order does not matter."""
+    """The unlabelled texts: distinct, none of them a labelled text, chosen by hash so that order does not
+    matter.
+    """
     raw = _read(name, config.path, pool.files or config.files, config.format, pool.where, f"{name}.pool")
     _require_columns(name, raw.column_names, [config.columns.text])
     texts: dict[str, None] = {}

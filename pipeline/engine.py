@@ -1,7 +1,7 @@
 """Batched inference: token rows -> what the teacher says about each.
 
-Rows are sorted by length and cut into batches of a token budget, so little is spent on padding; answers come back
-in the order of the rows. Shape letters: N rows, B batch, L tokens, C classes, W width.
+Rows are sorted by length and cut into batches of a token budget, so little is spent on padding; answers come
+back in the order of the rows. Shape letters: N rows, B batch, L tokens, C classes, W width.
 """
 
 import contextlib
@@ -16,7 +16,8 @@ from pipeline.tokens import Tokens
 from storage.errors import TeacherError
 from storage.spec import HiddenSpec
 
-# Tokens a batch: on a CPU what stays in its caches (32 to 64 short rows were fastest), on a GPU what fills it.
+# Tokens a batch: on a CPU what stays in its caches (32 to 64 short rows were fastest), on a GPU what fills
+# it.
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 65_536}
 
 
@@ -39,8 +40,8 @@ def infer(
 ) -> TeacherOutput:
     """The teacher's logits, and pooled hidden states if asked, for `rows` of `tokens`.
 
-    `precision` is float32 or bfloat16 (autocast). `names` are the row ids, for errors. `advance` is told how many
-    rows are done. Raises TeacherError that names the row where an answer is not finite.
+    `precision` is float32 or bfloat16 (autocast). `names` are the row ids, for errors. `advance` is told how
+    many rows are done. Raises TeacherError that names the row where an answer is not finite.
     """
     device = next(model.parameters()).device
     logits_NC: npt.NDArray[np.float32] | None = None
@@ -75,7 +76,9 @@ def infer(
 
 
 def by_length(lengths: npt.NDArray[np.int64], tokens_per_batch: int) -> list[npt.NDArray[np.int64]]:
-    """Positions of rows, shortest first, cut so that rows x longest stays within the budget (one row at least)."""
+    """Positions of rows, shortest first, cut so that rows x longest stays within the budget (one row at
+    least).
+    """
     order = np.argsort(lengths, kind="stable")
     batches, start = [], 0
     for end in range(1, len(order) + 1):

@@ -1,11 +1,12 @@
 """What this machine is, and how its arithmetic is set up. The only file that sets torch's global switches.
 
-Reproducible means: threads are pinned, so the same program gives the same bits on the same kind of machine. torch is
-imported where it is used: counting cores should not take seconds.
+Reproducible means: threads are pinned, so the same program gives the same bits on the same kind of machine.
+torch is imported where it is used: counting cores should not take seconds.
 """
 
 import os
 import platform
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -33,10 +34,22 @@ def pin_threads(threads: int) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
+def compute_seconds() -> float:
+    """A clock of what computing costs, for differences: core-seconds of this process on a CPU, seconds on a
+    GPU.
+
+    Core-seconds add up over threads and do not count what other programs on a shared machine take.
+    """
+    import torch
+
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
+
+
 def computes_in_bfloat16() -> bool:
     """Whether bfloat16 is faster than float32 here: CPUs with AMX or AVX512-BF16, GPUs since Ampere.
 
-    Other CPUs emulate it: on an AMD EPYC of the Zen 3 generation bf16 autocast ran 7 times slower than float32.
+    Other CPUs emulate it: on an AMD EPYC of the Zen 3 generation bf16 autocast ran 7 times slower than
+    float32.
     """
     import torch
 

@@ -2,9 +2,9 @@
 
     loss = alpha CE + (1 - alpha) T^2 KL(teacher_T || student_T)
 
-CE counts labelled rows only and divides by their number; KL counts every row and divides by the number of rows, never
-by the number of classes. The factor T^2 (Hinton et al. 2015, section 2) is applied here and nowhere else: it keeps
-the size of the soft gradient independent of T. Shape letters: B batch, C classes.
+CE counts labelled rows only and divides by their number; KL counts every row and divides by the number of
+rows, never by the number of classes. The factor T^2 (Hinton et al. 2015, section 2) is applied here and
+nowhere else: it keeps the size of the soft gradient independent of T. Shape letters: B batch, C classes.
 """
 
 import torch

@@ -23,7 +23,9 @@ Labels = npt.NDArray[np.int32]
 
 
 def quality(logits_NC: Logits, labels_N: Labels) -> dict[str, float | None]:
-    """Accuracy, ROC AUC (one against the rest, macro; None where a class is absent), macro F1, ECE. All in [0, 1]."""
+    """Accuracy, ROC AUC (one against the rest, macro; None where a class is absent), macro F1, ECE. All in
+    [0, 1].
+    """
     probability_NC = np.exp(_log_softmax(logits_NC))
     said_N = logits_NC.argmax(1)
     classes = np.arange(logits_NC.shape[1])
@@ -49,7 +51,9 @@ def calibration_error(probability_NC: npt.NDArray[np.floating[Any]], labels_N: L
 
 
 def against_teacher(logits_NC: Logits, teacher_NC: Logits, labels_N: Labels) -> dict[str, float]:
-    """Agreement of classes, KL(teacher || student) in nats at T = 1, and who is right where, as shares of rows."""
+    """Agreement of classes, KL(teacher || student) in nats at T = 1, and who is right where, as shares of
+    rows.
+    """
     student, teacher = _log_softmax(logits_NC), _log_softmax(teacher_NC)
     right, teacher_right = logits_NC.argmax(1) == labels_N, teacher_NC.argmax(1) == labels_N
     return {
@@ -69,7 +73,9 @@ def latency(
     pad_id: int,
     size: int,
 ) -> float:
-    """Median milliseconds of one call on `size` rows, on one thread, tokens to logits. Rows differ from call to call."""
+    """Median milliseconds of one call on `size` rows, on one thread, tokens to logits. Rows differ from call
+    to call.
+    """
     picked = np.resize(rows, (LATENCY_WARMUP + LATENCY_REPEATS) * size).reshape(-1, size)
     times = []
     threads = torch.get_num_threads()
@@ -87,7 +93,9 @@ def latency(
 
 
 def over_seeds(values: Sequence[dict[str, float | None]]) -> dict[str, dict[str, Any]]:
-    """Each metric as {"mean", "std", "values"} over seeds; std is the sample's (n - 1), None for a single seed."""
+    """Each metric as {"mean", "std", "values"} over seeds; std is the sample's (n - 1), None for a single
+    seed.
+    """
     merged = {}
     for name in values[0]:
         column = [value[name] for value in values]

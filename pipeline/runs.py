@@ -1,8 +1,8 @@
 """The train stage: a run is one student and one recipe on one cache, over several seeds.
 
-A run's directory: tokenizer/ (what the student reads with), seed-<n>/ (a student, see students.py), training.json.
-Seeds train side by side in processes of one thread each: small models gain little from more, and a result then does
-not depend on how many run at once. torch is imported by those processes alone.
+A run's directory: tokenizer/ (what the student reads with), seed-<n>/ (a student, see students.py),
+training.json. Seeds train side by side in processes of one thread each: small models gain little from more,
+and a result then does not depend on how many run at once. torch is imported by those processes alone.
 """
 
 import csv
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pipeline.seeds import Trained
 
 PROGRESS_SECONDS = 0.5
+SEEDS_PER_CORE = 2  # three seeds on two cores end sooner sharing them than in two turns
 RECORD = "training.json"
 
 
@@ -67,7 +68,7 @@ def train(
     if paths.out.exists():
         shutil.rmtree(paths.out)
     make_reader(student, cache, rows, paths.out / "tokenizer")
-    at_once = min(len(run.seeds), seeds_at_once or hardware.num_cores())
+    at_once = min(len(run.seeds), seeds_at_once or SEEDS_PER_CORE * hardware.num_cores())
     jobs = [Job(seed, student, recipe, paths) for seed in run.seeds]
     trained = _side_by_side(name, jobs, at_once)
     record = {"seeds": [_seed_record(job, done) for job, done in zip(jobs, trained, strict=True)]}
@@ -157,7 +158,7 @@ def _side_by_side(name: str, jobs: list[Job], at_once: int) -> list["Trained"]:
         trained = [result.get() for result in waiting]
     best = sum(done.fit.best_accuracy for done in trained) / len(trained)
     seconds = sum(done.fit.seconds for done in trained) / len(trained)
-    log(f"{name}: validation accuracy {best:.3f} over {len(trained)} seeds, {seconds:.0f} s each")
+    log(f"{name}: validation accuracy {best:.3f} over {len(trained)} seeds, {seconds:.0f} core-seconds each")
     return trained
 
 

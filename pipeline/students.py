@@ -1,8 +1,9 @@
 """Student architectures, and the files they are kept in.
 
-Each is a module whose forward takes ids [B, L] and the mask of true tokens [B, L], padded on the right, and returns
-logits [B, C]. Padding never changes an answer. A saved student is a directory with model.safetensors and
-student.json (its entry of params.yaml, vocabulary and classes); the tokenizer lies beside it, once for all seeds.
+Each is a module whose forward takes ids [B, L] and the mask of true tokens [B, L], padded on the right, and
+returns logits [B, C]. Padding never changes an answer. A saved student is a directory with model.safetensors
+and student.json (its entry of params.yaml, vocabulary and classes); the tokenizer lies beside it, once for
+all seeds.
 
 Shape letters: B batch, L tokens, C classes, E embedding width, H hidden units.
 """
@@ -45,10 +46,11 @@ class FC(nn.Module):
 
 
 class BiLSTM(nn.Module):
-    """One LSTM in each direction; max and mean over the row's tokens, then a linear layer (after Tang et al. 2019).
+    """One LSTM in each direction; max and mean over the row's tokens, then a linear layer (after Tang et al.
+    2019).
 
-    The backward LSTM reads each row reversed in place (its own last token first). So both see padding only after
-    the row's end, and no packing is needed: on a CPU that is 1.4 times as fast as packed sequences.
+    The backward LSTM reads each row reversed in place (its own last token first). So both see padding only
+    after the row's end, and no packing is needed: on a CPU that is 1.4 times as fast as packed sequences.
     """
 
     def __init__(self, entry: config.BiLSTM, vocab_size: int, num_labels: int) -> None:

@@ -1,8 +1,9 @@
 """Teachers: their fingerprints, how they are loaded, what they are called by.
 
-A teacher is a directory: config.json, *.safetensors, tokenizer.json, tokenizer_config.json, and after the teacher
-stage teacher.json (its score and what it cost). Identities are read from the files alone, so that asking whether
-anything is missing never loads a model. Weights are safetensors only; nothing is unpickled, no remote code is run.
+A teacher is a directory: config.json, *.safetensors, tokenizer.json, tokenizer_config.json, and after the
+teacher stage teacher.json (its score and what it cost). Identities are read from the files alone, so that
+asking whether anything is missing never loads a model. Weights are safetensors only; nothing is unpickled, no
+remote code is run.
 """
 
 import hashlib
@@ -60,7 +61,8 @@ def labels(directory: Path, override: tuple[str, ...] | None, expected: tuple[st
 def load(directory: Path, num_labels: int | None = None, **config: Any) -> "PreTrainedModel":
     """The classifier in `directory`, in float32 on the best device, ready for inference.
 
-    With `num_labels` a head of that size is made where the checkpoint has none. Raises AssetError or TeacherError.
+    With `num_labels` a head of that size is made where the checkpoint has none. Raises AssetError or
+    TeacherError.
     """
     from transformers import AutoModelForSequenceClassification, logging
 

@@ -5,13 +5,13 @@ accelerate places the model on the device and, where asked, runs its forward pas
 """
 
 import copy
-import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 
+from pipeline import hardware
 from pipeline.batches import DistillBatch
 
 MAX_GRADIENT_NORM = 1.0
@@ -40,7 +40,7 @@ class Validation(NamedTuple):
 class Fit(NamedTuple):
     """What training did. The model holds its best state afterwards."""
 
-    seconds: float  # of training and validation, without reading the cache's index
+    seconds: float  # of training and validation: core-seconds on a CPU, seconds on a GPU
     steps: int
     rows_seen: int
     best_step: int
@@ -59,8 +59,8 @@ def fit(
 ) -> Fit:
     """Train `model` and leave it in its best state by validation accuracy (ties: the lower loss).
 
-    `epoch_batches(epoch)` yields the batches of an epoch; `loss(logits, batch)` is minimised. `advance` is told how
-    many rows each step saw. Raises FloatingPointError where the loss is not finite.
+    `epoch_batches(epoch)` yields the batches of an epoch; `loss(logits, batch)` is minimised. `advance` is
+    told how many rows each step saw. Raises FloatingPointError where the loss is not finite.
     """
     precision = "bf16" if settings.bfloat16 else "no"
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
@@ -72,7 +72,7 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _pace(step, total, settings.warmup))
     every = -(-settings.steps_per_epoch // settings.evaluations_per_epoch)
     state = _Progress()
-    started = time.perf_counter()
+    started = hardware.compute_seconds()
     for epoch in range(settings.epochs):
         model.train()
         for batch in epoch_batches(epoch):
@@ -98,7 +98,7 @@ def fit(
     model.load_state_dict(state.best_state)
     model.eval()
     stopped = "patience" if state.since_best >= settings.patience else "epochs"
-    seconds = time.perf_counter() - started
+    seconds = hardware.compute_seconds() - started
     return Fit(seconds, state.steps, state.rows, state.best_step, state.best[0], stopped, state.curve)
 
 

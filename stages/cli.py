@@ -12,7 +12,8 @@ from storage.errors import StillroomError
 def run(main: Callable[..., None]) -> None:
     """Run `main` with the arguments of the command line.
 
-    Errors that a person can mend are printed without a traceback, unless --debug is given or STILLROOM_DEBUG is set.
+    Errors that a person can mend are printed without a traceback, unless --debug is given or STILLROOM_DEBUG
+    is set.
     """
     debug = "--debug" in sys.argv or bool(os.environ.get("STILLROOM_DEBUG"))
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]

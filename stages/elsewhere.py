@@ -1,7 +1,8 @@
 """Refuses to start a teacher that has already done its work on another machine.
 
-dvc.lock travels with git, large outputs do not. Where dvc.lock says that a stage ran with just these inputs, and its
-output is neither here nor in this clone's DVC cache, then running it would pay for the teacher a second time.
+dvc.lock travels with git, large outputs do not. Where dvc.lock says that a stage ran with just these inputs,
+and its output is neither here nor in this clone's DVC cache, then running it would pay for the teacher a
+second time.
 """
 
 import os

@@ -1,11 +1,13 @@
 """Every error that Stillroom raises on purpose, in one tree.
 
-StillroomError                      what a person can mend; the message says what, where, found, expected, what to do
+StillroomError                      what a person can mend; the message says what, where, found, expected,
+what to do
 ├── ConfigError      (ValueError)   params.yaml or the command line says something that cannot be
 ├── AssetError       (OSError)      a download, or a file that should be there, is not what was asked for
 ├── DataError        (ValueError)   a dataset cannot be used as it is
 ├── TeacherError     (ValueError)   a teacher cannot be used as it is, or said something that is no number
-├── TeacherElsewhere (RuntimeError) this machine would have to start a teacher that has already done its work elsewhere
+├── TeacherElsewhere (RuntimeError) this machine would have to start a teacher that has already done its work
+elsewhere
 ├── StoreFull        (OSError)      the disk ran full; finished shards are kept
 └── CacheError                      a cache that must not be read
     ├── NoManifest       (FileNotFoundError)  not a cache, or one that was never sealed

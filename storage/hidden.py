@@ -1,7 +1,8 @@
 """Hidden shards: one Zarr v3 group a shard, one [rows, width] array a layer, row for row beside the logits.
 
-zarr writes them and reads them back. Two of its defaults would hide damage, so both are turned off here: a missing
-chunk reads as NaN and not as zeros, and every chunk carries a crc32c. Files a shard: zarr.json, and for each layer
+zarr writes them and reads them back. Two of its defaults would hide damage, so both are turned off here: a
+missing chunk reads as NaN and not as zeros, and every chunk carries a crc32c. Files a shard: zarr.json, and
+for each layer
 `layer.<n>/zarr.json` and one shard file `layer.<n>/c.0.0`.
 
 Shape letters: N rows, W width.

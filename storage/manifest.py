@@ -1,7 +1,7 @@
 """manifest.json: what a cache is, written last. A cache without it does not exist.
 
-The file is exactly `render(manifest)`: canonical JSON whose `checksum` field is the sha256 of all the rest, so a
-flipped byte anywhere in it is seen. Readers trust the manifest and never a directory listing.
+The file is exactly `render(manifest)`: canonical JSON whose `checksum` field is the sha256 of all the rest,
+so a flipped byte anywhere in it is seen. Readers trust the manifest and never a directory listing.
 """
 
 import json

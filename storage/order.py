@@ -1,8 +1,8 @@
 """The order of training rows, as a function of (seed, epoch) and the shards alone.
 
-Shards are permuted, taken in windows of a few, and the rows of a window are permuted together: reads stay whole
-shards, and no worker, rank or earlier batch can change the order. Only numpy's guaranteed bit stream is used
-(`PCG64(SeedSequence).random_raw`); `Generator.permutation` may change between numpy versions.
+Shards are permuted, taken in windows of a few, and the rows of a window are permuted together: reads stay
+whole shards, and no worker, rank or earlier batch can change the order. Only numpy's guaranteed bit stream is
+used (`PCG64(SeedSequence).random_raw`); `Generator.permutation` may change between numpy versions.
 
 ORDER_VERSION goes up whenever the same arguments would give another order.
 """
@@ -32,11 +32,12 @@ def windows(num_shards: int, per_window: int, *key: int) -> list[Indices]:
 def batches(
     lengths: Sequence[int] | Indices, batch_rows: int, bucket_batches: int, *key: int
 ) -> Iterator[Indices]:
-    """Batches of row indices of one window: permuted, then sorted by length within buckets, then batches permuted.
+    """Batches of row indices of one window: permuted, then sorted by length within buckets, then batches
+    permuted.
 
-    `lengths` are tokens a row. Buckets of `bucket_batches` batches keep padding small and the order random: rows of
-    one batch have like lengths, but which rows meet changes with the key. The last batch may be short; none is
-    repeated and none is lost.
+    `lengths` are tokens a row. Buckets of `bucket_batches` batches keep padding small and the order random:
+    rows of one batch have like lengths, but which rows meet changes with the key. The last batch may be
+    short; none is repeated and none is lost.
     """
     lengths_N = np.asarray(lengths, np.int64)
     rows = permutation(len(lengths_N), 1, *key)

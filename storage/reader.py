@@ -17,7 +17,9 @@ from storage.verify import AGAIN, check_files, check_sizes
 
 
 class Cache:
-    """A sealed cache. Nothing that it returns is unchecked: each file's digest is compared before its first use."""
+    """A sealed cache. Nothing that it returns is unchecked: each file's digest is compared before its first
+    use.
+    """
 
     def __init__(self, path: Path, sealed: Manifest) -> None:
         self.path = path
@@ -26,7 +28,8 @@ class Cache:
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """The cache at `path`: its manifest is sound, and each file that it lists is there with the right size.
+        """The cache at `path`: its manifest is sound, and each file that it lists is there with the right
+        size.
 
         Raises NoManifest, ManifestInvalid, FormatTooNew, ShardMissing or ShardTruncated.
         """
@@ -115,8 +118,8 @@ class Cache:
         """Refuse the cache where it does not fit `what`, with every field that differs.
 
         `identity`: the teacher, tokenizer and spec that it should come from. `labels`: class names in order.
-        `row_ids`: rows that must all have a target; with `whole`, the cache must hold these rows and no others.
-        Raises SpecMismatch.
+        `row_ids`: rows that must all have a target; with `whole`, the cache must hold these rows and no
+        others. Raises SpecMismatch.
         """
         faults: list[Mismatch] = []
         if identity is not None:

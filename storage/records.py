@@ -2,7 +2,8 @@
 
 One row of the file is one row of the dataset, in dataset order:
     row_id      string        32 hex characters, storage.spec.row_id
-    input_hash  string        32 hex characters, storage.spec.input_hash of the token ids that the teacher read
+    input_hash  string        32 hex characters, storage.spec.input_hash of the token ids that the teacher
+    read
     num_tokens  int32         how many token ids it read
     logits      float32[C]    the teacher's logits before any softmax, in label order (a fixed-size list)
 

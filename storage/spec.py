@@ -1,8 +1,8 @@
 """Who was asked, and what was kept: the identity of a cache's contents, and the fingerprints that name it.
 
-Two captures with the same `Identity` over the same rows hold the same numbers (up to the rounding of one machine
-against another), so the identity decides where finished shards live and which of them may be shared or reused.
-Labels' meaning, splits and timings are not in it: they never change what the teacher says.
+Two captures with the same `Identity` over the same rows hold the same numbers (up to the rounding of one
+machine against another), so the identity decides where finished shards live and which of them may be shared
+or reused. Labels' meaning, splits and timings are not in it: they never change what the teacher says.
 """
 
 import hashlib
@@ -90,7 +90,8 @@ def sha256_json(value: Any) -> str:
 def row_id(source: str, content: str) -> str:
     """The name of a row for ever: 32 hex characters of sha256 over where it comes from and what it says.
 
-    Labels and splits are left out on purpose, so that mending a label does not send anyone back to the teacher.
+    Labels and splits are left out on purpose, so that mending a label does not send anyone back to the
+    teacher.
     """
     return hashlib.sha256(f"{source}\x00{content}".encode()).hexdigest()[:ROW_ID_CHARS]
 

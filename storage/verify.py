@@ -39,7 +39,9 @@ def file_entry(root: Path, relative: str) -> FileEntry:
 
 
 def check_sizes(root: Path, files: Iterable[FileEntry]) -> None:
-    """Every file is there with the size that was sealed. Raises ShardMissing or ShardTruncated. Reads no content."""
+    """Every file is there with the size that was sealed. Raises ShardMissing or ShardTruncated. Reads no
+    content.
+    """
     for file in files:
         path = root / file.path
         if not path.is_file():
@@ -52,7 +54,9 @@ def check_sizes(root: Path, files: Iterable[FileEntry]) -> None:
 
 
 def check_files(root: Path, files: Iterable[FileEntry]) -> None:
-    """Every byte of every file is the one that was sealed. Raises ShardMissing, ShardTruncated or ShardCorrupt."""
+    """Every byte of every file is the one that was sealed. Raises ShardMissing, ShardTruncated or
+    ShardCorrupt.
+    """
     for file in files:
         check_sizes(root, [file])
         found = file_entry(root, file.path)
@@ -66,8 +70,8 @@ def check_files(root: Path, files: Iterable[FileEntry]) -> None:
 def verify(cache: "Cache", on_shard: Callable[[int], None] = lambda rows: None) -> Counts:
     """Read all of `cache` and check it: digests, no stray file, rows unique and covered, every number finite.
 
-    `on_shard` is called with the number of rows after each shard, for progress. Raises a CacheError that names the
-    first fault; returns what was counted otherwise.
+    `on_shard` is called with the number of rows after each shard, for progress. Raises a CacheError that
+    names the first fault; returns what was counted otherwise.
     """
     listed = {file.path for file in cache.manifest.files} | {MANIFEST_NAME}
     present = {path.relative_to(cache.path).as_posix() for path in cache.path.rglob("*") if path.is_file()}

@@ -5,10 +5,13 @@ A store is a directory of finished shards, each in a directory named by what it 
     <store>/<identity fingerprint>/<shard key>/shard.json          its manifest entry, and what it cost
                                               /logits/<key>.parquet
                                               /hidden/<key>/...
-    <store>/tmp/                                                   shards being written, swept when their writer is gone
+    <store>/tmp/                                                   shards being written, swept when their
+    writer is gone
 
-A shard is written aside, flushed to disk and renamed, so it is there whole or not at all, whoever else writes it too.
-`seal` links finished shards into a cache and writes the manifest last, in a directory that is renamed into place.
+A shard is written aside, flushed to disk and renamed, so it is there whole or not at all, whoever else writes
+it too.
+`seal` links finished shards into a cache and writes the manifest last, in a directory that is renamed into
+place.
 """
 
 import contextlib
@@ -58,7 +61,9 @@ class Store:
         self._tmp = root / "tmp"
 
     def finished(self, identity: Identity) -> list[StoredShard]:
-        """Every sound shard made under `identity`, largest first. Damaged ones are removed: they are made again."""
+        """Every sound shard made under `identity`, largest first. Damaged ones are removed: they are made
+        again.
+        """
         found = []
         for meta in sorted((self.root / identity.fingerprint).glob("*/shard.json")):
             try:
@@ -136,8 +141,8 @@ def seal(
 ) -> Manifest:
     """Link finished shards into `cache`, in this order, and write its manifest. Replaces what was there.
 
-    `tokenizer_files` maps a file name to its content: a student that reads with the teacher's tokenizer finds it in
-    the cache. The result depends on the arguments alone: no time, no path, no worker.
+    `tokenizer_files` maps a file name to its content: a student that reads with the teacher's tokenizer finds
+    it in the cache. The result depends on the arguments alone: no time, no path, no worker.
     """
     aside = cache.parent / f".{cache.name}.{_host()}.{os.getpid()}"
     for stale in cache.parent.glob(f".{cache.name}.*"):

@@ -1,4 +1,5 @@
-"""A toy world for tests: a small real BERT with random weights, a small real dataset, a params.yaml over both.
+"""A toy world for tests: a small real BERT with random weights, a small real dataset, a params.yaml over
+both.
 
 Everything is real but small: the same files, formats and code paths as the demo, in milliseconds.
 """
@@ -12,7 +13,26 @@ from typing import Any
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
-WORDS = "good bad fine dull bright slow warm cold sharp flat film plot scene actor story ending music script".split()
+WORDS = [
+    "good",
+    "bad",
+    "fine",
+    "dull",
+    "bright",
+    "slow",
+    "warm",
+    "cold",
+    "sharp",
+    "flat",
+    "film",
+    "plot",
+    "scene",
+    "actor",
+    "story",
+    "ending",
+    "music",
+    "script",
+]
 GOOD = {"good", "fine", "bright", "warm", "sharp"}
 WIDTH, LAYERS = 16, 2
 

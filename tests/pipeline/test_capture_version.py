@@ -1,4 +1,6 @@
-"""The golden capture: the numbers that a fixed teacher is captured as may not change under one CAPTURE_VERSION."""
+"""The golden capture: the numbers that a fixed teacher is captured as may not change under one
+CAPTURE_VERSION.
+"""
 
 import json
 from pathlib import Path

@@ -1,0 +1,266 @@
+"""Results -> one self-contained HTML page: the table, the plots, what the cache saved. Reads JSON, never a
+model.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, StrictUndefined
+
+from pipeline import plots
+from storage.errors import AssetError
+
+TEMPLATE = Path(__file__).parent / "report.html.j2"
+Row = dict[str, Any]  # one file of results/eval
+
+COLUMNS = (  # metric, heading, kind, whether more is better (None: neither is marked)
+    ("accuracy", "accuracy", "percent", True),
+    ("over_ce", "points over ce", "points", True),
+    ("of_teacher", "of the teacher's", "percent", True),
+    ("roc_auc", "ROC AUC", "plain", True),
+    ("macro_f1", "macro F1", "plain", True),
+    ("agreement", "agreement", "percent", True),
+    ("kl_to_teacher", "KL to teacher (nats)", "plain", False),
+    ("ece", "ECE", "plain", False),
+    ("parameters", "parameters", "count", None),
+    ("bytes", "MB on disk", "megabytes", False),
+    ("latency_ms_batch_1", "ms, batch 1", "milliseconds", False),
+    ("latency_ms_batch_32", "ms, batch 32", "milliseconds", False),
+    ("train_seconds", "training (core-s)", "seconds", None),
+)
+AGREEMENT = (
+    ("both_right", "both right", "#3d8b57"),
+    ("only_teacher_right", "only the teacher", "#2f6fb0"),
+    ("only_student_right", "only the student", "#b8912f"),
+    ("both_wrong", "both wrong", "#a23b3b"),
+)
+
+
+class BreakEven(NamedTuple):
+    """The teacher's time with and without a cache."""
+
+    without: list[float]  # cumulative seconds after 0, 1, 2, ... trainings
+    with_cache: list[float]
+    after: int | None  # trainings after which the cache has paid for itself
+
+
+def build(eval_dir: Path, capture_dir: Path, models_dir: Path, out: Path) -> None:
+    """Write the report over all results. Raises AssetError where a run's training record is missing."""
+    rows = [_read(path) for path in sorted(eval_dir.glob("*.json"))]
+    if not rows:
+        raise AssetError(f"there are no results in {eval_dir}: run `dvc repro` first.")
+    captures = [_read(path) for path in sorted(capture_dir.glob("*.json"))]
+    training = {
+        row["name"]: _read(models_dir / row["name"] / "training.json") for row in rows if row["kind"] == "run"
+    }
+    sections = [
+        section([row for row in rows if row["dataset"] == dataset], captures, training)
+        for dataset in sorted({row["dataset"] for row in rows})
+    ]
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.from_string(TEMPLATE.read_text()).render(sections=sections, columns=COLUMNS)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page)
+
+
+def section(rows: Sequence[Row], captures: Sequence[Row], training: dict[str, Row]) -> dict[str, Any]:
+    """Everything that the page says about one dataset."""
+    teachers = [row for row in rows if row["kind"] == "teacher"]
+    runs = sorted((row for row in rows if row["kind"] == "run"), key=lambda r: (r["student"], r["recipe"]))
+    teacher = teachers[0] if teachers else None
+    runs = [_compared(row, runs, teacher) for row in runs]
+    used = [c for c in captures if c["cache"] in {row["cache"] for row in runs}]
+    palette = plots.Palette(_distinct(runs, "student"), _distinct(runs, "recipe"))
+    saved = break_even(runs, used, training)
+    shown = [row for row in [*teachers, *runs] if _mean(row, "accuracy") is not None]
+    return {
+        "dataset": rows[0]["dataset"],
+        "headline": headline(runs, teacher),
+        "table": table(teachers, runs),
+        "size": plots.scatter(_points(shown, "bytes", 1e-6), "MB on disk", palette),
+        "latency": plots.scatter(
+            _points(shown, "latency_ms_batch_1", 1.0), "milliseconds a row (batch 1, one thread)", palette
+        ),
+        "curves": plots.curves(_panels(runs, training), palette) if runs else "",
+        "agreement": _agreement(runs),
+        "time": _time(used, runs),
+        "saved": saved,
+        "break_even": plots.break_even(saved.without, saved.with_cache, saved.after) if saved else "",
+        "captures": used,
+        "machine": rows[0]["machine"],
+        "threads": rows[0]["threads"],
+        "split": rows[0]["split"],
+        "rows": rows[0]["rows"],
+    }
+
+
+def headline(runs: Sequence[Row], teacher: Row | None) -> str:
+    """The finding in a sentence or two, computed from the numbers, also where distillation did not help."""
+    if not runs:
+        return "No student has been evaluated yet."
+    best = max(runs, key=lambda row: _mean(row, "accuracy"))
+    text = f"{best['name']} is right on {_mean(best, 'accuracy'):.1%} of the {best['rows']:,} {best['split']} rows"
+    if teacher is not None:
+        text += f", {_mean(best, 'of_teacher'):.1%} of the teacher's accuracy"
+        smaller = _mean(teacher, "bytes") / _mean(best, "bytes")
+        faster = _mean(teacher, "latency_ms_batch_1") / _mean(best, "latency_ms_batch_1")
+        text += f", with a file {_times(smaller, 'smaller', 'larger')} and answers {_times(faster, 'faster', 'slower')}"
+    gain = _mean(best, "over_ce")
+    if gain is None:
+        return text + "."
+    same = f"the same student trained on labels alone ({best['student']}-ce)"
+    if gain <= 0:
+        return f"{text}. Distillation did not help here: {same} is {-gain:.1f} points better."
+    return f"{text}. That is {gain:+.1f} points over {same}."
+
+
+def break_even(runs: Sequence[Row], captures: Sequence[Row], training: dict[str, Row]) -> BreakEven | None:
+    """Without a cache, each training pays for every teacher answer that it uses; with it, the capture is paid
+    once.
+    """
+    rates = {c["cache"]: c["seconds"] / c["rows"] for c in captures if c["rows"]}
+    without = [0.0]
+    for row in runs:
+        for seed in training[row["name"]]["seeds"]:
+            if row["cache"] in rates and seed["teacher_rows_seen"]:
+                without.append(without[-1] + seed["teacher_rows_seen"] * rates[row["cache"]])
+    if len(without) == 1:
+        return None
+    paid = sum(c["seconds"] for c in captures)
+    after = next((count for count, seconds in enumerate(without) if seconds >= paid), None)
+    return BreakEven(without, [paid] * len(without), after)
+
+
+def table(teachers: Sequence[Row], runs: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows of the table as text; the best student of each column is marked."""
+    best = {}
+    for name, _, kind, more in COLUMNS:
+        means = [m for row in runs if (m := _mean(row, name)) is not None]
+        if means and more is not None and len(runs) > 1:
+            best[name] = _text(max(means) if more else min(means), kind)
+    lines = []
+    for row in [*teachers, *runs]:
+        cells = []
+        for name, _, kind, _ in COLUMNS:
+            text = _text(_mean(row, name), kind)
+            spread = (
+                _text(row["metrics"].get(name, {}).get("std"), kind)
+                if name not in ("parameters", "bytes")
+                else ""
+            )
+            marked = row["kind"] == "run" and text == best.get(name)
+            cells.append({"text": text, "spread": "" if spread == "–" else spread, "best": marked})
+        lines.append({"name": row["name"], "kind": row["kind"], "seeds": len(row["seeds"]), "cells": cells})
+    return lines
+
+
+def _compared(row: Row, runs: Sequence[Row], teacher: Row | None) -> Row:
+    """The row with two more metrics: points over the same student's `ce`, paired by seed; share of the
+    teacher's.
+    """
+    metrics = dict(row["metrics"])
+    plain = next((r for r in runs if r["student"] == row["student"] and r["recipe"] == "ce"), None)
+    accuracy = dict(zip(row["seeds"], metrics["accuracy"]["values"], strict=True))
+    if plain is not None and plain is not row:
+        base = dict(zip(plain["seeds"], plain["metrics"]["accuracy"]["values"], strict=True))
+        pairs = [100 * (accuracy[seed] - base[seed]) for seed in accuracy if seed in base]
+        if pairs:
+            metrics["over_ce"] = {"mean": sum(pairs) / len(pairs), "std": _std(pairs), "values": pairs}
+    if teacher is not None:
+        shares = [value / _mean(teacher, "accuracy") for value in accuracy.values()]
+        metrics["of_teacher"] = {"mean": sum(shares) / len(shares), "std": _std(shares), "values": shares}
+    return {**row, "metrics": metrics}
+
+
+def _points(rows: Sequence[Row], cost: str, scale: float) -> list[plots.Point]:
+    return [
+        plots.Point(
+            row["name"], row["student"], row["recipe"], _mean(row, cost) * scale, _mean(row, "accuracy"),
+            row["metrics"]["accuracy"].get("std"),
+        )
+        for row in rows
+    ]  # fmt: skip
+
+
+def _panels(runs: Sequence[Row], training: dict[str, Row]) -> list[Any]:
+    panels = []
+    for student in _distinct(runs, "student"):
+        lines = []
+        for row in (r for r in runs if r["student"] == student):
+            seeds = [
+                plots.Line(
+                    str(s["seed"]),
+                    [p["rows"] for p in s["curve"]],
+                    [p["validation_accuracy"] for p in s["curve"]],
+                )
+                for s in training[row["name"]]["seeds"]
+            ]
+            shortest = min((line.xs for line in seeds), key=len)
+            mean = [sum(line.ys[i] for line in seeds) / len(seeds) for i in range(len(shortest))]
+            lines.append((row["recipe"], plots.Line("mean", shortest, mean), seeds if len(seeds) > 1 else []))
+        panels.append((student, lines))
+    return panels
+
+
+def _agreement(runs: Sequence[Row]) -> str:
+    if not runs:
+        return ""
+    ranked = sorted(runs, key=lambda row: -_mean(row, "both_right"))
+    parts = [(label, [_mean(row, name) for row in ranked], colour) for name, label, colour in AGREEMENT]
+    return plots.shares([row["name"] for row in ranked], parts)
+
+
+def _time(captures: Sequence[Row], runs: Sequence[Row]) -> str:
+    items = [
+        (f"fine-tuning {c['teacher']}", c["teacher_train_seconds"], "#111")
+        for c in captures
+        if c["teacher_train_seconds"]
+    ]
+    items += [(f"capturing {c['cache']}", c["seconds"], "#2f6fb0") for c in captures]
+    items += [(f"training {r['name']}", _mean(r, "train_seconds") * len(r["seeds"]), "#b8912f") for r in runs]
+    names, values, colours = zip(*items, strict=True) if items else ((), (), ())
+    return plots.bars(names, values, colours, "core-seconds, all seeds") if items else ""
+
+
+def _text(value: float | None, kind: str) -> str:
+    if value is None:
+        return "–"
+    return {
+        "percent": f"{100 * value:.1f} %",
+        "points": f"{value:+.1f}",
+        "plain": f"{value:.3f}",
+        "count": f"{value / 1e6:,.2f} M",
+        "megabytes": f"{value / 1e6:,.1f}",
+        "milliseconds": f"{value:.2f}",
+        "seconds": f"{value:,.0f}",
+    }[kind]
+
+
+def _times(ratio: float, more: str, less: str) -> str:
+    return f"{ratio:.1f} times {more}" if ratio >= 1 else f"{1 / ratio:.1f} times {less}"
+
+
+def _mean(row: Row, metric: str) -> Any:
+    return row["metrics"].get(metric, {}).get("mean")
+
+
+def _std(values: Sequence[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    mean = sum(values) / len(values)
+    return float((sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5)
+
+
+def _distinct(rows: Sequence[Row], field: str) -> list[str]:
+    return list(dict.fromkeys(row[field] for row in rows))
+
+
+def _read(path: Path) -> Row:
+    if not path.is_file():
+        raise AssetError(f"{path} is missing: run `dvc repro`, or fetch it with `dvc pull {path.parent}`.")
+    content: Row = json.loads(path.read_text())
+    return content
