@@ -106,5 +106,5 @@ def _refuse_nonfinite(
     raise TeacherError(
         f"the teacher's {what} for row {names[row] if names is not None else row} are not finite "
         f"({int((~finite).sum())} of the {len(rows)} rows in its batch).\n"
-        "Finished shards are kept. Look at that row's text; if the arithmetic overflows, set precision: float32."
+        "Finished shards are kept. Look at that row; if the arithmetic overflows, set precision: float32."
     )

@@ -1,4 +1,4 @@
-"""The evaluate and score stages: rows of the results table, for runs and for teachers, measured in one way."""
+"""The evaluate and score stages: rows of the results table, for runs and teachers, measured in one way."""
 
 import json
 from pathlib import Path

@@ -180,7 +180,7 @@ def break_even(without: Sequence[float], with_cache: Sequence[float], at: int | 
             axes.text(at, max(without), f" paid for after {at}", fontsize=9, va="top")
         axes.set_xlabel("students trained (one run, one seed)")
         axes.set_ylabel("teacher's seconds")
-        axes.legend(loc="center right")
+        axes.legend(loc="upper left", bbox_to_anchor=(0.12, 1.0))
         return _svg(figure)
 
 

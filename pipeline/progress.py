@@ -1,4 +1,4 @@
-"""What a person sees while something lasts: one bar with rate and time left, and plain lines. All on stderr."""
+"""What a person sees while something lasts: bars with rate and time left, and lines. All on stderr."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +35,7 @@ def log(message: str) -> None:
 
 @contextmanager
 def bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """A progress bar over `total` units with rate and time left; yields a function to call with units done."""
+    """A progress bar over `total` units with rate and time left; yields advance(units)."""
     with bars(unit) as add:
         yield add(label, total)
 

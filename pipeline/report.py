@@ -153,7 +153,9 @@ def table(teachers: Sequence[Row], runs: Sequence[Row]) -> list[dict[str, Any]]:
                 else ""
             )
             marked = row["kind"] == "run" and text == best.get(name)
-            cells.append({"text": text, "spread": "" if spread == "–" else spread, "best": marked})
+            cells.append(
+                {"text": text, "spread": "" if spread == "–" else spread.lstrip("+"), "best": marked}
+            )
         lines.append({"name": row["name"], "kind": row["kind"], "seeds": len(row["seeds"]), "cells": cells})
     return lines
 

@@ -60,7 +60,7 @@ def fit(
     """Train `model` and leave it in its best state by validation accuracy (ties: the lower loss).
 
     `epoch_batches(epoch)` yields the batches of an epoch; `loss(logits, batch)` is minimised. `advance` is
-    told how many rows each step saw. Raises FloatingPointError where the loss is not finite.
+    told how many rows each step saw. Raises TrainingError where the loss is not finite.
     """
     precision = "bf16" if settings.bfloat16 else "no"
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)

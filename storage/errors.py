@@ -1,15 +1,14 @@
 """Every error that Stillroom raises on purpose, in one tree.
 
-StillroomError                      what a person can mend; the message says what, where, found, expected,
-what to do
-├── ConfigError      (ValueError)   params.yaml or the command line says something that cannot be
-├── AssetError       (OSError)      a download, or a file that should be there, is not what was asked for
-├── DataError        (ValueError)   a dataset cannot be used as it is
-├── TeacherError     (ValueError)   a teacher cannot be used as it is, or said something that is no number
-├── TeacherElsewhere (RuntimeError) this machine would have to start a teacher that has already done its work
-elsewhere
-├── StoreFull        (OSError)      the disk ran full; finished shards are kept
-└── CacheError                      a cache that must not be read
+StillroomError: what a person can mend; the message says what, where, found, expected, what to do
+├── ConfigError      (ValueError)       params.yaml or the command line says something that cannot be
+├── AssetError       (OSError)          a download, or a file that should be there, is not what was asked for
+├── DataError        (ValueError)       a dataset cannot be used as it is
+├── TeacherError     (ValueError)       a teacher cannot be used as it is, or said something that is no number
+├── TrainingError    (ArithmeticError)  a student's training left the numbers
+├── TeacherElsewhere (RuntimeError)     a teacher would start here that has done its work on another machine
+├── StoreFull        (OSError)          the disk ran full; finished shards are kept
+└── CacheError                          a cache that must not be read
     ├── NoManifest       (FileNotFoundError)  not a cache, or one that was never sealed
     ├── ManifestInvalid  (ValueError)         the manifest is damaged, or was edited
     ├── FormatTooNew     (ValueError)         written by a later Stillroom
@@ -46,8 +45,12 @@ class TeacherError(StillroomError, ValueError):
     """A teacher cannot be used as it is, or said something that is no number."""
 
 
+class TrainingError(StillroomError, ArithmeticError):
+    """A student's training left the numbers."""
+
+
 class TeacherElsewhere(StillroomError, RuntimeError):
-    """This machine would have to start a teacher that has already done its work elsewhere."""
+    """A teacher would start here that has done its work on another machine."""
 
 
 class StoreFull(StillroomError, OSError):
@@ -101,6 +104,10 @@ class SpecMismatch(CacheError, ValueError):
         self.mismatches = tuple(mismatches)
         fields = "1 field" if len(self.mismatches) == 1 else f"{len(self.mismatches)} fields"
         super().__init__(f"{what} ({fields}).\n{_table(self.mismatches)}\n{advice}")
+        self._parts = (what, self.mismatches, advice)
+
+    def __reduce__(self) -> tuple[type["SpecMismatch"], tuple[str, tuple[Mismatch, ...], str]]:
+        return type(self), self._parts  # survives the way from a worker process
 
 
 def _table(mismatches: Sequence[Mismatch]) -> str:

@@ -29,7 +29,12 @@ def write(group_dir: Path, states: Mapping[int, npt.NDArray[Any]], spec: HiddenS
     dtype = np.dtype(spec.dtype)
     chunk_rows = max(1, CHUNK_BYTES // (spec.width * dtype.itemsize))
     for layer in spec.layers:
-        states_NW = np.ascontiguousarray(states[layer], dtype)
+        with np.errstate(over="ignore"):
+            states_NW = np.ascontiguousarray(states[layer], dtype)
+        if not np.isfinite(states_NW).all():
+            raise ValueError(
+                f"states of layer {layer} do not fit {spec.dtype}: keep them as float32 (hidden.dtype)"
+            )
         num_rows = len(states_NW)
         rows = min(chunk_rows, num_rows)
         array = group.create_array(

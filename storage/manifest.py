@@ -99,7 +99,7 @@ class Manifest(Strict):
 
 
 def render(manifest: Manifest) -> bytes:
-    """The exact bytes of manifest.json: canonical JSON with `checksum` over all other fields, and a newline."""
+    """The exact bytes of manifest.json: canonical JSON with its checksum, and a newline."""
     body = manifest.model_dump(mode="json")
     return canonical_json({**body, "checksum": sha256_json(body)}) + b"\n"
 
@@ -118,7 +118,7 @@ def load(cache: Path) -> Manifest:
     if not path.is_file():
         raise NoManifest(
             f"{path} is missing: {cache} is not a cache, or was never sealed.\n"
-            f"The manifest is written last. Run `dvc repro cache@{cache.name}` again: finished shards are kept."
+            f"It is written last. Run `dvc repro cache@{cache.name}` again: finished shards are kept."
         )
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise ManifestInvalid(f"{path} has {path.stat().st_size:,} bytes: more than a manifest can have.")

@@ -34,7 +34,7 @@ class LogitRows(NamedTuple):
 
 
 def schema(num_classes: int, labels: tuple[str, ...] = ()) -> pa.Schema:
-    """The Arrow schema of a logit shard; label names travel in the file's metadata under `stillroom.labels`."""
+    """The Arrow schema of a logit shard; label names go into the metadata (stillroom.labels)."""
     fields = [
         pa.field("row_id", pa.string(), nullable=False),
         pa.field("input_hash", pa.string(), nullable=False),

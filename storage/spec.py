@@ -97,12 +97,12 @@ def row_id(source: str, content: str) -> str:
 
 
 def input_hash(token_ids: npt.ArrayLike) -> str:
-    """32 hex characters of sha256 over the row's token ids as little-endian int32, special tokens included."""
+    """32 hex characters of sha256 over the row's token ids (little-endian int32, special ones too)."""
     return hashlib.sha256(np.asarray(token_ids, "<i4").tobytes()).hexdigest()[:ROW_ID_CHARS]
 
 
 def content_fingerprint(row_ids: Iterable[str]) -> str:
-    """sha256 hex of a set of rows: their distinct ids in sorted order. Neither order nor repeats change it."""
+    """sha256 hex of a set of rows: their distinct ids, sorted. Neither order nor repeats change it."""
     return hashlib.sha256("".join(sorted(set(row_ids))).encode()).hexdigest()
 
 

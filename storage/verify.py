@@ -17,7 +17,9 @@ from storage.spec import content_fingerprint
 if TYPE_CHECKING:
     from storage.reader import Cache
 
-AGAIN = "Fetch it again (`dvc checkout --force` or `dvc pull`), or rebuild the cache: only damaged shards are made again."
+AGAIN = (
+    "Fetch it again (`dvc checkout --force`, `dvc pull`), or rebuild it: only damaged shards are made again."
+)
 
 
 class Counts(NamedTuple):

@@ -73,7 +73,9 @@ class Store:
                 )
                 check_files(shard.root, shard.entry.files)
             except (CacheError, ValueError, KeyError, TypeError):
-                shutil.rmtree(meta.parent)
+                shutil.rmtree(
+                    meta.parent
+                )  # shards are renamed into place whole: this one is damaged, not unfinished
             else:
                 found.append(shard)
         return sorted(found, key=lambda shard: (-shard.entry.rows, shard.entry.key))
@@ -85,7 +87,7 @@ class Store:
         states: Mapping[int, npt.NDArray[Any]],
         seconds: float,
     ) -> StoredShard:
-        """Write one finished shard and return it. Raises StoreFull where the disk ends; earlier shards stay."""
+        """Write one finished shard. Raises StoreFull where the disk ends; earlier shards stay."""
         row_ids, inputs = rows.row_ids.to_pylist(), rows.input_hashes.to_pylist()
         key = shard_key(identity, row_ids, inputs)
         final = self.root / identity.fingerprint / key
@@ -105,11 +107,13 @@ class Store:
             (aside / "shard.json").write_bytes(canonical_json(body))
             _fsync_tree(aside)
             final.parent.mkdir(parents=True, exist_ok=True)
-            # OSError: another worker finished the same shard first, and a full directory is never replaced
-            with (
-                contextlib.suppress(FileExistsError, OSError) if final.exists() else contextlib.nullcontext()
-            ):
+            try:
                 os.rename(aside, final)
+            except OSError:
+                if (
+                    not final.is_dir()
+                ):  # else another worker finished the same shard first: its bytes are ours
+                    raise
             _fsync(final.parent)
         return StoredShard(final, entry, seconds)
 

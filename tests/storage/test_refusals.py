@@ -103,10 +103,10 @@ def test_a_stray_file_is_refused_by_verify(cache: Cache) -> None:
 
 
 def test_no_cache_and_no_manifest_are_told_apart_and_say_what_to_do(cache: Cache, tmp_path: Path) -> None:
-    with pytest.raises(NoManifest, match=r"there is no cache at .*dvc pull"):
-        Cache.open(str(tmp_path / "nowhere").replace("\n", ""))
+    with pytest.raises(NoManifest, match=r"(?s)there is no cache at .*dvc pull"):
+        Cache.open(tmp_path / "nowhere")
     (cache.path / MANIFEST_NAME).unlink()
-    with pytest.raises(NoManifest, match="written last"):
+    with pytest.raises(NoManifest, match="never sealed"):
         Cache.open(cache.path)
 
 
@@ -201,7 +201,10 @@ def test_rows_that_are_not_those_of_the_named_dataset_are_refused(cache: Cache) 
 
 
 CHANGES = {
-    "another tokenizer": ({"tokenizer": {"content": "9" * 64, "vocab_size": 7}}, ["tokenizer.content", "tokenizer.vocab_size"]),
+    "another tokenizer": (
+        {"tokenizer": {"content": "9" * 64, "vocab_size": 7}},
+        ["tokenizer.content", "tokenizer.vocab_size"],
+    ),
     "another padding side": ({"tokenizer": {"padding_side": "left"}}, ["tokenizer.padding_side"]),
     "another teacher": ({"teacher": {"weights": "9" * 64}}, ["teacher.weights"]),
     "another config": ({"teacher": {"config": "9" * 64}}, ["teacher.config"]),
@@ -253,7 +256,6 @@ def test_every_refusal_is_a_cache_error_and_a_builtin_one() -> None:
         NoManifest: FileNotFoundError,
         ManifestInvalid: ValueError,
         ShardTruncated: OSError,
-        SpecMismatch: ValueError,
     }
     for error, builtin in builtins.items():
         assert issubclass(error, CacheError)
