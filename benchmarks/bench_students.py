@@ -30,6 +30,7 @@ class Packed(nn.Module):
         self.head = nn.Linear(4 * ENTRY.hidden, 2)
 
     def forward(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        """Logits [B, 2]."""
         lengths_B = mask_BL.sum(1)
         packed = pack_padded_sequence(
             self.embedding(ids_BL), lengths_B, batch_first=True, enforce_sorted=False

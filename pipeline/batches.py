@@ -104,9 +104,9 @@ class CachedRows:
 
 
 def prefetch(items: Iterable[Item], max_bytes: int, size: Callable[[Item], int]) -> Iterator[Item]:
-    """The same items, made by a thread that stays at most `max_bytes` ahead. Its errors are raised here.
+    """The same items, made by a thread that stays at most `max_bytes` (or one item) ahead.
 
-    Closing the iterator early ends the thread.
+    Its errors are raised here, in their place. Closing the iterator early ends the thread.
     """
     ahead = _Ahead(max_bytes)
     ready: queue.SimpleQueue[Item | Exception | None] = queue.SimpleQueue()
@@ -144,7 +144,9 @@ class _Ahead:
     def wait_and_take(self, num_bytes: int) -> bool:
         """Wait for room and take it; False where nobody wants more."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._held < self._limit)
+            self._changed.wait_for(
+                lambda: self._closed or not self._held or self._held + num_bytes <= self._limit
+            )
             self._held += num_bytes
             return not self._closed
 

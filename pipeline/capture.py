@@ -37,6 +37,9 @@ REPLAY_ROWS = 256
 # layers.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 6e-2}
 
+LAYERS_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+WIDTH_KEYS = ("hidden_size", "dim", "n_embd", "d_model")
+
 Indices = npt.NDArray[np.int64]
 
 
@@ -108,6 +111,8 @@ def capture(
     """
     rows = load_rows(dataset)
     who = identity(entry, teacher)
+    _refuse_other_labels(name, who.spec.labels, rows.label_names)
+    hardware.pin_threads(hardware.num_cores())  # also where nothing is missing: provenance tells it
     reader = teachers.reader(teacher)
     tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
     store.sweep()
@@ -118,8 +123,7 @@ def capture(
     if missing:
         before_teacher()
         hashes = tokens.hashes()
-        hardware.pin_threads(hardware.num_cores())
-        model = teachers.load(teacher)
+        model = teachers.load(teacher, pad_token_id=reader.pad_id)
         with bar(f"capturing {name}", todo, "rows") as advance:
             for part in missing:
                 started = hardware.compute_seconds()
@@ -205,7 +209,7 @@ def replay(cache: Cache, rows: Rows, teacher: Path) -> int:
     ]
     precision = cache.identity.spec.precision
     hardware.pin_threads(hardware.num_cores())
-    model = teachers.load(teacher)
+    model = teachers.load(teacher, pad_token_id=reader.pad_id)
     said = engine.infer(model, tokens, np.arange(len(chosen)), reader.pad_id, precision).logits
     if said.shape[1] != len(cache.labels):
         raise TeacherError(
@@ -224,14 +228,27 @@ def replay(cache: Cache, rows: Rows, teacher: Path) -> int:
     return len(chosen)
 
 
+def _refuse_other_labels(name: str, teacher: tuple[str, ...], dataset: tuple[str, ...]) -> None:
+    """Before the teacher is run: verify would refuse the cache afterwards."""
+    if teacher != dataset:
+        raise TeacherError(
+            f"caches.{name}: the teacher's outputs are not the dataset's labels, in its order.\n"
+            f"  teacher {list(teacher)}\n  dataset {list(dataset)}\n"
+            "Write the dataset's labels in the teacher's order, or fine-tune the teacher on this dataset."
+        )
+
+
 def _hidden_spec(hidden: config.Hidden | None, teacher: Path) -> HiddenSpec | None:
     if hidden is None:
         return None
     model = json.loads((teacher / "config.json").read_text())
-    layers, width = (
-        model.get("num_hidden_layers", model.get("n_layers")),
-        model.get("hidden_size", model.get("dim")),
-    )
+    layers = next((model[key] for key in LAYERS_KEYS if model.get(key)), None)
+    width = next((model[key] for key in WIDTH_KEYS if model.get(key)), None)
+    if layers is None or width is None:
+        raise TeacherError(
+            f"hidden: {teacher}/config.json does not say how many layers it has, or how wide.\n"
+            f"Expected one of {LAYERS_KEYS} and one of {WIDTH_KEYS}. Leave `hidden` out to keep logits alone."
+        )
     if wrong := [layer for layer in hidden.layers if layer > layers]:
         raise TeacherError(
             f"hidden.layers: the teacher in {teacher} has layers 0 (embeddings) to {layers}, not {wrong}."

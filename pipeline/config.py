@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -22,6 +22,13 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Entry = TypeVar("Entry")
+Several = TypeVar("Several", bound=tuple[object, ...])
+
+
+def _distinct(values: Several) -> Several:
+    if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
+        raise ValueError(f"{twice[0]!r} stands there twice")
+    return values
 
 
 class Section(BaseModel):
@@ -80,6 +87,12 @@ class Pool(Section):
     rows: Positive | None = None
     """How many rows to keep, chosen by a stable hash; null: all."""
 
+    @model_validator(mode="after")
+    def _some_words(self) -> "Pool":
+        if self.words[0] > self.words[1]:
+            raise ValueError(f"words {list(self.words)}: the fewest are more than the most")
+        return self
+
 
 class Dataset(Section):
     """Raw rows, and how to read them."""
@@ -96,7 +109,7 @@ class Dataset(Section):
     columns: Columns = Columns()
     where: dict[str, str | int] = {}
     """Keep rows whose column equals this value."""
-    labels: Annotated[tuple[str, ...], Field(min_length=2, strict=False)]
+    labels: Annotated[tuple[str, ...], Field(min_length=2, strict=False), AfterValidator(_distinct)]
     """Class names in order. The label column holds these names, or their positions from 0."""
     split: Split | str = Split(train=0.8, validation=0.1, test=0.1)
     """Shares, or the name of a column that holds train, validation or test."""
@@ -131,7 +144,7 @@ class Teacher(Section):
     """A directory with config.json, *.safetensors and tokenizer files: local, or below assets/."""
     dataset: Name
     """The dataset that it is trained on (with `train`) and scored on."""
-    labels: Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    labels: Annotated[tuple[str, ...], Field(strict=False), AfterValidator(_distinct)] | None = None
     """Names of the head's outputs in order, where the model's own config does not name them."""
     max_length: Positive = 512
     """The most tokens that it reads of a row."""
@@ -143,7 +156,9 @@ class Teacher(Section):
 class Hidden(Section):
     """Pooled hidden states to keep beside the logits."""
 
-    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False)]
+    layers: Annotated[
+        tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False), AfterValidator(_distinct)
+    ]
     """Layers in the sense of transformers' hidden_states: 0 is the embeddings."""
     pool: Literal["first", "mean"] = "mean"
     """The first token's state, or the mean over the row's tokens."""
@@ -170,7 +185,7 @@ class _Student(Section):
     the
     training and pool text."""
     max_length: Positive = 128
-    """The most tokens that it reads of a row; the rest is cut, and cut rows are counted in the run's record."""
+    """The most tokens that it reads of a row. The rest is cut; the run's record counts the rows."""
     dropout: Fraction = 0.1
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
 
@@ -245,7 +260,9 @@ class Run(Section):
     cache: Name
     student: Name
     recipe: Name
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False)] = (0,)
+    seeds: Annotated[
+        tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False), AfterValidator(_distinct)
+    ] = (0,)
 
 
 class Workers(Section):
@@ -253,6 +270,15 @@ class Workers(Section):
 
     seeds_at_once: Positive | None = None
     """Seeds of a run trained side by side, each on one thread; null: two a core."""
+
+
+class RunPaths(NamedTuple):
+    """What a run reads and where it writes. Travels to the processes that train."""
+
+    cache: Path
+    dataset: Path
+    verified: Path  # the record of the verify stage
+    out: Path
 
 
 class Params(Section):
@@ -284,7 +310,7 @@ def load(path: Path = PARAMS) -> Params:
         )
     try:
         raw = YAML(typ="safe", pure=True).load(path.read_text())
-    except YAMLError as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML:\n{error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds {type(raw).__name__}, expected names like datasets: and runs:")

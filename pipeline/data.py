@@ -11,9 +11,11 @@ Tokens are not in it: every teacher and student reads the same rows with a token
 import hashlib
 import json
 import re
+import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,10 +32,24 @@ from storage.spec import content_fingerprint, row_id
 SPLITS = ("train", "validation", "test")
 POOL = "pool"
 NO_LABEL = -1
-BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text",
-            ".arrow": "arrow"}  # fmt: skip
+BUILDERS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".arrow": "arrow",
+}
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+")
 MARKUP = re.compile(r"<[^>]+>")
+
+
+class Raw(NamedTuple):
+    """The columns that are needed of a raw dataset, in its order."""
+
+    columns: dict[str, list[Any]]
+    class_names: dict[str, list[str]]  # of columns that carry names for their numbers (ClassLabel)
 
 
 class Rows(NamedTuple):
@@ -75,11 +91,9 @@ def prepare(name: str, config: Dataset, out: Path) -> dict[str, Any]:
     Raises DataError for a missing path or column, a label outside the set, an empty split, or rows without
     text.
     """
-    raw = _read(name, config.path, config.files, config.format, config.where, name)
-    needed = [config.columns.text, config.columns.label] + (
-        [config.split] if isinstance(config.split, str) else []
-    )
-    _require_columns(name, raw.column_names, needed)
+    text_column, label_column = config.columns.text, config.columns.label
+    needed = [text_column, label_column] + ([config.split] if isinstance(config.split, str) else [])
+    raw = _read(name, config, name, config.files, config.where, needed)
     counts: Counter[str] = Counter()
     columns: dict[str, list[Any]] = {"row_id": [], "text": [], "label": [], "split": []}
 
@@ -87,13 +101,13 @@ def prepare(name: str, config: Dataset, out: Path) -> dict[str, Any]:
         for column, value in zip(columns.values(), (row_id(source, text), text, label, split), strict=True):
             column.append(value)
 
-    texts = _texts(name, config, raw[config.columns.text], counts)
-    labels = _labels(name, config, raw[config.columns.label])
-    given = list(raw[config.split]) if isinstance(config.split, str) else []
+    texts = _texts(name, config, raw.columns[text_column], counts)
+    labels = _labels(name, config, raw.columns[label_column], raw.class_names.get(label_column))
     for index, text in texts:
-        split = (
-            share(text, config.split) if isinstance(config.split, Split) else _named_split(name, given, index)
-        )
+        if isinstance(config.split, Split):
+            split = share(text, config.split)
+        else:
+            split = _named_split(name, raw.columns[config.split], index)
         keep(name, text, labels[index], split)
     if config.pool is not None:
         labelled = set(columns["text"])
@@ -111,49 +125,71 @@ def share(text: str, split: Split) -> str:
 
 
 def sentences(text: str) -> Iterator[str]:
-    """The sentences of a text, without markup, white space folded. A plain rule, not a parser: . ! ? end one."""
+    """The sentences of a text, without markup, white space folded. A plain rule, no parser: . ! ? end one."""
     for sentence in SENTENCE_END.split(MARKUP.sub(" ", text)):
         if folded := " ".join(sentence.split()):
             yield folded
 
 
-def _read(name: str, path: str, files: str, builder: str, where: dict[str, str | int], field: str) -> Any:
-    """A `datasets.Dataset` of the rows that match `where`."""
+def _folded(text: str) -> str:
+    return " ".join(MARKUP.sub(" ", text).split())
+
+
+def _read(
+    name: str, config: Dataset, field: str, files: str, where: dict[str, str | int], needed: list[str]
+) -> Raw:
+    """The needed columns of the rows that match `where`."""
     import datasets
 
-    root = Path(path)
+    root = Path(config.path)
     if not root.exists():
-        raise DataError(f"datasets.{name}.path: {path} does not exist (looked in {Path.cwd()}).")
+        raise DataError(f"datasets.{name}.path: {root} does not exist (looked in {Path.cwd()}).")
     found = sorted(p for p in root.glob(files) if p.is_file()) if files else [root]
     if not found:
-        raise DataError(f"datasets.{field}.files: nothing below {path} matches {files!r}.")
-    if builder == "auto":
-        builder = BUILDERS.get(found[0].suffix, "") if found[0].is_file() else str(root)
-        if not builder:
-            raise DataError(
-                f"datasets.{name}.format: {found[0]} ends in none of {', '.join(BUILDERS)}; name a builder."
-            )
+        raise DataError(f"datasets.{field}.files: nothing below {root} matches {files!r}.")
+    source, options = _builder(name, config.format, found)
     datasets.disable_progress_bars()
-    try:
-        # keep_in_memory and a cache of its own would be slower; the builder's cache is keyed by the files'
-        # content
-        loaded = (
-            datasets.load_dataset(builder)
-            if builder == str(root)
-            else datasets.load_dataset(builder, data_files=[str(p) for p in found])
-        )
-    except Exception as error:  # whatever a builder raises, the file is what a person can mend
-        raise DataError(f"datasets.{name}: {builder} cannot read {found[0]}: {error}") from error
-    parts = [part.add_column("split", [key] * len(part)) if len(loaded) > 1 and "split" not in part.column_names else part
-             for key, part in loaded.items()]  # fmt: skip
-    rows = datasets.concatenate_datasets(parts)
-    _require_columns(name, rows.column_names, list(where))
+    # A cache of our own: the shared one knows files by path and time, so it can give old content for new.
+    with tempfile.TemporaryDirectory() as own:
+        try:
+            loaded = datasets.load_dataset(source, cache_dir=own, **options)
+            parts = [_with_split(part, key) if len(loaded) > 1 else part for key, part in loaded.items()]
+            rows = datasets.concatenate_datasets(parts)
+        except Exception as error:  # whatever a builder raises, the file is what a person can mend
+            raise DataError(f"datasets.{name}: {source} cannot read {found[0]}: {error}") from error
+        _require_columns(name, rows.column_names, [*needed, *where])
+        chosen = list(dict.fromkeys([*needed, *where]))
+        table = rows.select_columns(chosen).with_format("arrow")[:]
+        columns = {column: table.column(column).to_pylist() for column in chosen}
     for column, value in where.items():
-        mask = np.array([cell == value for cell in rows[column]])
-        rows = rows.select(np.flatnonzero(mask))
-    if not len(rows):
+        kept = [index for index, cell in enumerate(columns[column]) if cell == value]
+        columns = {key: [cells[index] for index in kept] for key, cells in columns.items()}
+    if not columns[needed[0]]:
         raise DataError(f"datasets.{name}: no row of {found[0]} has {where}.")
-    return rows.with_format(None)
+    features = rows.features.items()
+    return Raw(columns, {key: f.names for key, f in features if isinstance(f, datasets.ClassLabel)})
+
+
+def _builder(name: str, asked: str, found: list[Path]) -> tuple[str, dict[str, Any]]:
+    """What `datasets.load_dataset` is called with: (builder, its options)."""
+    first = found[0]
+    if first.is_dir():
+        return (str(first), {}) if asked == "auto" else (asked, {"data_dir": str(first)})
+    builder = BUILDERS.get(first.suffix.lower(), "") if asked == "auto" else asked
+    if not builder:
+        raise DataError(
+            f"datasets.{name}.format: {first} ends in none of {', '.join(BUILDERS)}; name a builder."
+        )
+    options: dict[str, Any] = {"data_files": [str(path) for path in found]}
+    if builder == "csv":  # pandas would read the texts "NA", "null" and "None" as nothing
+        separator = "\t" if first.suffix.lower() == ".tsv" else ","
+        options |= {"sep": separator, "keep_default_na": False, "na_values": [""]}
+    return builder, options
+
+
+def _with_split(part: Any, key: str) -> Any:
+    """Datasets that come in several splits get a column that says which, where they have none."""
+    return part if "split" in part.column_names else part.add_column("split", [key] * len(part))
 
 
 def _require_columns(name: str, found: list[str], needed: list[str]) -> None:
@@ -178,26 +214,39 @@ def _texts(name: str, config: Dataset, column: list[Any], counts: Counter[str]) 
     counts["empty"] = len(empty)
     if empty and config.empty == "error":
         raise DataError(
-            f"datasets.{name}: {len(empty):,} of {len(column):,} rows have no text (the first is row {empty[0]}).\n"
-            f"Mend them, or write datasets.{name}.empty: drop to leave them out (they are counted in the summary)."
+            f"datasets.{name}: {len(empty):,} of {len(column):,} rows have no text "
+            f"(the first is row {empty[0]}).\n"
+            f"Mend them, or write datasets.{name}.empty: drop to leave them out (the summary counts them)."
         )
     return kept
 
 
-def _labels(name: str, config: Dataset, column: list[Any]) -> list[int]:
-    """Every label as a position in `config.labels`; positions and names are both understood."""
+def _labels(name: str, config: Dataset, column: list[Any], class_names: list[str] | None) -> list[int]:
+    """Every label as a position in `config.labels`; positions and names are both understood.
+
+    Where all names are whole numbers ("1" to "5"), numbers in the column are names. Where the file names its
+    numbers with these same labels, those names count: its order may be another.
+    """
+    if class_names and set(class_names) == set(config.labels):
+        column = [class_names[value] if isinstance(value, int) and value >= 0 else value for value in column]
     known: dict[Any, int] = {label: position for position, label in enumerate(config.labels)}
-    known |= {position: position for position in range(len(config.labels))}
-    unknown = Counter(value for value in column if isinstance(value, bool) or value not in known)
-    if unknown:
-        value, times = unknown.most_common(1)[0]
+    if all(re.fullmatch(r"-?\d+", label) for label in config.labels):
+        known |= {int(label): position for label, position in list(known.items())}
+    else:
+        known |= {position: position for position in range(len(config.labels))}
+    places = [
+        known.get(value) if isinstance(value, str | Real) and not isinstance(value, bool) else None
+        for value in column
+    ]
+    if None in places:
+        first = places.index(None)
         raise DataError(
-            f"datasets.{name}: label {value!r} is outside the set ({times:,} rows, the first is row "
-            f"{list(column).index(value)}).\n  found    {sorted(map(repr, set(column)))[:20]}\n"
+            f"datasets.{name}: label {column[first]!r} is outside the set "
+            f"({places.count(None):,} rows are, the first is row {first}).\n  found    {sorted({repr(value) for value in column})[:20]}\n"
             f"  expected {list(config.labels)} or their positions 0 to {len(config.labels) - 1}\n"
             f"Mend datasets.{name}.labels, or the data."
         )
-    return [known[value] for value in column]
+    return [place for place in places if place is not None]
 
 
 def _named_split(name: str, column: list[Any], index: int) -> str:
@@ -209,20 +258,25 @@ def _named_split(name: str, column: list[Any], index: int) -> str:
 
 
 def _pool(name: str, config: Dataset, pool: Pool, labelled: set[str], counts: Counter[str]) -> list[str]:
-    """The unlabelled texts: distinct, none of them a labelled text, chosen by hash so that order does not
-    matter.
+    """The unlabelled texts, chosen by hash so that order does not matter: distinct, none of them labelled.
+
+    A text is held to be a labelled one whatever its markup and white space.
     """
-    raw = _read(name, config.path, pool.files or config.files, config.format, pool.where, f"{name}.pool")
-    _require_columns(name, raw.column_names, [config.columns.text])
+    column = config.columns.text
+    raw = _read(name, config, f"{name}.pool", pool.files or config.files, pool.where, [column])
+    known = {_folded(text) for text in labelled}
     texts: dict[str, None] = {}
-    for value in tracked(f"reading the pool of {name}", raw[config.columns.text], "texts"):
+    for value in tracked(f"reading the pool of {name}", raw.columns[column], "texts"):
         whole = unicodedata.normalize("NFC", str(value or ""))
         for text in sentences(whole) if pool.cut == "sentences" else [whole.strip()]:
             words = len(text.split())
             outside = not pool.words[0] <= words <= pool.words[1]
             counts["pool outside the word limits"] += outside
-            counts["pool repeated or labelled"] += not outside and (text in texts or text in labelled)
-            if not outside and text not in labelled:
+            if outside:
+                continue
+            is_labelled = _folded(text) in known
+            counts["pool repeated or labelled"] += text in texts or is_labelled
+            if not is_labelled:
                 texts[text] = None
     chosen = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())[: pool.rows]
     if pool.rows is not None and len(chosen) < pool.rows:
@@ -240,7 +294,8 @@ def _write(
     if empty := [split for split in SPLITS if not rows[split]]:
         raise DataError(
             f"datasets.{name}: the split {empty[0]!r} is empty (rows: {dict(rows)}).\n"
-            f"Give it a share under datasets.{name}.split; a few rows may hash past a small share."
+            f"Give it a share under datasets.{name}.split (a few rows may hash past a small share), or, "
+            "where that names a column, rows that say so."
         )
     classes = Counter(zip(columns["split"], columns["label"], strict=True))
     summary = {

@@ -9,16 +9,18 @@ import torch
 from pipeline import config, engine, hardware, metrics, students, teachers
 from pipeline.batches import CachedRows
 from pipeline.data import load_rows
-from pipeline.runs import RECORD, RunPaths
+from pipeline.runs import RECORD, open_inputs
 from pipeline.seeds import answers
 from pipeline.tokens import TextReader
 
 SPLIT = "test"
 
 
-def evaluate_run(name: str, run: config.Run, student: config.Student, paths: RunPaths) -> dict[str, Any]:
+def evaluate_run(
+    name: str, run: config.Run, student: config.Student, paths: config.RunPaths
+) -> dict[str, Any]:
     """The run's metrics on the test split, each as {"mean", "std", "values"} over its seeds."""
-    cache, rows = paths.open()
+    cache, rows = open_inputs(paths)
     hardware.pin_threads(hardware.num_cores())
     reader = TextReader(paths.out / "tokenizer", student.max_length, "truncate")
     tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
@@ -49,12 +51,14 @@ def evaluate_teacher(name: str, entry: config.Teacher, dataset: Path, teacher: P
     """The teacher's row of the results table."""
     rows, reader, record = load_rows(dataset), teachers.reader(teacher), teachers.record(teacher)
     hardware.pin_threads(hardware.num_cores())
-    model = teachers.load(teacher)
+    model = teachers.load(teacher, pad_token_id=reader.pad_id)
     tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
     chosen = rows.select(SPLIT)
-    logits = engine.infer(model, tokens, chosen, reader.pad_id, "float32").logits
+    names = rows.row_ids.to_pylist()
+    logits = engine.infer(model, tokens, chosen, reader.pad_id, "float32", names=names).logits
     logits = logits[:, [record["labels"].index(label) for label in rows.label_names]]
     labels = rows.labels[chosen]
+    model.cpu()  # latency is that of one thread of a CPU, for teachers as for students
 
     def answer(ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> object:
         return model(input_ids=ids_BL, attention_mask=mask_BL.long())

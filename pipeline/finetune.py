@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def make_teacher(name: str, entry: config.Teacher, dataset: Path, out: Path) -> dict[str, Any]:
-    """Put the teacher `name` into the directory `out` and return its record, which is also out/teacher.json."""
+    """Put the teacher `name` into the directory `out`; return its record, which is also out/teacher.json."""
     rows = load_rows(dataset)
     source = Path(entry.model)
     if not (source / "config.json").is_file():
@@ -37,7 +37,8 @@ def make_teacher(name: str, entry: config.Teacher, dataset: Path, out: Path) -> 
             f"For a model of a hub, add it to assets (source: {entry.model}) and write model: assets/NAME."
         )
     hardware.pin_threads(hardware.num_cores())
-    out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)  # its files may be links to the model's own: never write into them
+    out.mkdir(parents=True)
     _save_tokenizer(source, out)
     reader = TextReader(out, entry.max_length, entry.too_long)
     tokens = reader.read(
@@ -47,10 +48,15 @@ def make_teacher(name: str, entry: config.Teacher, dataset: Path, out: Path) -> 
         model, done = _fine_tune(name, entry.train, source, rows, tokens, reader.pad_id)
         model.save_pretrained(out)
     else:
-        model, done = teachers.load(source), None
+        model, done = teachers.load(source, pad_token_id=reader.pad_id), None
         for file in [source / "config.json", *sorted(source.glob("*.safetensors*"))]:
             _link(file, out / file.name)
     names = teachers.labels(out, entry.labels, rows.label_names)
+    if model.config.num_labels != len(names):
+        raise TeacherError(
+            f"teachers.{name}: the model gives {model.config.num_labels} logits a row, and there are "
+            f"{len(names)} labels: {list(names)}.\nName all its outputs, or fine-tune it: teachers.{name}.train."
+        )
     record: dict[str, Any] = {
         "labels": list(names),
         "max_length": entry.max_length,
@@ -75,7 +81,7 @@ def _fine_tune(
         "id2label": dict(enumerate(rows.label_names)),
         "label2id": {n: i for i, n in enumerate(rows.label_names)},
     }
-    model = teachers.load(source, len(rows.label_names), **dropout, **labels)
+    model = teachers.load(source, len(rows.label_names), pad_token_id=pad_id, **dropout, **labels)
     chosen = rows.select("train")
 
     def batches(epoch: int) -> Iterator[DistillBatch]:

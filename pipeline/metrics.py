@@ -42,7 +42,7 @@ def quality(logits_NC: Logits, labels_N: Labels) -> dict[str, float | None]:
 
 
 def calibration_error(probability_NC: npt.NDArray[np.floating[Any]], labels_N: Labels) -> float:
-    """Expected calibration error (Guo et al. 2017): |accuracy - confidence| over 15 equal bins of confidence."""
+    """Expected calibration error (Guo et al. 2017): |accuracy - confidence| over 15 bins of confidence."""
     confidence_N = probability_NC.max(1)
     right_N = probability_NC.argmax(1) == labels_N
     bin_N = np.minimum((confidence_N * ECE_BINS).astype(int), ECE_BINS - 1)

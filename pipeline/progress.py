@@ -68,3 +68,7 @@ def bars(unit: str) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
             return lambda units: progress.advance(task, units)
 
         yield add
+        if progress.disable:
+            for task in progress.tasks:
+                if task.finished:
+                    log(f"{task.description}: {task.completed:,.0f} {unit} in {task.finished_time:,.1f} s")

@@ -29,26 +29,18 @@ SEEDS_PER_CORE = 2  # three seeds on two cores end sooner sharing them than in t
 RECORD = "training.json"
 
 
-class RunPaths(NamedTuple):
-    """What a run reads and where it writes. Travels to the processes that train."""
-
-    cache: Path
-    dataset: Path
-    verified: Path  # the record of the verify stage
-    out: Path
-
-    def open(self) -> tuple[Cache, Rows]:
-        """The cache and the prepared rows."""
-        return Cache.open(self.cache), load_rows(self.dataset)
-
-
 class Job(NamedTuple):
     """One seed of a run."""
 
     seed: int
     student: config.Student
     recipe: config.Recipe
-    paths: RunPaths
+    paths: config.RunPaths
+
+
+def open_inputs(paths: config.RunPaths) -> tuple[Cache, Rows]:
+    """The cache and the prepared rows of a run."""
+    return Cache.open(paths.cache), load_rows(paths.dataset)
 
 
 def train(
@@ -57,13 +49,13 @@ def train(
     student: config.Student,
     recipe: config.Recipe,
     seeds_at_once: int | None,
-    paths: RunPaths,
+    paths: config.RunPaths,
 ) -> dict[str, Any]:
     """Train every seed of a run and write its directory; return the content of training.json.
 
     Refuses a cache that was not verified or does not fit, before the first step.
     """
-    cache, rows = paths.open()
+    cache, rows = open_inputs(paths)
     _refuse_misfit(name, cache, rows, recipe, paths.verified)
     if paths.out.exists():
         shutil.rmtree(paths.out)

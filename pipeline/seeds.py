@@ -10,7 +10,7 @@ from pipeline import hardware, students
 from pipeline.batches import CachedRows, DistillBatch
 from pipeline.data import POOL
 from pipeline.losses import label_loss, recipe_loss
-from pipeline.runs import Job
+from pipeline.runs import Job, open_inputs
 from pipeline.tokens import TextReader
 from pipeline.training import Fit, Settings, Validation, fit
 
@@ -27,17 +27,19 @@ class Trained(NamedTuple):
 def train_seed(
     job: Job, tell: Callable[[tuple[int, int]], object] = lambda news: None, every_seconds: float = 0.5
 ) -> Trained:
-    """Train and save one seed, on one thread. `tell` hears (seed, rows in all) first, then (seed, rows more)."""
+    """Train and save one seed, on one thread.
+
+    `tell` hears (seed, rows in all) first, then (seed, rows more). Raises TrainingError where it diverges.
+    """
     hardware.pin_threads(1)
     torch.manual_seed(job.seed)
     student, recipe = job.student, job.recipe
-    cache, rows = job.paths.open()
+    cache, rows = open_inputs(job.paths)
     reader = TextReader(job.paths.out / "tokenizer", student.max_length, "truncate")
     tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
     cached = CachedRows(cache, rows, tokens, reader.pad_id, ("train", POOL) if recipe.pool else ("train",))
     held_out = CachedRows(cache, rows, tokens, reader.pad_id, ("validation",))
-    vocab_size = reader.identity().vocab_size
-    model = students.build(student, vocab_size, len(cache.labels))
+    model = students.build(student, reader.num_ids, len(cache.labels))
     tell((job.seed, recipe.epochs * cached.num_rows))
     done = fit(
         model,
@@ -55,7 +57,7 @@ def train_seed(
         ),
         _in_gulps(tell, job.seed, every_seconds),
     )
-    students.save(job.paths.out / f"seed-{job.seed}", model, student, vocab_size, len(cache.labels))
+    students.save(job.paths.out / f"seed-{job.seed}", model, student, reader.num_ids, len(cache.labels))
     return Trained(done, tokens.num_cut)
 
 

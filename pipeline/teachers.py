@@ -70,12 +70,18 @@ def load(directory: Path, num_labels: int | None = None, **config: Any) -> "PreT
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     extra = {"num_labels": num_labels} if num_labels else {}
+    options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            directory, use_safetensors=True, local_files_only=True, dtype=torch.float32, **extra, **config
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            directory, dtype=torch.float32, **options, **extra, **config
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise TeacherError(f"the model in {directory} cannot be loaded as a classifier: {error}") from error
+    if num_labels is None and loaded["missing_keys"]:  # transformers would fill them with random numbers
+        raise TeacherError(
+            f"the model in {directory} is no trained classifier: its weights lack "
+            f"{', '.join(sorted(loaded['missing_keys'])[:4])}.\nFine-tune it: teachers.NAME.train."
+        )
     return model.to(hardware.device()).eval()
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Encoding, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from storage.errors import AssetError, DataError
 from storage.spec import TokenizerIdentity, input_hash, sha256_json
@@ -45,7 +45,7 @@ class Tokens(NamedTuple):
     def padded(
         self, rows: npt.NDArray[np.int64], pad_id: int
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """Ids [B, L] of these rows, padded on the right to the longest, and the mask of true tokens [B, L]."""
+        """Ids [B, L] of these rows, padded on the right to the longest, and the mask of true tokens."""
         lengths_B = self.offsets[rows + 1] - self.offsets[rows]
         mask_BL = np.arange(lengths_B.max()) < lengths_B[:, None]
         ids_BL = np.full(mask_BL.shape, pad_id, np.int64)
@@ -69,7 +69,13 @@ class TextReader:
         self.max_length, self.too_long = max_length, too_long
         self._settings = json.loads(config.read_text()) if config.is_file() else {}
         self.special = {name: i for name in SPECIAL if (i := self._special_id(name)) is not None}
-        self.pad_id = self.special.get("pad_token", 0)  # masked wherever it stands, so any id serves
+        # Masked wherever it stands, so any id serves; decoders without one pad with the end of text.
+        self.pad_id = self.special.get("pad_token", self.special.get("eos_token", 0))
+
+    @property
+    def num_ids(self) -> int:
+        """One more than the largest id: the entries that an embedding needs. Vocabularies can have holes."""
+        return 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
 
     def identity(self) -> TokenizerIdentity:
         """The fingerprint of this tokenizer: its file's meaning, size, special tokens and padding side."""
@@ -87,7 +93,7 @@ class TextReader:
         for batch in _batched(texts):
             for encoding in self.tokenizer.encode_batch_fast(batch):
                 full.append(len(encoding.ids))
-                ids.append(np.array(encoding.ids[: self.max_length] or [self.pad_id], np.int32))
+                ids.append(np.array(_cut(encoding, self.max_length) or [self.pad_id], np.int32))
         lengths = np.array(full)
         over = np.flatnonzero(lengths > self.max_length)
         if len(over) and self.too_long == "error":
@@ -97,10 +103,6 @@ class TextReader:
                 f"(the longest has {lengths[worst]}: row {row_ids[worst]}).\n"
                 "Raise max_length, or write too_long: truncate to cut them (they are counted)."
             )
-        for index in over:  # keep the closing special token, as truncating tokenizers do
-            closing = self.special.get("sep_token", self.special.get("eos_token"))
-            if closing is not None:
-                ids[index][-1] = closing
         offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
         return Tokens(np.concatenate(ids) if ids else np.zeros(0, np.int32), offsets, len(over))
 
@@ -128,6 +130,17 @@ class TextReader:
         token = self._settings.get(name)
         text = token.get("content") if isinstance(token, dict) else token
         return self.tokenizer.token_to_id(text) if text else None
+
+
+def _cut(encoding: Encoding, max_length: int) -> list[int]:
+    """The ids of a row, at most so many; the special tokens that close it stay, as where tokenizers truncate."""
+    ids: list[int] = encoding.ids
+    if len(ids) <= max_length:
+        return ids
+    closing = 0
+    while closing < max_length and encoding.special_tokens_mask[-1 - closing]:
+        closing += 1
+    return ids[: max_length - closing] + ids[len(ids) - closing :]
 
 
 def _batched(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -5,6 +5,7 @@ accelerate places the model on the device and, where asked, runs its forward pas
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -116,16 +117,14 @@ class _Progress:
         self.steps += 1
         self.rows += rows
         self._losses.append(loss)
-        if loss != loss or loss in (float("inf"), float("-inf")):
-            raise FloatingPointError(
-                f"the training loss is {loss} at step {self.steps}: lower the learning rate"
-            )
+        _refuse_nonfinite("training", loss, self.steps)
 
     def look(
         self, model: torch.nn.Module, validate: Callable[[torch.nn.Module], Validation], epoch: float
     ) -> None:
         model.eval()
         seen = validate(model)
+        _refuse_nonfinite("validation", seen.loss, self.steps)
         self.curve.append(
             {
                 "step": self.steps,
@@ -141,6 +140,13 @@ class _Progress:
         if (seen.accuracy, -seen.loss) > self.best:
             self.best, self.best_step, self.since_best = (seen.accuracy, -seen.loss), self.steps, 0
             self.best_state = copy.deepcopy(model.state_dict())
+
+
+def _refuse_nonfinite(which: str, loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the {which} loss is {loss} at step {step}.\nLower learning_rate, or raise warmup."
+        )
 
 
 def _pace(step: int, total: int, warmup: float) -> float:

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.config import Run
-from pipeline.runs import RunPaths
+from pipeline.config import Run, RunPaths
 
 ASSETS = Path("assets")
 DATA = Path("data")

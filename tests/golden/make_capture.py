@@ -40,7 +40,7 @@ def write_teacher(directory: Path) -> None:
 
 
 def captured(directory: Path) -> dict[str, Any]:
-    """Logits and pooled states of a few texts, in shards' own rounding, and the fingerprints that name them."""
+    """Logits and pooled states of a few texts, rounded, and the fingerprints that name them."""
     entry = config.CacheEntry(
         dataset="toy", teacher="golden", hidden=config.Hidden(layers=(1, 2)), precision="float32"
     )

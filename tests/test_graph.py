@@ -1,0 +1,76 @@
+"""dvc.yaml: its paths are the code's, cheap stages depend on the code that they run, dear ones do not."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline.config import Run
+from stages import paths
+from tests.imports import ROOT, closure
+
+CHEAP = ("prepare", "train", "evaluate", "report")
+DEAR = ("fetch", "teacher", "cache", "verify", "score")
+GRAPH: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
+
+
+def body(stage: str) -> dict[str, Any]:
+    """A stage's fields, inside foreach or not."""
+    found: dict[str, Any] = GRAPH[stage].get("do", GRAPH[stage])
+    return found
+
+
+def names(stage: str, *fields: str) -> list[str]:
+    """The paths below these fields, without their options."""
+    return [
+        next(iter(item)) if isinstance(item, dict) else item
+        for f in fields
+        for item in body(stage).get(f, [])
+    ]
+
+
+@pytest.mark.parametrize("stage", CHEAP)
+def test_a_cheap_stage_depends_on_exactly_the_code_that_it_imports(stage: str) -> None:
+    extra = ["pipeline/report.html.j2"] if stage == "report" else []
+    expected = [*closure(f"stages.{stage}"), *extra]
+    found = [dep for dep in names(stage, "deps") if dep.endswith((".py", ".j2"))]
+    lines = "\n".join(f"        - {path}" for path in expected)
+    assert sorted(found) == sorted(expected), f"paste under deps of {stage}:\n{lines}"
+
+
+@pytest.mark.parametrize("stage", DEAR)
+def test_a_dear_stage_depends_on_no_code_but_the_capture_version(stage: str) -> None:
+    code = {dep for dep in names(stage, "deps") if dep.startswith(("pipeline/", "stages/", "storage/"))}
+    assert code <= {"pipeline/CAPTURE_VERSION"}
+
+
+def test_every_stage_is_either_cheap_or_dear_and_none_depends_on_workers() -> None:
+    assert set(GRAPH) == {*CHEAP, *DEAR}
+    assert "workers" not in (ROOT / "dvc.yaml").read_text().replace("dvc.yaml", "")
+
+
+def test_the_graph_and_the_code_name_the_same_paths() -> None:
+    key = "${key}"
+    assert names("fetch", "outs") == [str(paths.ASSETS / key)]
+    assert names("prepare", "outs") == [str(paths.DATA / key)]
+    assert names("teacher", "outs") == [str(paths.TEACHERS / key)]
+    assert names("cache", "outs") == [str(paths.CACHES / key), str(paths.CAPTURE / f"{key}.json")]
+    assert names("verify", "metrics") == [str(paths.VERIFIED / f"{key}.json")]
+    assert names("train", "outs", "plots") == [str(paths.MODELS / key), str(paths.CURVES / f"{key}.csv")]
+    assert names("evaluate", "metrics") == [str(paths.EVAL / f"{key}.json")]
+    assert names("score", "metrics") == [str(paths.EVAL / f"teacher-{key}.json")]
+    assert names("report", "outs") == [str(paths.REPORT.parent)]
+    run = paths.of_run(key, Run(dataset="d", cache="c", student="s", recipe="r"))
+    assert Path(names("train", "outs")[0]) == run.out
+    reads = names("train", "deps")
+    item = {"d": "${item.dataset}", "c": "${item.cache}"}
+    assert str(paths.DATA / item["d"]) in reads
+    assert str(paths.CACHES / item["c"]) in reads
+    assert str(paths.VERIFIED / f"{item['c']}.json") in reads
+
+
+def test_commands_run_the_stage_that_they_are_named_after() -> None:
+    for stage in GRAPH:
+        command = f"python -m stages.{stage}"
+        assert body(stage)["cmd"] in (command, f"{command} ${{key}}")
