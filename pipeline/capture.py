@@ -223,7 +223,7 @@ def replay(cache: Cache, rows: Rows, teacher: Path) -> int:
         if not error[n] <= TOLERANCE[precision]
     ]
     if faults:
-        advice = "The cache was made by other weights or other code. Rebuild it; raise CAPTURE_VERSION if code changed."
+        advice = "Other weights or other code made it. Rebuild it; raise CAPTURE_VERSION where code changed."
         raise SpecMismatch(f"{cache.path} is not what its teacher says today", faults[:10], advice)
     return len(chosen)
 

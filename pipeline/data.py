@@ -242,7 +242,8 @@ def _labels(name: str, config: Dataset, column: list[Any], class_names: list[str
         first = places.index(None)
         raise DataError(
             f"datasets.{name}: label {column[first]!r} is outside the set "
-            f"({places.count(None):,} rows are, the first is row {first}).\n  found    {sorted({repr(value) for value in column})[:20]}\n"
+            f"({places.count(None):,} rows are, the first is row {first}).\n"
+            f"  found    {sorted({repr(value) for value in column})[:20]}\n"
             f"  expected {list(config.labels)} or their positions 0 to {len(config.labels) - 1}\n"
             f"Mend datasets.{name}.labels, or the data."
         )

@@ -55,7 +55,8 @@ def make_teacher(name: str, entry: config.Teacher, dataset: Path, out: Path) -> 
     if model.config.num_labels != len(names):
         raise TeacherError(
             f"teachers.{name}: the model gives {model.config.num_labels} logits a row, and there are "
-            f"{len(names)} labels: {list(names)}.\nName all its outputs, or fine-tune it: teachers.{name}.train."
+            f"{len(names)} labels: {list(names)}.\n"
+            f"Name all its outputs, or fine-tune it: teachers.{name}.train."
         )
     record: dict[str, Any] = {
         "labels": list(names),

@@ -9,9 +9,11 @@ import csv
 import json
 import multiprocessing as mp
 import shutil
-from multiprocessing.pool import AsyncResult
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from queue import Empty
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline import config, hardware
@@ -19,7 +21,7 @@ from pipeline.data import POOL, SPLITS, Rows, load_rows
 from pipeline.progress import bars, log
 from pipeline.tokens import TextReader
 from storage import Cache
-from storage.errors import DataError, Mismatch, SpecMismatch
+from storage.errors import DataError, Mismatch, SpecMismatch, TrainingError
 
 if TYPE_CHECKING:
     from pipeline.seeds import Trained
@@ -27,6 +29,13 @@ if TYPE_CHECKING:
 PROGRESS_SECONDS = 0.5
 SEEDS_PER_CORE = 2  # three seeds on two cores end sooner sharing them than in two turns
 RECORD = "training.json"
+
+
+class _Failure(NamedTuple):
+    """What ended a seed."""
+
+    error: Exception
+    traceback: str
 
 
 class Job(NamedTuple):
@@ -129,38 +138,72 @@ def _seed_record(job: Job, done: "Trained") -> dict[str, Any]:
 
 
 def _side_by_side(name: str, jobs: list[Job], at_once: int) -> list["Trained"]:
-    """Train the seeds in `at_once` processes, with a bar a seed. The first error ends them all."""
+    """Train the seeds, `at_once` in processes side by side, with a bar each. The first error ends them all."""
+    waiting = list(reversed(jobs))
+    running: dict[Connection[Any, Any], tuple[Job, BaseProcess]] = {}
+    trained: dict[int, Trained] = {}
+    advance: dict[int, Callable[[int], None]] = {}
+    with bars("rows") as add:
+        try:
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    pipe, process = _start(waiting[-1])
+                    running[pipe] = waiting.pop(), process
+                ready = set(wait(list(running)))
+                for pipe in [pipe for pipe in running if pipe in ready]:
+                    job, process = running[pipe]
+                    news = _hear(name, job, pipe)
+                    if not isinstance(news, int):
+                        trained[job.seed] = news
+                        del running[pipe]
+                        process.join()
+                    elif job.seed in advance:
+                        advance[job.seed](news)
+                    else:  # the first number is that of all its rows
+                        advance[job.seed] = add(f"training {name}, seed {job.seed}", news)
+        finally:
+            for _, process in running.values():
+                process.terminate()
+                process.join()
+    best = sum(done.fit.best_accuracy for done in trained.values()) / len(trained)
+    seconds = sum(done.fit.seconds for done in trained.values()) / len(trained)
+    log(f"{name}: validation accuracy {best:.3f} over {len(trained)} seeds, {seconds:.0f} core-seconds each")
+    return [trained[job.seed] for job in jobs]
+
+
+def _start(job: Job) -> "tuple[Connection[Any, Any], BaseProcess]":
+    """A process that trains one seed, and the pipe that it tells of it through."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["pipeline.seeds"])  # torch is imported once, then forked
-    # Workers look the function up by name, so this process never imports torch.
-    with context.Manager() as manager, context.Pool(at_once, maxtasksperchild=1) as pool, bars("rows") as add:
-        told = manager.Queue()
-        waiting = [pool.apply_async(_train_seed, (job, told)) for job in jobs]
-        advance: dict[int, Any] = {}
-        while not all(result.ready() for result in waiting):
-            _raise_first_error(waiting)
-            try:
-                seed, rows = told.get(timeout=PROGRESS_SECONDS)
-            except Empty:
-                continue
-            if seed in advance:
-                advance[seed](rows)
-            else:
-                advance[seed] = add(f"training {name}, seed {seed}", rows)
-        trained = [result.get() for result in waiting]
-    best = sum(done.fit.best_accuracy for done in trained) / len(trained)
-    seconds = sum(done.fit.seconds for done in trained) / len(trained)
-    log(f"{name}: validation accuracy {best:.3f} over {len(trained)} seeds, {seconds:.0f} core-seconds each")
-    return trained
+    hears, tells = context.Pipe(duplex=False)
+    process = context.Process(target=_train_seed, args=(job, tells), daemon=True)
+    process.start()
+    tells.close()  # so that the pipe ends with the process, however that ends
+    return hears, process
 
 
-def _train_seed(job: Job, told: Any) -> "Trained":
-    from pipeline.seeds import train_seed
+def _train_seed(job: Job, tells: "Connection[Any, Any]") -> None:
+    """In a process of its own: send rows as they are done, then what became of the seed, or the error."""
+    try:
+        from pipeline.seeds import train_seed  # by name, so that the process above never imports torch
 
-    return train_seed(job, told.put, PROGRESS_SECONDS)
+        tells.send(train_seed(job, tells.send, PROGRESS_SECONDS))
+    except Exception as error:
+        tells.send(_Failure(error, traceback.format_exc()))
 
 
-def _raise_first_error(results: list[AsyncResult[Any]]) -> None:
-    for result in results:
-        if result.ready():
-            result.get()
+def _hear(name: str, job: Job, pipe: "Connection[Any, Any]") -> "int | Trained":
+    """The next news of a seed. Raises its error; TrainingError where it diverged or its process is gone."""
+    try:
+        news: int | Trained | _Failure = pipe.recv()
+    except EOFError:
+        raise TrainingError(
+            f"runs.{name}, seed {job.seed}: its process ended without a word; was memory short?\n"
+            "Lower workers.seeds_at_once."
+        ) from None
+    if not isinstance(news, _Failure):
+        return news
+    where = RuntimeError(f"in the process of seed {job.seed}:\n{news.traceback}")
+    if isinstance(news.error, TrainingError):
+        raise TrainingError(f"runs.{name}, seed {job.seed}: {news.error}") from where
+    raise news.error from where

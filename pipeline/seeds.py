@@ -25,11 +25,12 @@ class Trained(NamedTuple):
 
 
 def train_seed(
-    job: Job, tell: Callable[[tuple[int, int]], object] = lambda news: None, every_seconds: float = 0.5
+    job: Job, tell: Callable[[int], object] = lambda rows: None, every_seconds: float = 0.5
 ) -> Trained:
     """Train and save one seed, on one thread.
 
-    `tell` hears (seed, rows in all) first, then (seed, rows more). Raises TrainingError where it diverges.
+    `tell` hears how many rows there are in all, then how many more are done. Raises TrainingError where it
+    diverges.
     """
     hardware.pin_threads(1)
     torch.manual_seed(job.seed)
@@ -40,7 +41,7 @@ def train_seed(
     cached = CachedRows(cache, rows, tokens, reader.pad_id, ("train", POOL) if recipe.pool else ("train",))
     held_out = CachedRows(cache, rows, tokens, reader.pad_id, ("validation",))
     model = students.build(student, reader.num_ids, len(cache.labels))
-    tell((job.seed, recipe.epochs * cached.num_rows))
+    tell(recipe.epochs * cached.num_rows)
     done = fit(
         model,
         lambda epoch: cached.epoch(job.seed, epoch, recipe.batch_rows),
@@ -55,7 +56,7 @@ def train_seed(
             evaluations_per_epoch=recipe.evaluations_per_epoch,
             patience=recipe.patience,
         ),
-        _in_gulps(tell, job.seed, every_seconds),
+        _in_gulps(tell, every_seconds),
     )
     students.save(job.paths.out / f"seed-{job.seed}", model, student, reader.num_ids, len(cache.labels))
     return Trained(done, tokens.num_cut)
@@ -82,7 +83,7 @@ def _validate(model: torch.nn.Module, held_out: CachedRows) -> Validation:
     return Validation((logits.argmax(1) == labels).float().mean().item(), label_loss(logits, labels).item())
 
 
-def _in_gulps(tell: Callable[[tuple[int, int]], object], seed: int, every: float) -> Callable[[int], None]:
+def _in_gulps(tell: Callable[[int], object], every: float) -> Callable[[int], None]:
     """Rows done, passed on now and then: a message a step would cost more than the step."""
     held, last = 0, time.monotonic()
 
@@ -90,7 +91,7 @@ def _in_gulps(tell: Callable[[tuple[int, int]], object], seed: int, every: float
         nonlocal held, last
         held += rows
         if time.monotonic() - last > every:
-            tell((seed, held))
+            tell(held)
             held, last = 0, time.monotonic()
 
     return advance

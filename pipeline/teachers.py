@@ -108,7 +108,7 @@ def _weight_files(directory: Path) -> list[Path]:
     if not files:
         raise AssetError(
             f"there are no weights in {directory}: expected *.safetensors.\n"
-            "Weights in other formats can hold programs and are never opened; convert them with save_pretrained."
+            "Weights in other formats can hold programs and are never opened: convert them (save_pretrained)."
         )
     return files
 

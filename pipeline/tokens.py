@@ -133,7 +133,7 @@ class TextReader:
 
 
 def _cut(encoding: Encoding, max_length: int) -> list[int]:
-    """The ids of a row, at most so many; the special tokens that close it stay, as where tokenizers truncate."""
+    """The ids of a row, at most so many. Special tokens that close it stay, as when a tokenizer truncates."""
     ids: list[int] = encoding.ids
     if len(ids) <= max_length:
         return ids

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from pipeline import hardware
 from pipeline.batches import DistillBatch
+from storage.errors import TrainingError
 
 MAX_GRADIENT_NORM = 1.0
 
