@@ -60,9 +60,7 @@ def main() -> None:
         seconds = common.medians({"bare": bare, "captured": captured}, rounds=5)
         precision = common.medians(half, rounds=3)
     print(f"bare forward   {ROWS / seconds['bare']:8,.0f} rows/s")
-    print(
-        f"capture        {ROWS / seconds['captured']:8,.0f} rows/s, hidden states of 2 layers and writing included"
-    )
+    print(f"capture        {ROWS / seconds['captured']:8,.0f} rows/s, with states of 2 layers and writing")
     common.close(
         {
             "ratio": seconds["bare"] / seconds["captured"],

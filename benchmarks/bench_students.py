@@ -87,7 +87,7 @@ def main() -> None:
     ways = {"mirrored": stepper(students.build(ENTRY, VOCAB, 2)), "packed": stepper(Packed())}
     seconds = common.medians(ways)
     print(
-        f"BiLSTM step, one thread: mirrored {seconds['mirrored']:.3f} s, packed {seconds['packed']:.3f} s (10 steps)"
+        f"10 BiLSTM steps, one thread: mirrored {seconds['mirrored']:.3f} s, packed {seconds['packed']:.3f} s"
     )
     cores = hardware.num_cores()
     after, beside = [], []
@@ -96,9 +96,7 @@ def main() -> None:
         beside.append(together(cores, 1))
     after.sort()
     beside.sort()
-    print(
-        f"{cores} seeds: one after the other on {cores} threads {after[1]:.1f} s, side by side {beside[1]:.1f} s"
-    )
+    print(f"{cores} seeds: in turn on {cores} threads {after[1]:.1f} s, side by side {beside[1]:.1f} s")
     common.close(
         {
             "mirrored_over_packed": seconds["packed"] / seconds["mirrored"],

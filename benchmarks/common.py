@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 def medians(ways: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str, float]:
-    """Median seconds of each way. Ways take turns, so that a slow minute of a shared machine hits all alike."""
+    """Median seconds of each way. Ways take turns, so that a slow minute of the machine hits all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, way in ways.items():

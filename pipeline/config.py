@@ -9,7 +9,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -22,10 +31,9 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Entry = TypeVar("Entry")
-Several = TypeVar("Several", bound=tuple[object, ...])
 
 
-def _distinct(values: Several) -> Several:
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
         raise ValueError(f"{twice[0]!r} stands there twice")
     return values
@@ -111,7 +119,10 @@ class Dataset(Section):
     """Keep rows whose column equals this value."""
     labels: Annotated[tuple[str, ...], Field(min_length=2, strict=False), AfterValidator(_distinct)]
     """Class names in order. The label column holds these names, or their positions from 0."""
-    split: Split | str = Split(train=0.8, validation=0.1, test=0.1)
+    split: Annotated[
+        Annotated[Split, Tag("shares")] | Annotated[str, Tag("column")],
+        Discriminator(lambda value: "column" if isinstance(value, str) else "shares"),
+    ] = Split(train=0.8, validation=0.1, test=0.1)
     """Shares, or the name of a column that holds train, validation or test."""
     empty: Literal["error", "drop"] = "error"
     """What to do about rows without text. Dropped rows are counted in the summary."""
@@ -355,10 +366,13 @@ def _nearest(name: str, known: Mapping[str, Any] | list[str]) -> str:
 
 def _faults(error: ValidationError) -> Iterator[str]:
     for fault in error.errors():
-        where = ".".join(str(part) for part in fault["loc"])
-        if fault["type"] == "extra_forbidden":
-            key, section = str(fault["loc"][-1]), _section(fault["loc"][:-1])
-            yield f"{where}: unknown key{_nearest(key, list(section.model_fields)) if section else ''}"
+        unknown = fault["type"] == "extra_forbidden"
+        parts, section = _place(fault["loc"][:-1] if unknown else fault["loc"])
+        where = ".".join(str(part) for part in parts)
+        if unknown:
+            key = str(fault["loc"][-1])
+            known = _nearest(key, list(section.model_fields)) if section else ""
+            yield f"{where}.{key}".lstrip(".") + f": unknown key{known}"
         elif fault["type"] in ("literal_error", "union_tag_invalid"):
             wanted = str(fault["ctx"].get("expected") or fault["ctx"].get("expected_tags"))
             found = fault["input"].get("kind") if isinstance(fault["input"], dict) else fault["input"]
@@ -369,17 +383,23 @@ def _faults(error: ValidationError) -> Iterator[str]:
             yield f"{where}: {fault['msg'].removeprefix('Value error, ')}{found}"
 
 
-def _section(loc: tuple[int | str, ...]) -> type[BaseModel] | None:
-    """The model that the keys at `loc` belong to: follow the location through the annotations."""
+def _place(loc: tuple[int | str, ...]) -> tuple[list[int | str], type[BaseModel] | None]:
+    """What people know of pydantic's `loc`: names and positions, no branches of unions; and the model there."""
     current: Any = Params
+    shown: list[int | str] = []
     for part in loc:
         models = list(_models(current))
         named = [m.model_fields[part].annotation for m in models if part in m.model_fields]
-        tagged = [
-            m for m in models if getattr(m.model_fields.get("kind"), "annotation", None) == Literal[part]
-        ]
-        current = (named or tagged or [current])[0]
-    return next(_models(current), None)
+        tagged = [m for m in models if getattr(m.model_fields.get("kind"), "annotation", 0) == Literal[part]]
+        if getattr(current, "__origin__", None) is dict:
+            current = current.__args__[1]
+        elif named:
+            current = named[0]
+        elif isinstance(part, str):  # a branch of a union
+            current = (tagged or [current])[0]
+            continue
+        shown.append(part)
+    return shown, next(_models(current), None)
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

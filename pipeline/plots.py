@@ -76,8 +76,8 @@ def scatter(points: Sequence[Point], x_label: str, palette: Palette) -> str:
         for point in points:
             colour = palette.colour(point.recipe)
             axes.errorbar(
-                point.x, point.y, yerr=point.y_std, fmt=palette.marker(point.student), color=colour, capsize=2,
-                markersize=11 if point.recipe is None else 7, elinewidth=1,
+                point.x, point.y, yerr=point.y_std, fmt=palette.marker(point.student), color=colour,
+                capsize=2, markersize=11 if point.recipe is None else 7, elinewidth=1,
             )  # fmt: skip
         axes.set_xscale("log")
         axes.margins(x=0.25, y=0.12)
@@ -195,8 +195,8 @@ def _names_beside(axes: Axes, points: Sequence[Point], palette: Palette) -> None
             place += 3
         taken.append((x, place))
         axes.annotate(
-            point.name, (point.x, point.y), xytext=(8, (place - y) * 72 / axes.figure.dpi - 3), textcoords="offset points",
-            fontsize=8.5, color=palette.colour(point.recipe),
+            point.name, (point.x, point.y), xytext=(8, (place - y) * 72 / axes.figure.dpi - 3),
+            textcoords="offset points", fontsize=8.5, color=palette.colour(point.recipe),
         )  # fmt: skip
 
 

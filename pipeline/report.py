@@ -103,12 +103,14 @@ def headline(runs: Sequence[Row], teacher: Row | None) -> str:
     if not runs:
         return "No student has been evaluated yet."
     best = max(runs, key=lambda row: _mean(row, "accuracy"))
-    text = f"{best['name']} is right on {_mean(best, 'accuracy'):.1%} of the {best['rows']:,} {best['split']} rows"
+    text = (
+        f"{best['name']} is right on {_mean(best, 'accuracy'):.1%} of {best['rows']:,} {best['split']} rows"
+    )
     if teacher is not None:
         text += f", {_mean(best, 'of_teacher'):.1%} of the teacher's accuracy"
         smaller = _mean(teacher, "bytes") / _mean(best, "bytes")
         faster = _mean(teacher, "latency_ms_batch_1") / _mean(best, "latency_ms_batch_1")
-        text += f", with a file {_times(smaller, 'smaller', 'larger')} and answers {_times(faster, 'faster', 'slower')}"
+        text += f", in a file {_times(smaller, 'smaller', 'larger')}, {_times(faster, 'faster', 'slower')}"
     gain = _mean(best, "over_ce")
     if gain is None:
         return text + "."

@@ -138,7 +138,7 @@ def _seed_record(job: Job, done: "Trained") -> dict[str, Any]:
 
 
 def _side_by_side(name: str, jobs: list[Job], at_once: int) -> list["Trained"]:
-    """Train the seeds, `at_once` in processes side by side, with a bar each. The first error ends them all."""
+    """Train the seeds, `at_once` in processes side by side, with a bar each. The first error ends all."""
     waiting = list(reversed(jobs))
     running: dict[Connection[Any, Any], tuple[Job, BaseProcess]] = {}
     trained: dict[int, Trained] = {}
@@ -198,8 +198,8 @@ def _hear(name: str, job: Job, pipe: "Connection[Any, Any]") -> "int | Trained":
         news: int | Trained | _Failure = pipe.recv()
     except EOFError:
         raise TrainingError(
-            f"runs.{name}, seed {job.seed}: its process ended without a word; was memory short?\n"
-            "Lower workers.seeds_at_once."
+            f"runs.{name}, seed {job.seed}: its process ended without a word (see above).\n"
+            "If memory was short, lower workers.seeds_at_once."
         ) from None
     if not isinstance(news, _Failure):
         return news

@@ -22,11 +22,13 @@ def refuse_if_done_elsewhere(stage: str, cache: str = "NAME") -> None:
     with Repo() as repo:
         found = repo.stage.load_one("dvc.yaml", stage)
         outputs = [out for out in found.outs if out.use_cache]
-        finished = outputs and all(out.hash_info for out in outputs) and not found.changed_deps()
+        # dep by dep: the stage's own changed_deps() wants the lock that the running `dvc repro` holds
+        unchanged = not any(dep.status() for dep in found.deps)
+        finished = outputs and all(out.hash_info for out in outputs) and unchanged
         here = all(out.hash_info and out.cache.exists(out.hash_info.value) for out in outputs)
     if finished and not here:
         raise TeacherElsewhere(
-            f"{stage} was finished on another machine (dvc.lock has its result), and that result is not here.\n"
+            f"{stage} was finished on another machine: dvc.lock has its result, and it is not here.\n"
             "To train students from the finished cache, without the teacher:\n"
             f"  dvc pull caches/{cache} && dvc repro --pull --allow-missing evaluate@RUN\n"
             f"To do the teacher's work again on this machine: {REBUILD}=1 dvc repro"

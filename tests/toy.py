@@ -73,8 +73,9 @@ def write_model(directory: Path, seed: int = 0, labels: tuple[str, ...] = ("nega
     torch.manual_seed(seed)
     names = dict(enumerate(labels))
     config = BertConfig(
-        vocab_size=len(vocab), hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=32, id2label=names, label2id={name: i for i, name in names.items()},
+        vocab_size=len(vocab), hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=32, id2label=names,
+        label2id={name: i for i, name in names.items()},
     )  # fmt: skip
     BertForSequenceClassification(config).save_pretrained(directory)
 

@@ -99,8 +99,8 @@ def test_todays_writer_makes_the_golden_cache_byte_for_byte(tmp_path: Path) -> N
         made = tmp_path / "cache-v1" / path.relative_to(GOLDEN)
         assert made.is_file(), f"{made.name}: the layout changed; raise FORMAT_VERSION"
         assert made.read_bytes() == path.read_bytes(), (
-            f"{path.name} has other bytes: if that is meant, raise FORMAT_VERSION, change docs/cache-format.md, keep "
-            "this golden cache readable, and add a new one with `make golden`"
+            f"{path.name} has other bytes: if that is meant, raise FORMAT_VERSION and docs/cache-format.md, "
+            "keep this golden cache readable, and add a new one with `make golden`"
         )
 
 

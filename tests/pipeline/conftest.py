@@ -1,0 +1,98 @@
+"""A toy project taken through prepare, teacher, cache and verify once, for all tests of this room.
+
+Tests read it; those that change something work on copies of their own.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from pipeline import capture, config, data, finetune
+from storage import Cache
+from storage.writer import Store
+from tests import toy
+
+
+class World(NamedTuple):
+    """A project directory and what lies in it."""
+
+    root: Path
+
+    @property
+    def params(self) -> config.Params:
+        return config.load(self.root / "params.yaml")
+
+    @property
+    def dataset(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def teacher(self) -> Path:
+        return self.root / "teacher"
+
+    @property
+    def cache(self) -> Path:
+        return self.root / "cache"
+
+    @property
+    def store(self) -> Store:
+        return Store(self.root / "store")
+
+    @property
+    def verified(self) -> Path:
+        return self.root / "verified.json"
+
+    def rows(self) -> data.Rows:
+        return data.load_rows(self.dataset)
+
+    def prepare(self) -> dict[str, Any]:
+        return data.prepare("toy", self.params.datasets["toy"], self.dataset)
+
+    def make_teacher(self) -> dict[str, Any]:
+        return finetune.make_teacher("tiny", self.params.teachers["tiny"], self.dataset, self.teacher)
+
+    def capture(self, **changes: Any) -> capture.Captured:
+        """Seal the cache; `changes` are to its entry of params.yaml."""
+        return capture.capture(
+            "toy", self.entry(**changes), self.dataset, self.teacher, self.cache, self.store
+        )
+
+    def entry(self, **changes: Any) -> config.CacheEntry:
+        return self.params.caches["toy"].model_copy(update={"precision": "float32", **changes})
+
+    def check(self) -> dict[str, Any]:
+        return capture.check("toy", Cache.open(self.cache), self.entry(), self.dataset, self.teacher)
+
+    def run_paths(self, out: Path) -> config.RunPaths:
+        return config.RunPaths(self.cache, self.dataset, self.verified, out)
+
+    def copy(self, to: Path) -> "World":
+        """The same project somewhere else, to be changed."""
+        shutil.copytree(self.root, to)
+        return World(to)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    made = World(tmp_path_factory.mktemp("world"))
+    toy.write_csv(made.root / "reviews.csv")
+    toy.write_model(made.root / "model")
+    shelves = toy.params()
+    shelves["datasets"]["toy"]["path"] = str(made.root / "reviews.csv")
+    shelves["teachers"]["tiny"]["model"] = str(made.root / "model")
+    toy.write_params(made.root, shelves)
+    made.prepare()
+    made.make_teacher()
+    made.capture()
+    made.verified.write_text(json.dumps(made.check()))
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _accelerate_afresh() -> None:
+    """accelerate keeps one precision a process; stages have a process each, tests share one."""
+    AcceleratorState._reset_state(reset_partial_state=True)

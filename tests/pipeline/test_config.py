@@ -1,0 +1,185 @@
+"""params.yaml is refused with every fault in one message, each with its place and the nearest known name."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import config
+from storage.errors import ConfigError
+from tests import toy
+
+Change = Callable[[dict[str, Any]], object]
+
+
+def load(root: Path, change: Change = lambda shelves: None) -> config.Params:
+    shelves = copy.deepcopy(toy.params())
+    change(shelves)
+    toy.write_params(root, shelves)
+    return config.load(root / "params.yaml")
+
+
+def refusal(root: Path, change: Change) -> str:
+    with pytest.raises(ConfigError) as refused:
+        load(root, change)
+    return str(refused.value)
+
+
+def test_the_toy_and_the_demo_are_accepted(tmp_path: Path) -> None:
+    assert load(tmp_path).runs["fc-ce"].seeds == (0, 1)
+    assert config.load(toy.ROOT / "params.yaml").runs
+
+
+@pytest.mark.parametrize(
+    ("change", "place", "nearest"),
+    [
+        (lambda p: p.update(dataset={}), "dataset", "datasets"),
+        (lambda p: p["datasets"]["toy"].update(paht="x"), "datasets.toy.paht", "path"),
+        (lambda p: p["datasets"]["toy"].update(columns={"txt": "x"}), "columns.txt", "text"),
+        (lambda p: p["datasets"]["toy"]["pool"].update(word=[1, 2]), "pool.word", "words"),
+        (lambda p: p["datasets"]["toy"]["split"].update(tain=0.0), "toy.split.tain", "train"),
+        (lambda p: p["teachers"]["tiny"].update(train={"epoch": 1}), "teachers.tiny.train.epoch", "epochs"),
+        (lambda p: p["caches"]["toy"]["hidden"].update(layer=[1]), "caches.toy.hidden.layer", "layers"),
+        (lambda p: p["students"]["fc"].update(hiden=3), "students.fc.hiden", "hidden"),
+        (
+            lambda p: p["students"].update(b={"kind": "bilstm", "embeding": 3}),
+            "students.b.embeding",
+            "embedding",
+        ),
+        (lambda p: p["recipes"]["ce"].update(temprature=2.0), "recipes.ce.temprature", "temperature"),
+        (lambda p: p["runs"]["fc-ce"].update(seed=[1]), "runs.fc-ce.seed", "seeds"),
+        (lambda p: p["workers"].update(seeds_at_a_time=1), "workers.seeds_at_a_time", "seeds_at_once"),
+        (lambda p: p["assets"].update(a={"source": "x", "sha": "y"}), "assets.a.sha", "sha256"),
+    ],
+)
+def test_an_unknown_key_is_refused_at_any_depth_with_the_nearest_one(
+    tmp_path: Path, change: Change, place: str, nearest: str
+) -> None:
+    message = refusal(tmp_path, change)
+    assert f"{place}: unknown key; did you mean {nearest!r}?" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            lambda p: p["teachers"]["tiny"].update(dataset="toys"),
+            "teachers.tiny.dataset: no 'toys' in datasets",
+        ),
+        (lambda p: p["caches"]["toy"].update(dataset="toys"), "caches.toy.dataset: no 'toys' in datasets"),
+        (lambda p: p["caches"]["toy"].update(teacher="tine"), "caches.toy.teacher: no 'tine' in teachers"),
+        (lambda p: p["runs"]["fc-ce"].update(cache="tooy"), "runs.fc-ce.cache: no 'tooy' in caches"),
+        (lambda p: p["runs"]["fc-ce"].update(student="fcc"), "runs.fc-ce.student: no 'fcc' in students"),
+        (lambda p: p["runs"]["fc-ce"].update(recipe="kd-pol"), "runs.fc-ce.recipe: no 'kd-pol' in recipes"),
+    ],
+)
+def test_a_name_that_no_shelf_holds_is_refused_with_the_nearest_one(
+    tmp_path: Path, change: Change, line: str
+) -> None:
+    message = refusal(tmp_path, change)
+    assert line + "; did you mean " in message
+
+
+def test_every_missing_name_is_told_at_once(tmp_path: Path) -> None:
+    message = refusal(tmp_path, lambda p: p["runs"]["fc-ce"].update(cache="no", student="none"))
+    assert "runs.fc-ce.cache" in message
+    assert "runs.fc-ce.student" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (
+            lambda p: p["students"]["fc"].update(kind="bilsm"),
+            ("students.fc", "'bilsm'", "did you mean 'bilstm'"),
+        ),
+        (
+            lambda p: p["caches"]["toy"].update(precision="bf16"),
+            ("caches.toy.precision", "'bf16'", "bfloat16"),
+        ),
+        (lambda p: p["caches"]["toy"].update(targets="topk"), ("caches.toy.targets", "'topk'", "dense")),
+        (lambda p: p["datasets"]["toy"].update(empty="dorp"), ("datasets.toy.empty", "did you mean 'drop'")),
+    ],
+)
+def test_a_word_outside_its_choices_is_refused_with_the_choices(
+    tmp_path: Path, change: Change, parts: tuple[str, ...]
+) -> None:
+    message = refusal(tmp_path, change)
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        (lambda p: p["recipes"]["ce"].update(epochs="3"), "recipes.ce.epochs"),
+        (lambda p: p["recipes"]["ce"].update(epochs=2.5), "recipes.ce.epochs"),
+        (lambda p: p["recipes"]["ce"].update(epochs=0), "recipes.ce.epochs"),
+        (lambda p: p["recipes"]["ce"].update(alpha=1.5), "recipes.ce.alpha"),
+        (lambda p: p["recipes"]["ce"].update(temperature=0.0), "recipes.ce.temperature"),
+        (lambda p: p["recipes"]["ce"].update(temperature=float("inf")), "recipes.ce.temperature"),
+        (lambda p: p["recipes"]["ce"].update(pool="yes"), "recipes.ce.pool"),
+        (lambda p: p["datasets"]["toy"].update(labels=["one"]), "datasets.toy.labels"),
+        (lambda p: p["datasets"]["toy"].update(labels=["a", "a"]), "datasets.toy.labels"),
+        (lambda p: p["datasets"]["toy"].pop("labels"), "datasets.toy.labels"),
+        (lambda p: p["datasets"]["toy"]["split"].update(train=0.9), "datasets.toy.split"),
+        (lambda p: p["datasets"]["toy"]["pool"].update(words=[9, 3]), "datasets.toy.pool"),
+        (lambda p: p["caches"]["toy"]["hidden"].update(layers=[1, 1]), "caches.toy.hidden.layers"),
+        (lambda p: p["runs"]["fc-ce"].update(seeds=[]), "runs.fc-ce.seeds"),
+        (lambda p: p["runs"]["fc-ce"].update(seeds=[3, 3]), "runs.fc-ce.seeds"),
+        (lambda p: p["students"].update({"Bad Name": p["students"]["fc"]}), "students.Bad Name"),
+        (lambda p: p["students"].update(b={"kind": "tinybert", "width": 10, "heads": 3}), "students.b"),
+        (lambda p: p["assets"].update(a={"source": "pypi:x==1", "sha256": "abc"}), "assets.a.sha256"),
+    ],
+)
+def test_a_value_of_the_wrong_type_or_range_is_refused_with_its_place(
+    tmp_path: Path, change: Change, place: str
+) -> None:
+    assert place in refusal(tmp_path, change)
+
+
+def test_the_pool_with_labels_only_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    message = refusal(tmp_path, lambda p: p["recipes"]["kd-pool"].update(alpha=1.0))
+    assert "set alpha below 1, or pool: false" in message
+
+
+def test_all_faults_come_in_one_message(tmp_path: Path) -> None:
+    def two(shelves: dict[str, Any]) -> None:
+        shelves["recipes"]["ce"]["epochs"] = 0
+        shelves["students"]["fc"]["hiden"] = 3
+
+    message = refusal(tmp_path, two)
+    assert "recipes.ce.epochs" in message
+    assert "hiden" in message
+
+
+def test_1e_4_without_a_point_is_a_number(tmp_path: Path) -> None:
+    load(tmp_path)
+    path = tmp_path / "params.yaml"
+    path.write_text(path.read_text().replace("kind: fc", "kind: fc, learning_rate: 1e-4"))
+    assert config.load(path).students["fc"].learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    "content", [b"a: [1", b"a: 1\na: 2\n", b"\xff\xfe\x00a", b"- a list\n", b"just words\n", b""]
+)
+def test_what_is_not_yaml_or_no_mapping_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "params.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"params\.yaml"):
+        config.load(tmp_path / "params.yaml")
+
+
+def test_a_missing_file_says_where_to_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no .*params\.yaml"):
+        config.load(tmp_path / "params.yaml")
+
+
+def test_a_name_on_the_command_line_is_refused_with_the_nearest_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'fc-ce'"):
+        config.pick(load(tmp_path).runs, "runs", "fc-cee")
+
+
+def test_params_cannot_be_changed_after_loading(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load(tmp_path).recipes["ce"].alpha = 0.1  # type: ignore[misc]
