@@ -83,6 +83,8 @@ def _fine_tune(
         "label2id": {n: i for i, n in enumerate(rows.label_names)},
     }
     model = teachers.load(source, len(rows.label_names), pad_token_id=pad_id, **dropout, **labels)
+    if train.freeze_embeddings:
+        model.get_input_embeddings().requires_grad_(False)
     chosen = rows.select("train")
 
     def batches(epoch: int) -> Iterator[DistillBatch]:

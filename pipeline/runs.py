@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 PROGRESS_SECONDS = 0.5
 SEEDS_PER_CORE = 2  # three seeds on two cores end sooner sharing them than in two turns
 RECORD = "training.json"
+# Imported once, then forked; all but the first would be imported late by every seed, for two seconds.
+PRELOADED = ["pipeline.seeds", "torch._dynamo", "pyarrow.dataset", "pandas"]
 
 
 class _Failure(NamedTuple):
@@ -174,7 +176,7 @@ def _side_by_side(name: str, jobs: list[Job], at_once: int) -> list["Trained"]:
 def _start(job: Job) -> "tuple[Connection[Any, Any], BaseProcess]":
     """A process that trains one seed, and the pipe that it tells of it through."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.seeds"])  # torch is imported once, then forked
+    context.set_forkserver_preload(PRELOADED)
     hears, tells = context.Pipe(duplex=False)
     process = context.Process(target=_train_seed, args=(job, tells), daemon=True)
     process.start()

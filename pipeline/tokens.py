@@ -5,9 +5,11 @@ Only the `tokenizers` library is used (tokenizer.json): a student needs no trans
 """
 
 import json
+import string
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
+from unicodedata import category
 
 import numpy as np
 import numpy.typing as npt
@@ -108,15 +110,28 @@ class TextReader:
 
     @classmethod
     def learn(cls, texts: Iterable[str], vocab_size: int, directory: Path, max_length: int) -> Self:
-        """A WordPiece tokenizer of `vocab_size` entries learned from `texts`, saved into `directory`."""
-        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        tokenizer.normalizer = normalizers.BertNormalizer()
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        """A WordPiece tokenizer of `vocab_size` entries learned from `texts`, saved into `directory`.
+
+        The same texts give the same bytes.
+        """
+        texts = list(texts)
+        normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=vocab_size, special_tokens=special, show_progress=False
+        # The trainer numbers letters inside words in the order of a hash table, another one each time, and
+        # breaks ties by these numbers. Said beforehand, they keep their places.
+        inner = sorted({c for text in texts for w in normalizer.normalize_str(text).split() for c in w[1:]})
+        letters = [f"##{c}" for c in inner if c not in string.punctuation and category(c)[0] != "P"]
+        draft = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        draft.normalizer, draft.pre_tokenizer = normalizer, splitter
+        draft.train_from_iterator(
+            texts,
+            trainers.WordPieceTrainer(
+                vocab_size=vocab_size, special_tokens=[*special, *letters], show_progress=False
+            ),
         )
-        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer = Tokenizer(models.WordPiece(draft.get_vocab(), unk_token="[UNK]"))
+        tokenizer.add_special_tokens(special)
+        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
         tokenizer.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
         )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 from accelerate.state import AcceleratorState
 
-from pipeline import capture, config, data, finetune
+from pipeline import capture, config, data, finetune, hardware
 from storage import Cache
 from storage.writer import Store
 from tests import toy
@@ -93,6 +93,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture(autouse=True)
-def _accelerate_afresh() -> None:
-    """accelerate keeps one precision a process; stages have a process each, tests share one."""
+def _a_process_of_its_own() -> None:
+    """What a stage finds in a new process: accelerate has no precision yet. One thread, for small tensors."""
     AcceleratorState._reset_state(reset_partial_state=True)
+    hardware.pin_threads(1)

@@ -21,18 +21,18 @@ NAMES = ("negative", "positive")
 SPLIT = {"train": 0.6, "validation": 0.2, "test": 0.2}
 
 
-def config(path: Path, **changes: Any) -> Dataset:
+def config(path: Path, /, **changes: Any) -> Dataset:
     return Dataset.model_validate({"path": str(path), "labels": list(NAMES), "split": SPLIT} | changes)
 
 
-def prepared(path: Path, **changes: Any) -> data.Rows:
+def prepared(path: Path, /, **changes: Any) -> data.Rows:
     """The rows of the dataset at `path`; what is made lies beside it."""
     out = path.parent / "prepared"
     data.prepare("toy", config(path, **changes), out)
     return data.load_rows(out)
 
 
-def refusal(path: Path, **changes: Any) -> str:
+def refusal(path: Path, /, **changes: Any) -> str:
     with pytest.raises(DataError) as refused:
         prepared(path, **changes)
     return str(refused.value)

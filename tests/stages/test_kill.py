@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from tests.stages.conftest import Project
 
@@ -52,15 +53,10 @@ def interrupted(project: Project) -> Project:
     for name, code in (("pipeline/engine.py", SLOW_SHARDS), ("storage/writer.py", SLOW_WRITES)):
         with (project.root / name).open("a") as file:
             file.write(code)
-    project.run("git", "rm", "-q", "--cached", "dvc.lock")
-    lock = project.root / "dvc.lock"
-    text = lock.read_text()
-    start = text.index("  cache@toy:")
-    rest = text[start + 3 :]
-    end = rest.find("\n  ")
-    while rest[end + 3] in " -":
-        end = rest.find("\n  ", end + 1)
-    lock.write_text(text[:start] + rest[end + 1 :])
+    yaml, lock = YAML(), project.root / "dvc.lock"
+    record = yaml.load(lock.read_text())
+    del record["stages"]["cache@toy"]
+    yaml.dump(record, lock)
     return project
 
 

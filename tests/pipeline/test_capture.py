@@ -1,0 +1,276 @@
+"""A capture asks each row once, whatever was interrupted, appended or changed; a replay catches forgeries."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from pipeline import capture, config, engine, teachers
+from storage import Cache
+from storage.errors import SpecMismatch, StillroomError, TeacherError
+from storage.writer import seal
+from tests import toy
+from tests.pipeline.conftest import World
+
+
+@pytest.fixture
+def own(world: World, tmp_path: Path) -> World:
+    return world.copy(tmp_path / "own")
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def no_teacher(*_: object, **__: object) -> None:
+    raise AssertionError("the teacher was loaded")
+
+
+def change_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def append_rows(own: World, num: int) -> None:
+    with (own.root / "more.csv").open("w") as file:
+        file.write((own.root / "reviews.csv").read_text())
+        file.writelines(f"{text},{toy.label(text)},labelled\n" for text in toy.texts(num, seed=99))
+    from pipeline import data
+
+    entry = own.params.datasets["toy"].model_copy(update={"path": str(own.root / "more.csv")})
+    data.prepare("toy", entry, own.dataset)
+
+
+def test_a_cache_holds_every_row_and_what_the_live_teacher_says(world: World) -> None:
+    cache, rows = Cache.open(world.cache), world.rows()
+    assert cache.num_rows == len(rows.row_ids) == 180
+    assert cache.labels == rows.label_names
+    reader = teachers.reader(world.teacher)
+    tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
+    hidden = cache.identity.spec.hidden
+    said = engine.infer(
+        teachers.load(world.teacher), tokens, np.arange(180), reader.pad_id, "float32", hidden
+    )
+    place = {row: index for index, row in enumerate(rows.row_ids.to_pylist())}
+    for shard in cache.shards:
+        kept = cache.read(shard)
+        where = [place[row] for row in kept.row_ids.to_pylist()]
+        assert kept.logits == pytest.approx(said.logits[where], abs=1e-5)
+        assert kept.num_tokens.tolist() == tokens.lengths[where].tolist()
+        for layer in (1, 2):
+            assert cache.hidden(shard, layer) == pytest.approx(said.hidden[layer][where], abs=2e-3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_capture_that_was_killed_anywhere_ends_in_the_same_bytes(
+    own: World, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = content(own.cache)
+    shards = sorted(path.parent for path in own.store.root.rglob("shard.json"))
+    gone = random.Random(seed).sample(shards, k=1 + 2 * seed)
+    computed = sum(json.loads((path / "shard.json").read_text())["entry"]["rows"] for path in gone)
+    for path in gone:
+        shutil.rmtree(path)
+    shutil.rmtree(own.cache)
+    assert own.capture().computed_rows == computed
+    assert content(own.cache) == before
+    monkeypatch.setattr(teachers, "load", no_teacher)
+    assert own.capture().computed_rows == 0
+    assert content(own.cache) == before, "and sealing again, without the teacher, changes nothing"
+
+
+def test_two_captures_from_nothing_are_the_same_bytes(own: World) -> None:
+    before = content(own.cache)
+    for made in (own.cache, own.store.root):
+        shutil.rmtree(made)
+    assert own.capture().computed_rows == 180
+    assert content(own.cache) == before
+
+
+def test_before_the_teacher_is_loaded_the_stage_may_refuse(own: World) -> None:
+    shutil.rmtree(own.store.root)
+
+    def refuse() -> None:
+        raise TeacherError("not here")
+
+    with pytest.raises(TeacherError, match="not here"):
+        capture.capture("toy", own.entry(), own.dataset, own.teacher, own.cache, own.store, refuse)
+
+
+def test_appended_rows_cost_themselves_alone(own: World) -> None:
+    append_rows(own, 20)
+    done = own.capture()
+    assert done.computed_rows == 20
+    assert done.manifest.num_rows == 200
+    own.check()
+
+
+def test_a_changed_spec_starts_clean_and_changing_back_computes_nothing(
+    own: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = content(own.cache)
+    assert own.capture(hidden=None).computed_rows == 180
+    monkeypatch.setattr(teachers, "load", no_teacher)
+    assert own.capture(shard_rows=7).computed_rows == 0, "the size of shards is no part of what they say"
+    assert own.capture().computed_rows == 0
+    assert content(own.cache) == before
+
+
+def test_a_damaged_shard_in_the_store_is_made_again(own: World) -> None:
+    before = content(own.cache)
+    victim = next(path for path in sorted(own.store.root.rglob("*.parquet")))
+    raw = bytearray(victim.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    victim.unlink()  # it is a link into the cache
+    victim.write_bytes(raw)
+    assert own.capture().computed_rows > 0
+    assert content(own.cache) == before
+
+
+def test_a_teacher_whose_labels_are_not_the_datasets_is_refused_before_it_is_run(
+    own: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_json(own.teacher / teachers.RECORD, labels=["positive", "negative"])
+    monkeypatch.setattr(teachers, "load", no_teacher)
+    with pytest.raises(TeacherError, match="not the dataset's labels, in its order"):
+        own.capture()
+
+
+def other_weights(own: World) -> None:
+    path = own.teacher / "model.safetensors"
+    tensors = load_file(path)
+    tensors["classifier.weight"] = tensors["classifier.weight"] * 1.5
+    path.unlink()  # it is a link to the model's
+    save_file(tensors, path, {"format": "pt"})
+
+
+def other_labels(own: World) -> None:
+    change_json(own.dataset / "summary.json", labels=["positive", "negative"])
+
+
+def other_tokenizer(own: World) -> None:
+    path = own.teacher / "tokenizer.json"
+    words = json.loads(path.read_text())
+    vocab = words["model"]["vocab"]
+    vocab["good"], vocab["bad"] = vocab["bad"], vocab["good"]
+    path.write_text(json.dumps(words))
+
+
+def other_maximum(own: World) -> None:
+    change_json(own.teacher / teachers.RECORD, max_length=16)
+
+
+def other_config(own: World) -> None:
+    change_json(own.teacher / "config.json", layer_norm_eps=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (other_weights, "teacher.weights"),
+        (other_config, "teacher.config"),
+        (other_labels, "dataset.labels"),
+        (other_tokenizer, "tokenizer.content"),
+        (other_maximum, "spec.max_length"),
+        (lambda own: append_rows(own, 1), "rows without one"),
+    ],
+)
+def test_verify_names_the_field_that_has_changed_since_the_capture(
+    own: World, change: Callable[[World], None], field: str
+) -> None:
+    change(own)
+    with pytest.raises(SpecMismatch) as refused:
+        own.check()
+    assert [m.field for m in refused.value.mismatches if m.field == field] == [field]
+
+
+def test_verify_is_the_same_record_every_time(own: World) -> None:
+    record = own.check()
+    assert record == own.check() == json.loads(own.verified.read_text())
+    assert record["replayed_rows"] == 180
+
+
+def test_replay_catches_a_cache_by_other_weights_with_a_forged_identity(own: World) -> None:
+    honest = Cache.open(own.cache).identity
+    other_weights(own)
+    own.capture()
+    forged = Cache.open(own.cache)
+    shards = own.store.finished(forged.identity)
+    files = {path.name: path.read_bytes() for path in forged.tokenizer_dir.iterdir()}
+    seal(own.cache, honest, shards, files, {})
+    shutil.rmtree(own.teacher)
+    own.make_teacher()
+    with pytest.raises(SpecMismatch, match="is not what its teacher says today") as refused:
+        own.check()
+    assert all(": logits" in m.field for m in refused.value.mismatches)
+
+
+def test_replay_catches_a_row_whose_text_was_changed_under_its_id(own: World) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(own.dataset / "rows.parquet")
+    texts = table.column("text").to_pylist()
+    texts[5] = "another text"
+    changed = table.set_column(table.schema.get_field_index("text"), "text", pa.array(texts))
+    pq.write_table(changed, own.dataset / "rows.parquet")
+    with pytest.raises(SpecMismatch, match="token ids"):
+        own.check()
+
+
+def test_a_summary_counts_what_was_made(world: World) -> None:
+    captured = capture.Captured(Cache.open(world.cache).manifest, 0, 1.5, 0)
+    found: dict[str, Any] = capture.summary("toy", world.entry(), captured, world.teacher)
+    assert found["rows"] == 180
+    assert found["logit_bytes"] + found["hidden_bytes"] == found["bytes"]
+    assert found["seconds"] == 1.5
+    assert found["teacher_train_seconds"] is None
+
+
+def test_a_teacher_of_more_outputs_than_labels_is_refused(own: World) -> None:
+    toy.write_model(own.root / "three", labels=("a", "b", "c"))
+    entry = config.Teacher(
+        model=str(own.root / "three"), dataset="toy", labels=("negative", "positive"), max_length=32
+    )
+    from pipeline import finetune
+
+    with pytest.raises(TeacherError, match="gives 3 logits a row, and there are 2 labels"):
+        finetune.make_teacher("three", entry, own.dataset, own.root / "made")
+
+
+def test_what_a_teacher_is_made_into_twice_leaves_the_models_own_files_alone(own: World) -> None:
+    before = content(own.root / "model")
+    own.make_teacher()
+    own.make_teacher()
+    train = config.TeacherTraining(epochs=1, batch_rows=16, precision="float32", dropout=0.0)
+    entry = own.params.teachers["tiny"].model_copy(update={"train": train, "model": str(own.root / "model")})
+    from pipeline import finetune
+
+    record = finetune.make_teacher("tiny", entry, own.dataset, own.teacher)
+    assert record["training"]["steps"] > 0
+    assert record["labels"] == ["negative", "positive"]
+    assert content(own.root / "model") == before
+    assert teachers.identity(own.teacher).weights != teachers.identity(own.root / "model").weights
+
+
+def test_every_error_of_the_house_survives_the_way_between_processes() -> None:
+    import pickle
+
+    from storage import errors
+
+    classes = [StillroomError]
+    for kind in classes:
+        classes += kind.__subclasses__()
+    for kind in classes:
+        made = (
+            kind("what", [errors.Mismatch("field", 1, 2)], "do this")  # type: ignore[call-arg]
+            if kind is SpecMismatch
+            else kind("what\nto do")
+        )
+        again = pickle.loads(pickle.dumps(made))
+        assert (type(again), str(again)) == (kind, str(made))

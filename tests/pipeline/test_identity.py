@@ -1,0 +1,105 @@
+"""A teacher's fingerprint is what it computes: tensors and config, not how they were saved."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from pipeline import teachers
+from storage.errors import AssetError, TeacherError
+from tests import toy
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    toy.write_model(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def change_config(directory: Path, **changes: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes, indent=1))
+
+
+def test_the_order_and_metadata_of_the_weights_file_do_not_matter(model: Path) -> None:
+    before = teachers.identity(model)
+    tensors = load_file(model / "model.safetensors")
+    save_file(dict(reversed(tensors.items())), model / "model.safetensors", {"saved": "by somebody else"})
+    assert teachers.identity(model) == before
+
+
+def test_weights_in_several_files_are_the_same_weights(model: Path) -> None:
+    before = teachers.identity(model)
+    tensors = list(load_file(model / "model.safetensors").items())
+    (model / "model.safetensors").unlink()
+    save_file(dict(tensors[::2]), model / "model-00001-of-00002.safetensors")
+    save_file(dict(tensors[1::2]), model / "model-00002-of-00002.safetensors")
+    assert teachers.identity(model) == before
+
+
+def test_one_weight_by_one_bit_is_another_teacher(model: Path) -> None:
+    before = teachers.identity(model)
+    tensors = load_file(model / "model.safetensors")
+    weights = tensors["classifier.weight"].view(-1).view(dtype=__import__("torch").int32)
+    weights[0] ^= 1
+    save_file(tensors, model / "model.safetensors")
+    after = teachers.identity(model)
+    assert after.weights != before.weights
+    assert after.config == before.config
+
+
+def test_two_tensors_that_change_names_are_another_teacher(model: Path) -> None:
+    before = teachers.identity(model)
+    tensors = load_file(model / "model.safetensors")
+    first, second = (f"bert.encoder.layer.{i}.output.dense.weight" for i in (0, 1))
+    tensors[first], tensors[second] = tensors[second], tensors[first]
+    save_file(tensors, model / "model.safetensors")
+    assert teachers.identity(model).weights != before.weights
+
+
+def test_where_and_how_a_config_was_saved_does_not_matter_and_what_it_says_does(model: Path) -> None:
+    before = teachers.identity(model)
+    change_config(model, transformers_version="0.0", _name_or_path="/elsewhere", torch_dtype="float16")
+    assert teachers.identity(model) == before
+    change_config(model, layer_norm_eps=1e-3)
+    assert teachers.identity(model).config != before.config
+    assert teachers.identity(model).weights == before.weights
+
+
+def test_pickled_weights_are_never_opened(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    for ask in (teachers.identity, teachers.load):
+        with pytest.raises(AssetError, match="can hold programs"):
+            ask(model)
+
+
+def test_a_model_without_a_trained_head_is_no_teacher(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier")}
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TeacherError, match=r"lack classifier\.bias, classifier\.weight"):
+        teachers.load(model)
+    assert teachers.load(model, 3).config.num_labels == 3  # fine-tuning makes one
+
+
+def test_a_head_of_another_size_and_unknown_settings_are_named_errors(model: Path) -> None:
+    with pytest.raises(TeacherError, match="cannot be loaded as a classifier"):
+        teachers.load(model, 3)
+    (model / "config.json").write_text(json.dumps({"model_type": "no such model"}))
+    with pytest.raises(TeacherError, match="cannot be loaded as a classifier"):
+        teachers.load(model)
+
+
+def test_labels_may_come_in_any_order_but_must_be_those_of_the_dataset(model: Path) -> None:
+    assert teachers.labels(model, None, ("positive", "negative")) == ("negative", "positive")
+    assert teachers.labels(model, ("b", "a"), ("a", "b")) == ("b", "a")
+    with pytest.raises(TeacherError, match="does not speak of this dataset's labels"):
+        teachers.labels(model, None, ("neg", "pos"))
+
+
+def test_a_directory_that_is_no_teacher_says_how_to_make_one(tmp_path: Path, model: Path) -> None:
+    shutil.rmtree(model)
+    with pytest.raises(AssetError, match="dvc repro teacher@model"):
+        teachers.reader(model)

@@ -1,0 +1,188 @@
+"""Runs: seeds in real processes, the same bits however many run at once, refusals before the first step."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import config, evaluation, metrics, runs, seeds, teachers
+from pipeline.data import POOL
+from pipeline.tokens import TextReader
+from storage import Cache
+from storage.errors import DataError, SpecMismatch, TrainingError
+from tests.pipeline.conftest import World
+
+
+def train(
+    world: World, out: Path, name: str = "fc-kd-pool", at_once: int = 2, **student: Any
+) -> dict[str, Any]:
+    params = world.params
+    run = params.runs[name]
+    changed = params.students[run.student].model_copy(update=student)
+    paths = world.run_paths(out)
+    return runs.train(name, run, changed, params.recipes[run.recipe], at_once, paths)
+
+
+def untimed(record: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in seed.items() if key != "seconds"} for seed in record["seeds"]]
+
+
+@pytest.fixture(scope="module")
+def trained(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "fc-kd-pool"
+    train(world, out)
+    return out
+
+
+def test_the_record_of_a_run_tells_of_every_seed(trained: Path, world: World) -> None:
+    record = json.loads((trained / "training.json").read_text())
+    rows = world.rows()
+    num = len(rows.select("train", POOL))
+    assert [seed["seed"] for seed in record["seeds"]] == [0, 1]
+    for seed in record["seeds"]:
+        assert seed["rows_seen"] == seed["teacher_rows_seen"] == 2 * num
+        assert seed["cut_rows"] == 0
+        assert seed["curve"][-1]["rows"] == seed["rows_seen"]
+        assert seed["best_accuracy"] == max(point["validation_accuracy"] for point in seed["curve"])
+    names = sorted(path.name for path in trained.iterdir())
+    assert names == ["seed-0", "seed-1", "tokenizer", "training.json"]
+    first, second = ((trained / f"seed-{n}" / "model.safetensors").read_bytes() for n in (0, 1))
+    assert first != second
+
+
+def test_a_seed_gives_the_same_bits_alone_and_beside_others(
+    trained: Path, world: World, tmp_path: Path
+) -> None:
+    record = train(world, tmp_path / "alone", at_once=1)
+    assert untimed(record) == untimed(json.loads((trained / "training.json").read_text()))
+    for seed in (0, 1):
+        name = f"seed-{seed}/model.safetensors"
+        assert (tmp_path / "alone" / name).read_bytes() == (trained / name).read_bytes()
+
+
+def test_labels_only_sees_no_row_of_the_teacher_and_no_pool(world: World, tmp_path: Path) -> None:
+    (tmp_path / "ce").mkdir()
+    (tmp_path / "ce" / "stale").write_text("from an earlier run")
+    record = train(world, tmp_path / "ce", "fc-ce")
+    assert [seed["teacher_rows_seen"] for seed in record["seeds"]] == [0, 0]
+    assert record["seeds"][0]["rows_seen"] == 2 * len(world.rows().select("train"))
+    assert not (tmp_path / "ce" / "stale").exists()
+
+
+def test_a_cache_that_was_not_verified_is_refused(world: World, tmp_path: Path) -> None:
+    own = world.copy(tmp_path / "own")
+    own.verified.unlink()
+    with pytest.raises(SpecMismatch, match="is not the cache that was verified") as refused:
+        train(own, tmp_path / "out")
+    assert "dvc repro verify@cache" in str(refused.value)
+    own.verified.write_text(json.dumps({"manifest": "0" * 64}))
+    with pytest.raises(SpecMismatch, match="is not the cache that was verified"):
+        train(own, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_with_a_pool_needs_a_dataset_with_one(world: World, tmp_path: Path) -> None:
+    own = world.copy(tmp_path / "own")
+    from pipeline import data
+
+    data.prepare("toy", own.params.datasets["toy"].model_copy(update={"pool": None}), own.dataset)
+    with pytest.raises(DataError, match="the dataset has none"):
+        train(own, tmp_path / "out")
+
+
+def test_a_student_that_diverges_is_one_error_with_run_and_seed(world: World, tmp_path: Path) -> None:
+    with pytest.raises(
+        TrainingError, match=r"runs\.fc-kd-pool, seed [01]: the .* loss is .* at step"
+    ) as said:
+        train(world, tmp_path / "out", learning_rate=1e30)
+    assert "in the process of seed" in str(said.value.__cause__)
+
+
+def test_a_process_that_is_killed_is_an_error_and_no_endless_wait(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = runs._start
+
+    def killed(job: runs.Job) -> Any:
+        pipe, process = start(job)
+        process.kill()
+        return pipe, process
+
+    monkeypatch.setattr(runs, "_start", killed)
+    with pytest.raises(TrainingError, match=r"seed [01]: its process ended without a word"):
+        train(world, tmp_path / "out")
+
+
+def test_a_tokenizer_of_its_own_is_learned_from_training_and_pool_text_alone(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(TextReader, "learn", lambda texts, *rest: seen.extend(texts))
+    rows = world.rows()
+    student = config.FC(kind="fc", tokenizer=50)
+    runs.make_reader(student, Cache.open(world.cache), rows, tmp_path / "tokenizer")
+    held_out = set(rows.texts.take(rows.select("validation", "test")).to_pylist())
+    assert len(seen) == len(rows.select("train", POOL))
+    assert not held_out & set(seen)
+
+
+def test_a_student_with_a_tokenizer_of_its_own_trains_and_counts_what_it_cuts(
+    world: World, tmp_path: Path
+) -> None:
+    student = config.FC(kind="fc", embedding=4, hidden=4, tokenizer=40, max_length=5)
+    recipe = world.params.recipes["ce"]
+    paths = world.run_paths(tmp_path / "out")
+    cache, rows = runs.open_inputs(paths)
+    runs.make_reader(student, cache, rows, paths.out / "tokenizer")
+    told: list[int] = []
+    done = seeds.train_seed(runs.Job(0, student, recipe, paths), told.append, 0)
+    assert done.cut_rows > 0
+    assert told[0] == sum(told[1:]) == 2 * len(rows.select("train"))
+
+
+def test_the_curve_is_the_mean_over_the_seeds_that_got_that_far(tmp_path: Path) -> None:
+    def point(rows: int, accuracy: float) -> dict[str, float]:
+        return {"rows": rows, "train_loss": 1.0, "validation_loss": 2.0, "validation_accuracy": accuracy}
+
+    record = {"seeds": [{"curve": [point(10, 0.5), point(20, 0.7)]}, {"curve": [point(10, 0.6)]}]}
+    runs.write_curve(record, tmp_path / "deep" / "curve.csv")
+    with (tmp_path / "deep" / "curve.csv").open() as file:
+        found = list(csv.DictReader(file))
+    assert [(row["rows"], row["seeds"], row["validation_accuracy"]) for row in found] == [
+        ("10", "2", "0.55000"),
+        ("20", "1", "0.70000"),
+    ]
+
+
+def test_a_run_is_evaluated_on_its_test_rows_over_all_seeds(
+    trained: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "LATENCY_REPEATS", 2)
+    run = world.params.runs["fc-kd-pool"]
+    found = evaluation.evaluate_run("fc-kd-pool", run, world.params.students["fc"], world.run_paths(trained))
+    assert found["rows"] == len(world.rows().select("test"))
+    assert (found["kind"], found["teacher"], found["cache"]) == ("run", "tiny", "toy")
+    assert len(found["metrics"]["accuracy"]["values"]) == 2
+    sums = [found["metrics"][name]["mean"] for name in ("both_right", "only_student_right")]
+    assert sum(sums) == pytest.approx(found["metrics"]["accuracy"]["mean"])
+    assert found["metrics"]["latency_ms_batch_1"]["mean"] > 0
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_teacher_agrees_with_itself_and_is_scored_by_the_names_of_its_outputs(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "LATENCY_REPEATS", 2)
+    entry = world.params.teachers["tiny"]
+    found = evaluation.evaluate_teacher("tiny", entry, world.dataset, world.teacher)
+    score = teachers.record(world.teacher)["scores"]["test"]
+    assert found["metrics"]["accuracy"]["mean"] == pytest.approx(score)
+    assert found["metrics"]["agreement"]["mean"] == 1
+    assert found["metrics"]["kl_to_teacher"]["mean"] == pytest.approx(0, abs=1e-9)
+    own = world.copy(tmp_path / "own")
+    record = own.teacher / teachers.RECORD
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"labels": ["positive", "negative"]}))
+    turned = evaluation.evaluate_teacher("tiny", entry, own.dataset, own.teacher)
+    assert turned["metrics"]["accuracy"]["mean"] == pytest.approx(1 - score)
