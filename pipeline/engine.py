@@ -52,9 +52,15 @@ def infer(
     with torch.inference_mode(), autocast:
         for batch in by_length(tokens.lengths[rows], TOKENS_PER_BATCH[device.type]):
             ids_BL, mask_BL = (torch.from_numpy(a).to(device) for a in tokens.padded(rows[batch], pad_id))
-            out = model(
-                input_ids=ids_BL, attention_mask=mask_BL.long(), output_hidden_states=hidden is not None
-            )
+            try:
+                out = model(
+                    input_ids=ids_BL, attention_mask=mask_BL.long(), output_hidden_states=hidden is not None
+                )
+            except (IndexError, RuntimeError) as error:
+                raise TeacherError(
+                    f"the teacher cannot read rows of {ids_BL.shape[1]} tokens with ids up to {ids_BL.max()}: "
+                    f"{error}\nLower max_length to its positions, or give it the tokenizer that it was made with."
+                ) from error
             answers = {-1: out.logits.float().cpu().numpy()}
             if hidden is not None:
                 for layer in hidden.layers:

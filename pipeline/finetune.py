@@ -41,9 +41,7 @@ def make_teacher(name: str, entry: config.Teacher, dataset: Path, out: Path) -> 
     out.mkdir(parents=True)
     _save_tokenizer(source, out)
     reader = TextReader(out, entry.max_length, entry.too_long)
-    tokens = reader.read(
-        rows.texts.to_pylist(), rows.row_ids
-    )  # all rows: too long is said before work starts
+    tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)  # all: too long is said before work starts
     if entry.train:
         model, done = _fine_tune(name, entry.train, source, rows, tokens, reader.pad_id)
         model.save_pretrained(out)
@@ -83,6 +81,9 @@ def _fine_tune(
         "label2id": {n: i for i, n in enumerate(rows.label_names)},
     }
     model = teachers.load(source, len(rows.label_names), pad_token_id=pad_id, **dropout, **labels)
+    # Before hours of training, not after: the longest row, and the one with the largest token id.
+    largest = int(np.searchsorted(tokens.offsets, tokens.ids.argmax(), side="right")) - 1
+    engine.infer(model, tokens, np.array([int(tokens.lengths.argmax()), largest]), pad_id, "float32")
     if train.freeze_embeddings:
         model.get_input_embeddings().requires_grad_(False)
     chosen = rows.select("train")

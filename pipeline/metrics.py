@@ -16,7 +16,7 @@ from pipeline import hardware
 from pipeline.tokens import Tokens
 
 ECE_BINS = 15
-LATENCY_WARMUP, LATENCY_REPEATS = 5, 60
+LATENCY_WARMUP, LATENCY_REPEATS = 3, 25
 
 Logits = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int32]

@@ -243,6 +243,20 @@ def test_a_teacher_of_more_outputs_than_labels_is_refused(own: World) -> None:
         finetune.make_teacher("three", entry, own.dataset, own.root / "made")
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_rows_longer_than_the_models_positions_are_refused_before_training(own: World, trained: bool) -> None:
+    with (own.root / "reviews.csv").open("a") as file:
+        file.write("good " * 38 + ",1,labelled\n")
+    own.prepare()
+    train = config.TeacherTraining(epochs=1) if trained else None
+    entry = own.params.teachers["tiny"].model_copy(update={"max_length": 64, "train": train})
+    from pipeline import finetune
+
+    with pytest.raises(TeacherError, match="cannot read rows of 40 tokens") as refused:
+        finetune.make_teacher("tiny", entry, own.dataset, own.teacher)
+    assert "Lower max_length" in str(refused.value)
+
+
 def test_what_a_teacher_is_made_into_twice_leaves_the_models_own_files_alone(own: World) -> None:
     before = content(own.root / "model")
     own.make_teacher()
