@@ -41,7 +41,8 @@ def infer(
     """The teacher's logits, and pooled hidden states if asked, for `rows` of `tokens`.
 
     `precision` is float32 or bfloat16 (autocast). `names` are the row ids, for errors. `advance` is told how
-    many rows are done. Raises TeacherError that names the row where an answer is not finite.
+    many rows are done. Raises TeacherError where the model cannot read a batch, and where an answer is not
+    finite: that one names the row.
     """
     device = next(model.parameters()).device
     logits_NC: npt.NDArray[np.float32] | None = None
@@ -58,8 +59,9 @@ def infer(
                 )
             except (IndexError, RuntimeError) as error:
                 raise TeacherError(
-                    f"the teacher cannot read rows of {ids_BL.shape[1]} tokens with ids up to {ids_BL.max()}: "
-                    f"{error}\nLower max_length to its positions, or give it the tokenizer that it was made with."
+                    f"the teacher cannot read rows of {ids_BL.shape[1]} tokens with ids up to "
+                    f"{ids_BL.max()}: {error}\n"
+                    "Lower max_length to its positions, or give it the tokenizer that it was made with."
                 ) from error
             answers = {-1: out.logits.float().cpu().numpy()}
             if hidden is not None:

@@ -86,7 +86,7 @@ def _row(
     num_rows: int,
     values: list[dict[str, float | None]],
 ) -> dict[str, Any]:
-    return {
+    about = {
         "kind": kind,
         "name": name,
         "teacher": teacher,
@@ -96,5 +96,5 @@ def _row(
         "rows": num_rows,
         "machine": hardware.machine(),
         "threads": 1,
-        "metrics": metrics.over_seeds(values),
     }
+    return {**metrics.over_seeds(values), "about": about}

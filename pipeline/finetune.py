@@ -47,6 +47,7 @@ def make_teacher(name: str, entry: config.Teacher, dataset: Path, out: Path) -> 
         model.save_pretrained(out)
     else:
         model, done = teachers.load(source, pad_token_id=reader.pad_id), None
+        _try_extremes(model, tokens, reader.pad_id)
         for file in [source / "config.json", *sorted(source.glob("*.safetensors*"))]:
             _link(file, out / file.name)
     names = teachers.labels(out, entry.labels, rows.label_names)
@@ -81,9 +82,7 @@ def _fine_tune(
         "label2id": {n: i for i, n in enumerate(rows.label_names)},
     }
     model = teachers.load(source, len(rows.label_names), pad_token_id=pad_id, **dropout, **labels)
-    # Before hours of training, not after: the longest row, and the one with the largest token id.
-    largest = int(np.searchsorted(tokens.offsets, tokens.ids.argmax(), side="right")) - 1
-    engine.infer(model, tokens, np.array([int(tokens.lengths.argmax()), largest]), pad_id, "float32")
+    _try_extremes(model, tokens, pad_id)
     if train.freeze_embeddings:
         model.get_input_embeddings().requires_grad_(False)
     chosen = rows.select("train")
@@ -113,6 +112,12 @@ def _fine_tune(
             lambda _: _validation(model, rows, tokens, pad_id), settings, advance,
         )  # fmt: skip
     return model, done
+
+
+def _try_extremes(model: "PreTrainedModel", tokens: Tokens, pad_id: int) -> None:
+    """Read the longest row and the one with the largest token id: better refused now than after hours."""
+    largest = int(np.searchsorted(tokens.offsets, tokens.ids.argmax(), side="right")) - 1
+    engine.infer(model, tokens, np.array([int(tokens.lengths.argmax()), largest]), pad_id, "float32")
 
 
 class _Classifier(torch.nn.Module):

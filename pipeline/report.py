@@ -13,7 +13,7 @@ from pipeline import plots
 from storage.errors import AssetError
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
-Row = dict[str, Any]  # one file of results/eval
+Row = dict[str, Any]  # one file of results/eval: what it is about, and its metrics
 
 COLUMNS = (  # metric, heading, kind, whether more is better (None: neither is marked)
     ("accuracy", "accuracy", "percent", True),
@@ -48,7 +48,7 @@ class BreakEven(NamedTuple):
 
 def build(eval_dir: Path, capture_dir: Path, models_dir: Path, out: Path) -> None:
     """Write the report over all results. Raises AssetError where a run's training record is missing."""
-    rows = [_read(path) for path in sorted(eval_dir.glob("*.json"))]
+    rows = [_row(path) for path in sorted(eval_dir.glob("*.json"))]
     if not rows:
         raise AssetError(f"there are no results in {eval_dir}: run `dvc repro` first.")
     captures = [_read(path) for path in sorted(capture_dir.glob("*.json"))]
@@ -261,6 +261,12 @@ def _std(values: Sequence[float]) -> float | None:
 
 def _distinct(rows: Sequence[Row], field: str) -> list[str]:
     return list(dict.fromkeys(row[field] for row in rows))
+
+
+def _row(path: Path) -> Row:
+    content = _read(path)
+    about: Row = content.pop("about")
+    return {**about, "metrics": content}
 
 
 def _read(path: Path) -> Row:

@@ -56,7 +56,7 @@ def test_the_graph_and_the_code_name_the_same_paths() -> None:
     assert names("prepare", "outs") == [str(paths.DATA / key)]
     assert names("teacher", "outs") == [str(paths.TEACHERS / key)]
     assert names("cache", "outs") == [str(paths.CACHES / key), str(paths.CAPTURE / f"{key}.json")]
-    assert names("verify", "metrics") == [str(paths.VERIFIED / f"{key}.json")]
+    assert names("verify", "outs") == [str(paths.VERIFIED / f"{key}.json")]
     assert names("train", "outs", "plots") == [str(paths.MODELS / key), str(paths.CURVES / f"{key}.csv")]
     assert names("evaluate", "metrics") == [str(paths.EVAL / f"{key}.json")]
     assert names("score", "metrics") == [str(paths.EVAL / f"teacher-{key}.json")]

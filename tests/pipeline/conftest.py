@@ -73,6 +73,8 @@ class World(NamedTuple):
     def copy(self, to: Path) -> "World":
         """The same project somewhere else, to be changed."""
         shutil.copytree(self.root, to)
+        params = to / "params.yaml"
+        params.write_text(params.read_text().replace(str(self.root), str(to)))
         return World(to)
 
 

@@ -162,12 +162,12 @@ def test_a_run_is_evaluated_on_its_test_rows_over_all_seeds(
     monkeypatch.setattr(metrics, "LATENCY_REPEATS", 2)
     run = world.params.runs["fc-kd-pool"]
     found = evaluation.evaluate_run("fc-kd-pool", run, world.params.students["fc"], world.run_paths(trained))
-    assert found["rows"] == len(world.rows().select("test"))
-    assert (found["kind"], found["teacher"], found["cache"]) == ("run", "tiny", "toy")
-    assert len(found["metrics"]["accuracy"]["values"]) == 2
-    sums = [found["metrics"][name]["mean"] for name in ("both_right", "only_student_right")]
-    assert sum(sums) == pytest.approx(found["metrics"]["accuracy"]["mean"])
-    assert found["metrics"]["latency_ms_batch_1"]["mean"] > 0
+    assert found["about"]["rows"] == len(world.rows().select("test"))
+    assert tuple(found["about"][name] for name in ("kind", "teacher", "cache")) == ("run", "tiny", "toy")
+    assert len(found["accuracy"]["values"]) == 2
+    sums = [found[name]["mean"] for name in ("both_right", "only_student_right")]
+    assert sum(sums) == pytest.approx(found["accuracy"]["mean"])
+    assert found["latency_ms_batch_1"]["mean"] > 0
     json.dumps(found, allow_nan=False)
 
 
@@ -178,11 +178,11 @@ def test_a_teacher_agrees_with_itself_and_is_scored_by_the_names_of_its_outputs(
     entry = world.params.teachers["tiny"]
     found = evaluation.evaluate_teacher("tiny", entry, world.dataset, world.teacher)
     score = teachers.record(world.teacher)["scores"]["test"]
-    assert found["metrics"]["accuracy"]["mean"] == pytest.approx(score)
-    assert found["metrics"]["agreement"]["mean"] == 1
-    assert found["metrics"]["kl_to_teacher"]["mean"] == pytest.approx(0, abs=1e-9)
+    assert found["accuracy"]["mean"] == pytest.approx(score)
+    assert found["agreement"]["mean"] == 1
+    assert found["kl_to_teacher"]["mean"] == pytest.approx(0, abs=1e-9)
     own = world.copy(tmp_path / "own")
     record = own.teacher / teachers.RECORD
     record.write_text(json.dumps(json.loads(record.read_text()) | {"labels": ["positive", "negative"]}))
     turned = evaluation.evaluate_teacher("tiny", entry, own.dataset, own.teacher)
-    assert turned["metrics"]["accuracy"]["mean"] == pytest.approx(1 - score)
+    assert turned["accuracy"]["mean"] == pytest.approx(1 - score)
