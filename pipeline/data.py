@@ -1,10 +1,8 @@
 """Raw dataset -> prepared rows: read, cut, split, name.
 
 A prepared dataset is a directory with two files:
-    rows.parquet   row_id, text, label (position in `labels`, -1 for none), split (train, validation, test,
-    pool)
-    summary.json   label names, counts of everything that was kept, dropped or repeated, the content's
-    fingerprint
+    rows.parquet   row_id, text, label (position in `labels`, -1 for none), split (one of SPLITS, or POOL)
+    summary.json   label names, counts of what was kept, dropped or repeated, the content's fingerprint
 Tokens are not in it: every teacher and student reads the same rows with a tokenizer of its own.
 """
 

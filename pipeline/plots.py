@@ -177,10 +177,10 @@ def break_even(without: Sequence[float], with_cache: Sequence[float], at: int | 
         )
         if at is not None:
             axes.axvline(at, color="#889", linestyle=":", linewidth=1.2)
-            axes.text(at, max(without), f" paid for after {at}", fontsize=9, va="top")
+            axes.text(at, max(without) / 2, f" paid for after {at}", fontsize=9, va="center")
         axes.set_xlabel("students trained (one run, one seed)")
         axes.set_ylabel("teacher's seconds")
-        axes.legend(loc="upper left", bbox_to_anchor=(0.12, 1.0))
+        axes.legend(loc="upper left")
         return _svg(figure)
 
 
