@@ -4,7 +4,6 @@ An unknown key is an error that names the nearest known one; so is a name that n
 their unit in the docstring below the field. Defaults are the values that a newcomer should start from.
 """
 
-import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -22,6 +21,7 @@ from pydantic import (
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from pipeline.faults import faults, nearest
 from storage.errors import ConfigError
 
 PARAMS = Path("params.yaml")
@@ -331,11 +331,11 @@ def load(path: Path = PARAMS) -> Params:
     try:
         params = Params.model_validate(raw)
     except ValidationError as error:
-        faults = "\n".join(f"  {line}" for line in _faults(error))
-        raise ConfigError(f"{path} cannot be used:\n{faults}") from None
+        found = "\n".join(f"  {fault}" for fault in faults(error, Params))
+        raise ConfigError(f"{path} cannot be used:\n{found}") from None
     if unknown := [r for r in _references(params) if r.name not in getattr(params, r.shelf)]:
         lines = [
-            f"  {r.field}: no {r.name!r} in {r.shelf}{_nearest(r.name, getattr(params, r.shelf))}"
+            f"  {r.field}: no {r.name!r} in {r.shelf}{nearest(r.name, getattr(params, r.shelf))}"
             for r in unknown
         ]
         raise ConfigError(f"{path} names things that are not on the shelf:\n" + "\n".join(lines))
@@ -345,7 +345,7 @@ def load(path: Path = PARAMS) -> Params:
 def pick(shelf: Mapping[str, Entry], kind: str, name: str) -> Entry:
     """The entry called `name`. Raises ConfigError that names the nearest one."""
     if name not in shelf:
-        raise ConfigError(f"no {name!r} in {kind} of {PARAMS}{_nearest(name, shelf)}")
+        raise ConfigError(f"no {name!r} in {kind} of {PARAMS}{nearest(name, shelf)}")
     return shelf[name]
 
 
@@ -360,53 +360,3 @@ def _references(params: Params) -> Iterator[_Reference]:
         yield _Reference(f"runs.{name}.cache", run.cache, "caches")
         yield _Reference(f"runs.{name}.student", run.student, "students")
         yield _Reference(f"runs.{name}.recipe", run.recipe, "recipes")
-
-
-def _nearest(name: str, known: Mapping[str, Any] | list[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known) or 'none'}"
-
-
-def _faults(error: ValidationError) -> Iterator[str]:
-    for fault in error.errors():
-        unknown = fault["type"] == "extra_forbidden"
-        parts, section = _place(fault["loc"][:-1] if unknown else fault["loc"])
-        where = ".".join(str(part) for part in parts)
-        if unknown:
-            key = str(fault["loc"][-1])
-            known = _nearest(key, list(section.model_fields)) if section else ""
-            yield f"{where}.{key}".lstrip(".") + f": unknown key{known}"
-        elif fault["type"] in ("literal_error", "union_tag_invalid"):
-            wanted = str(fault["ctx"].get("expected") or fault["ctx"].get("expected_tags"))
-            found = fault["input"].get("kind") if isinstance(fault["input"], dict) else fault["input"]
-            options = [option.strip(" '\"") for option in wanted.replace(" or ", ", ").split(",")]
-            yield f"{where}: found {found!r}, expected {wanted}{_nearest(str(found), options)}"
-        else:
-            found = "" if fault["type"] == "missing" else f" (found {fault['input']!r})"
-            yield f"{where}: {fault['msg'].removeprefix('Value error, ')}{found}"
-
-
-def _place(loc: tuple[int | str, ...]) -> tuple[list[int | str], type[BaseModel] | None]:
-    """What people know of pydantic's `loc` (names and positions, no branches of unions); the model there."""
-    current: Any = Params
-    shown: list[int | str] = []
-    for part in loc:
-        models = list(_models(current))
-        named = [m.model_fields[part].annotation for m in models if part in m.model_fields]
-        tagged = [m for m in models if getattr(m.model_fields.get("kind"), "annotation", 0) == Literal[part]]
-        if getattr(current, "__origin__", None) is dict:
-            current = current.__args__[1]
-        elif named:
-            current = named[0]
-        elif isinstance(part, str):  # a branch of a union
-            current = (tagged or [current])[0]
-            continue
-        shown.append(part)
-    return shown, next(_models(current), None)
-
-
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in getattr(annotation, "__args__", ()):
-        yield from _models(argument)

@@ -1,6 +1,7 @@
 """Fetching: digests are compared, nothing unsafe is unpacked, and a failure leaves nothing behind."""
 
 import hashlib
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -110,11 +111,12 @@ def test_a_package_comes_from_an_index_of_wheels_and_replaces_what_was_there(
 def test_source_packages_are_never_taken_because_pip_would_run_their_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import tarfile
-
     source = tmp_path / "pack-1.0"
     source.mkdir()
-    (source / "setup.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').write('code ran')\n")
+    (source / "backend.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').write('code ran')\n")
+    (source / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    )
     (tmp_path / "index").mkdir()
     with tarfile.open(tmp_path / "index" / "pack-1.0.tar.gz", "w:gz") as archive:
         archive.add(source, "pack-1.0")

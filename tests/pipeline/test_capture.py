@@ -1,6 +1,7 @@
 """A capture asks each row once, whatever was interrupted, appended or changed; a replay catches forgeries."""
 
 import json
+import pickle
 import random
 import shutil
 from collections.abc import Callable
@@ -8,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pipeline import capture, config, engine, teachers
-from storage import Cache
+from pipeline import capture, config, data, engine, finetune, teachers
+from storage import Cache, errors
 from storage.errors import SpecMismatch, StillroomError, TeacherError
 from storage.writer import seal
 from tests import toy
@@ -40,8 +43,6 @@ def append_rows(own: World, num: int) -> None:
     with (own.root / "more.csv").open("w") as file:
         file.write((own.root / "reviews.csv").read_text())
         file.writelines(f"{text},{toy.label(text)},labelled\n" for text in toy.texts(num, seed=99))
-    from pipeline import data
-
     entry = own.params.datasets["toy"].model_copy(update={"path": str(own.root / "more.csv")})
     data.prepare("toy", entry, own.dataset)
 
@@ -50,6 +51,7 @@ def test_a_cache_holds_every_row_and_what_the_live_teacher_says(world: World) ->
     cache, rows = Cache.open(world.cache), world.rows()
     assert cache.num_rows == len(rows.row_ids) == 180
     assert cache.labels == rows.label_names
+    assert cache.row_ids().to_pylist() == rows.row_ids.to_pylist(), "in the dataset's order"
     reader = teachers.reader(world.teacher)
     tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
     hidden = cache.identity.spec.hidden
@@ -211,9 +213,6 @@ def test_replay_catches_a_cache_by_other_weights_with_a_forged_identity(own: Wor
 
 
 def test_replay_catches_a_row_whose_text_was_changed_under_its_id(own: World) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     table = pq.read_table(own.dataset / "rows.parquet")
     texts = table.column("text").to_pylist()
     texts[5] = "another text"
@@ -237,8 +236,6 @@ def test_a_teacher_of_more_outputs_than_labels_is_refused(own: World) -> None:
     entry = config.Teacher(
         model=str(own.root / "three"), dataset="toy", labels=("negative", "positive"), max_length=32
     )
-    from pipeline import finetune
-
     with pytest.raises(TeacherError, match="gives 3 logits a row, and there are 2 labels"):
         finetune.make_teacher("three", entry, own.dataset, own.root / "made")
 
@@ -250,8 +247,6 @@ def test_rows_longer_than_the_models_positions_are_refused_before_training(own: 
     own.prepare()
     train = config.TeacherTraining(epochs=1) if trained else None
     entry = own.params.teachers["tiny"].model_copy(update={"max_length": 64, "train": train})
-    from pipeline import finetune
-
     assert "good good" in own.rows().texts[120].as_py()
     with pytest.raises(TeacherError, match="cannot read rows of 40 tokens") as refused:
         finetune.make_teacher("tiny", entry, own.dataset, own.teacher)
@@ -264,8 +259,6 @@ def test_what_a_teacher_is_made_into_twice_leaves_the_models_own_files_alone(own
     own.make_teacher()
     train = config.TeacherTraining(epochs=1, batch_rows=16, precision="float32", dropout=0.0)
     entry = own.params.teachers["tiny"].model_copy(update={"train": train, "model": str(own.root / "model")})
-    from pipeline import finetune
-
     record = finetune.make_teacher("tiny", entry, own.dataset, own.teacher)
     assert record["training"]["steps"] > 0
     assert record["labels"] == ["negative", "positive"]
@@ -274,10 +267,6 @@ def test_what_a_teacher_is_made_into_twice_leaves_the_models_own_files_alone(own
 
 
 def test_every_error_of_the_house_survives_the_way_between_processes() -> None:
-    import pickle
-
-    from storage import errors
-
     classes = [StillroomError]
     for kind in classes:
         classes += kind.__subclasses__()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -220,8 +221,6 @@ def test_appended_rows_leave_ids_and_splits_of_the_others_as_they_were(tmp_path:
 
 
 def test_new_content_is_read_although_path_and_time_are_the_same(tmp_path: Path) -> None:
-    import os
-
     path = write(tmp_path / "a.csv", rows())
     os.utime(path, (1_000_000_000, 1_000_000_000))
     prepared(path)

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline import teachers
@@ -42,7 +43,7 @@ def test_weights_in_several_files_are_the_same_weights(model: Path) -> None:
 def test_one_weight_by_one_bit_is_another_teacher(model: Path) -> None:
     before = teachers.identity(model)
     tensors = load_file(model / "model.safetensors")
-    weights = tensors["classifier.weight"].view(-1).view(dtype=__import__("torch").int32)
+    weights = tensors["classifier.weight"].view(-1).view(dtype=torch.int32)
     weights[0] ^= 1
     save_file(tensors, model / "model.safetensors")
     after = teachers.identity(model)

@@ -2,12 +2,14 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from pipeline import config, evaluation, metrics, runs, seeds, teachers
+from pipeline import config, data, evaluation, metrics, runs, seeds, teachers
 from pipeline.data import POOL
 from pipeline.tokens import TextReader
 from storage import Cache
@@ -62,6 +64,18 @@ def test_a_seed_gives_the_same_bits_alone_and_beside_others(
         assert (tmp_path / "alone" / name).read_bytes() == (trained / name).read_bytes()
 
 
+def test_what_was_drawn_before_in_a_process_does_not_change_a_seed(
+    trained: Path, world: World, tmp_path: Path
+) -> None:
+    shutil.copytree(trained / "tokenizer", tmp_path / "tokenizer")
+    torch.rand(7)
+    params = world.params
+    student, recipe = params.students["fc"], params.recipes["kd-pool"]
+    seeds.train_seed(runs.Job(1, student, recipe, world.run_paths(tmp_path)))
+    name = "seed-1/model.safetensors"
+    assert (tmp_path / name).read_bytes() == (trained / name).read_bytes()
+
+
 def test_labels_only_sees_no_row_of_the_teacher_and_no_pool(world: World, tmp_path: Path) -> None:
     (tmp_path / "ce").mkdir()
     (tmp_path / "ce" / "stale").write_text("from an earlier run")
@@ -85,8 +99,6 @@ def test_a_cache_that_was_not_verified_is_refused(world: World, tmp_path: Path) 
 
 def test_a_recipe_with_a_pool_needs_a_dataset_with_one(world: World, tmp_path: Path) -> None:
     own = world.copy(tmp_path / "own")
-    from pipeline import data
-
     data.prepare("toy", own.params.datasets["toy"].model_copy(update={"pool": None}), own.dataset)
     with pytest.raises(DataError, match="the dataset has none"):
         train(own, tmp_path / "out")

@@ -1,5 +1,7 @@
 """The ids are those of transformers' tokenizers; what is cut is cut as they cut it."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +71,6 @@ def test_a_tokenizer_without_padding_pads_with_the_end_of_text_and_never_with_a_
 
 
 def test_ids_end_below_their_number_even_where_the_vocabulary_has_holes(tmp_path: Path) -> None:
-    import json
-
     toy.write_model(tmp_path / "model")
     path = tmp_path / "model" / "tokenizer.json"
     content = json.loads(path.read_text())
@@ -89,9 +89,6 @@ def test_a_directory_without_a_fast_tokenizer_says_how_to_make_one(tmp_path: Pat
 def test_identity_sees_content_and_special_tokens_and_not_the_layout_of_the_file(
     encoder_dir: Path, tmp_path: Path
 ) -> None:
-    import json
-    import shutil
-
     shutil.copytree(encoder_dir, tmp_path / "same")
     path = tmp_path / "same" / "tokenizer.json"
     content = json.loads(path.read_text())
