@@ -63,6 +63,17 @@ class Rows(NamedTuple):
         """Positions of the rows of these splits, in order."""
         return np.flatnonzero(np.isin(self.splits, splits))
 
+    def only(self, *splits: str) -> "Rows":
+        """The rows of these splits alone, in order."""
+        chosen = self.select(*splits)
+        return Rows(
+            self.row_ids.take(chosen),
+            self.texts.take(chosen),
+            self.labels[chosen],
+            self.splits[chosen],
+            self.label_names,
+        )
+
 
 def load_rows(directory: Path) -> Rows:
     """The prepared dataset in `directory`. Raises DataError where it is not one."""

@@ -21,6 +21,7 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """The run's metrics on the test split, each as {"mean", "std", "values"} over its seeds."""
     cache, rows = open_inputs(paths)
+    rows = rows.only(SPLIT)
     hardware.pin_threads(hardware.num_cores())
     reader = TextReader(paths.out / "tokenizer", student.max_length, "truncate")
     tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
@@ -49,7 +50,7 @@ def evaluate_run(
 
 def evaluate_teacher(name: str, entry: config.Teacher, dataset: Path, teacher: Path) -> dict[str, Any]:
     """The teacher's row of the results table."""
-    rows, reader, record = load_rows(dataset), teachers.reader(teacher), teachers.record(teacher)
+    rows, reader, record = load_rows(dataset).only(SPLIT), teachers.reader(teacher), teachers.record(teacher)
     hardware.pin_threads(hardware.num_cores())
     model = teachers.load(teacher, pad_token_id=reader.pad_id)
     tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)

@@ -17,6 +17,7 @@ COLOURS = ("#7a8793", "#2f6fb0", "#c2571a", "#3d8b57", "#8b5fa8", "#b8912f")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a name with a $ in it is a name
     "svg.hashsalt": "stillroom",
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -202,5 +203,5 @@ def _names_beside(axes: Axes, points: Sequence[Point], palette: Palette) -> None
 
 def _svg(figure: Figure) -> str:
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return text.getvalue().partition("<svg")[1] + text.getvalue().partition("<svg")[2]

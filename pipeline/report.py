@@ -1,8 +1,10 @@
-"""Results -> one self-contained HTML page: the table, the plots, what the cache saved. Reads JSON, never a
-model.
+"""Results -> one self-contained HTML page: the table, the plots, what the cache saved.
+
+Reads JSON, never a model.
 """
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +19,7 @@ Row = dict[str, Any]  # one file of results/eval: what it is about, and its metr
 
 COLUMNS = (  # metric, heading, kind, whether more is better (None: neither is marked)
     ("accuracy", "accuracy", "percent", True),
-    ("over_ce", "points over ce", "points", True),
+    ("over_labels", "points over labels alone", "points", True),
     ("of_teacher", "of the teacher's", "percent", True),
     ("roc_auc", "ROC AUC", "plain", True),
     ("macro_f1", "macro F1", "plain", True),
@@ -71,19 +73,19 @@ def section(rows: Sequence[Row], captures: Sequence[Row], training: dict[str, Ro
     """Everything that the page says about one dataset."""
     teachers = [row for row in rows if row["kind"] == "teacher"]
     runs = sorted((row for row in rows if row["kind"] == "run"), key=lambda r: (r["student"], r["recipe"]))
-    teacher = teachers[0] if teachers else None
-    runs = [_compared(row, runs, teacher) for row in runs]
+    runs = [{**row, "distilled": _teacher_rows(training[row["name"]]) > 0} for row in runs]
+    runs = [_compared(row, runs, teachers) for row in runs]
     used = [c for c in captures if c["cache"] in {row["cache"] for row in runs}]
     palette = plots.Palette(_distinct(runs, "student"), _distinct(runs, "recipe"))
     saved = break_even(runs, used, training)
-    shown = [row for row in [*teachers, *runs] if _mean(row, "accuracy") is not None]
+    scored = [row for row in [*teachers, *runs] if _mean(row, "accuracy") is not None]
     return {
         "dataset": rows[0]["dataset"],
-        "headline": headline(runs, teacher),
+        "headline": headline(runs, teachers),
         "table": table(teachers, runs),
-        "size": plots.scatter(_points(shown, "bytes", 1e-6), "MB on disk", palette),
+        "size": plots.scatter(_points(scored, "bytes", 1e-6), "MB on disk", palette),
         "latency": plots.scatter(
-            _points(shown, "latency_ms_batch_1", 1.0), "milliseconds a row (batch 1, one thread)", palette
+            _points(scored, "latency_ms_batch_1", 1.0), "milliseconds a row (batch 1, one thread)", palette
         ),
         "curves": plots.curves(_panels(runs, training), palette) if runs else "",
         "agreement": _agreement(runs),
@@ -98,26 +100,37 @@ def section(rows: Sequence[Row], captures: Sequence[Row], training: dict[str, Ro
     }
 
 
-def headline(runs: Sequence[Row], teacher: Row | None) -> str:
+def headline(runs: Sequence[Row], teachers: Sequence[Row]) -> str:
     """The finding in a sentence or two, computed from the numbers, also where distillation did not help."""
-    if not runs:
+    scored = [row for row in runs if _mean(row, "accuracy") is not None]
+    if not scored:
         return "No student has been evaluated yet."
-    best = max(runs, key=lambda row: _mean(row, "accuracy"))
+    best = max(scored, key=lambda row: _mean(row, "accuracy"))
     text = (
         f"{best['name']} is right on {_mean(best, 'accuracy'):.1%} of {best['rows']:,} {best['split']} rows"
     )
+    teacher = _teacher_of(best, teachers)
     if teacher is not None:
         text += f", {_mean(best, 'of_teacher'):.1%} of the teacher's accuracy"
         smaller = _mean(teacher, "bytes") / _mean(best, "bytes")
         faster = _mean(teacher, "latency_ms_batch_1") / _mean(best, "latency_ms_batch_1")
         text += f", in a file {_times(smaller, 'smaller', 'larger')}, {_times(faster, 'faster', 'slower')}"
-    gain = _mean(best, "over_ce")
-    if gain is None:
-        return text + "."
-    same = f"the same student trained on labels alone ({best['student']}-ce)"
-    if gain <= 0:
-        return f"{text}. Distillation did not help here: {same} is {-gain:.1f} points better."
-    return f"{text}. That is {gain:+.1f} points over {same}."
+    if not best["distilled"]:
+        text += ". It learned from labels alone"
+        distilled = max(
+            (r for r in scored if r["distilled"]), key=lambda r: _mean(r, "accuracy"), default=None
+        )
+        if distilled is None:
+            return text + "."
+        behind = 100 * (_mean(best, "accuracy") - _mean(distilled, "accuracy"))
+        return (
+            f"{text}: distillation did not help here. "
+            f"The best distilled run, {distilled['name']}, is {behind:.1f} points behind."
+        )
+    gain = _mean(best, "over_labels")
+    return text + (
+        "." if gain is None else f". That is {gain:+.1f} points over the same student on labels alone."
+    )
 
 
 def break_even(runs: Sequence[Row], captures: Sequence[Row], training: dict[str, Row]) -> BreakEven | None:
@@ -162,22 +175,33 @@ def table(teachers: Sequence[Row], runs: Sequence[Row]) -> list[dict[str, Any]]:
     return lines
 
 
-def _compared(row: Row, runs: Sequence[Row], teacher: Row | None) -> Row:
-    """The row with two more metrics: points over the same student's `ce`, paired by seed; share of the
-    teacher's.
+def _compared(row: Row, runs: Sequence[Row], teachers: Sequence[Row]) -> Row:
+    """The row with two more metrics: points over the same student on labels alone, paired by seed; share of
+    its teacher's accuracy.
     """
     metrics = dict(row["metrics"])
-    plain = next((r for r in runs if r["student"] == row["student"] and r["recipe"] == "ce"), None)
+    if _mean(row, "accuracy") is None:
+        return row
     accuracy = dict(zip(row["seeds"], metrics["accuracy"]["values"], strict=True))
-    if plain is not None and plain is not row:
+    plain = next((r for r in runs if r["student"] == row["student"] and not r["distilled"]), None)
+    if plain is not None and plain["name"] != row["name"] and _mean(plain, "accuracy") is not None:
         base = dict(zip(plain["seeds"], plain["metrics"]["accuracy"]["values"], strict=True))
         pairs = [100 * (accuracy[seed] - base[seed]) for seed in accuracy if seed in base]
         if pairs:
-            metrics["over_ce"] = {"mean": sum(pairs) / len(pairs), "std": _std(pairs), "values": pairs}
+            metrics["over_labels"] = _spread(pairs)
+    teacher = _teacher_of(row, teachers)
     if teacher is not None:
-        shares = [value / _mean(teacher, "accuracy") for value in accuracy.values()]
-        metrics["of_teacher"] = {"mean": sum(shares) / len(shares), "std": _std(shares), "values": shares}
+        metrics["of_teacher"] = _spread([value / _mean(teacher, "accuracy") for value in accuracy.values()])
     return {**row, "metrics": metrics}
+
+
+def _teacher_of(run: Row, teachers: Sequence[Row]) -> Row | None:
+    """The row of the teacher that made the run's cache, where it was scored."""
+    return next((t for t in teachers if t["teacher"] == run["teacher"] and _mean(t, "accuracy")), None)
+
+
+def _teacher_rows(training: Row) -> int:
+    return sum(seed["teacher_rows_seen"] for seed in training["seeds"])
 
 
 def _points(rows: Sequence[Row], cost: str, scale: float) -> list[plots.Point]:
@@ -219,11 +243,8 @@ def _agreement(runs: Sequence[Row]) -> str:
 
 
 def _time(captures: Sequence[Row], runs: Sequence[Row]) -> str:
-    items = [
-        (f"fine-tuning {c['teacher']}", c["teacher_train_seconds"], "#111")
-        for c in captures
-        if c["teacher_train_seconds"]
-    ]
+    tuned = {c["teacher"]: c["teacher_train_seconds"] for c in captures if c["teacher_train_seconds"]}
+    items = [(f"fine-tuning {teacher}", seconds, "#111") for teacher, seconds in tuned.items()]
     items += [(f"capturing {c['cache']}", c["seconds"], "#2f6fb0") for c in captures]
     items += [(f"training {r['name']}", _mean(r, "train_seconds") * len(r["seeds"]), "#b8912f") for r in runs]
     names, values, colours = zip(*items, strict=True) if items else ((), (), ())
@@ -252,11 +273,10 @@ def _mean(row: Row, metric: str) -> Any:
     return row["metrics"].get(metric, {}).get("mean")
 
 
-def _std(values: Sequence[float]) -> float | None:
-    if len(values) < 2:
-        return None
-    mean = sum(values) / len(values)
-    return float((sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5)
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    """A metric as the results have it. The standard deviation is that of a sample; one value has none."""
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": std, "values": list(values)}
 
 
 def _distinct(rows: Sequence[Row], field: str) -> list[str]:

@@ -35,10 +35,12 @@ def train_seed(
     hardware.pin_threads(1)
     torch.manual_seed(job.seed)
     student, recipe = job.student, job.recipe
+    taught_by = ("train", POOL) if recipe.pool else ("train",)
     cache, rows = open_inputs(job.paths)
+    rows = rows.only(*taught_by, "validation")
     reader = TextReader(job.paths.out / "tokenizer", student.max_length, "truncate")
     tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
-    cached = CachedRows(cache, rows, tokens, reader.pad_id, ("train", POOL) if recipe.pool else ("train",))
+    cached = CachedRows(cache, rows, tokens, reader.pad_id, taught_by)
     held_out = CachedRows(cache, rows, tokens, reader.pad_id, ("validation",))
     model = students.build(student, reader.num_ids, len(cache.labels))
     tell(recipe.epochs * cached.num_rows)

@@ -76,7 +76,7 @@ class Cache:
 
     def read(self, shard: ShardEntry) -> records.LogitRows:
         """The rows of one shard. Raises ShardMissing, ShardTruncated or ShardCorrupt."""
-        self._check(shard.key, shard.files)
+        self._check(shard.logits_path, [file for file in shard.files if file.path == shard.logits_path])
         rows = records.read(self.path / shard.logits_path, len(self.labels))
         found = (len(rows.row_ids), int(rows.num_tokens.sum()), sha256_json(rows.input_hashes.to_pylist()))
         if found != (shard.rows, shard.positions, shard.inputs):
@@ -98,7 +98,7 @@ class Cache:
         spec = self.identity.spec.hidden
         if spec is None or layer not in spec.layers:
             raise ValueError(f"{self.path} keeps the layers {list(self.hidden_layers)}, not {layer}")
-        self._check(shard.key, shard.files)
+        self._check(shard.hidden_path, [file for file in shard.files if file.path != shard.logits_path])
         return hidden.read(self.path / shard.hidden_path, layer, shard.rows, spec)
 
     def row_ids(self) -> pa.StringArray:
