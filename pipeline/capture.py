@@ -273,6 +273,6 @@ def _provenance(entry: config.CacheEntry, teacher: Path) -> dict[str, Any]:
         "machine": hardware.machine(),
         "threads": torch.get_num_threads(),
         "teacher": entry.teacher,
-        "teacher_scores": teachers.record(teacher)["scores"],
+        "teacher_accuracy": teachers.record(teacher)["accuracy"],
         "dataset": entry.dataset,
     }

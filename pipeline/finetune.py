@@ -61,12 +61,12 @@ def make_teacher(name: str, entry: config.Teacher, dataset: Path, out: Path) -> 
         "labels": list(names),
         "max_length": entry.max_length,
         "too_long": entry.too_long,
-        "scores": {s: _score(model, rows, tokens, reader.pad_id, names, s) for s in ("validation", "test")},
+        "accuracy": {"test": _score(model, rows, tokens, reader.pad_id, names, "test")},
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "training": done._asdict() if done else None,
     }
     (out / teachers.RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    log(f"{name}: {record['scores']['test']:.1%} of the test rows right")
+    log(f"{name}: {record['accuracy']['test']:.1%} of the test rows right")
     return record
 
 

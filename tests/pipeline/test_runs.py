@@ -189,7 +189,7 @@ def test_a_teacher_agrees_with_itself_and_is_scored_by_the_names_of_its_outputs(
     monkeypatch.setattr(metrics, "LATENCY_REPEATS", 2)
     entry = world.params.teachers["tiny"]
     found = evaluation.evaluate_teacher("tiny", entry, world.dataset, world.teacher)
-    score = teachers.record(world.teacher)["scores"]["test"]
+    score = teachers.record(world.teacher)["accuracy"]["test"]
     assert found["accuracy"]["mean"] == pytest.approx(score)
     assert found["agreement"]["mean"] == 1
     assert found["kl_to_teacher"]["mean"] == pytest.approx(0, abs=1e-9)
