@@ -28,7 +28,7 @@ bench: .venv/ready
 	for file in benchmarks/bench_*.py; do python $$file || exit 1; done
 
 golden: .venv/ready
-	python tests/golden/make_cache.py
+	for file in tests/golden/make_*.py; do python $$file || exit 1; done
 
 # torch comes first and alone: resolved together with others, a newer build with gigabytes of CUDA could be chosen.
 .venv/ready: pyproject.toml constraints.txt

@@ -18,8 +18,11 @@ import pyarrow.compute as pc
 import torch
 
 from pipeline.data import Rows
+from pipeline.losses import SparseTargets
 from pipeline.tokens import Tokens
 from storage import Cache, order
+from storage.entries import Entries, concatenate
+from storage.records import LogitRows
 
 SHARDS_PER_WINDOW = 16  # rows are mixed within a window: 65,536 rows at the default shard size
 BUCKET_BATCHES = 50  # rows of like length meet within so many batches
@@ -34,12 +37,17 @@ class DistillBatch(NamedTuple):
     ids_BL: torch.Tensor  # int64, padded on the right
     mask_BL: torch.Tensor  # bool, true for tokens
     labels_B: torch.Tensor  # int64, NO_LABEL for none
-    teacher_BC: torch.Tensor  # float32 logits
+    teacher: torch.Tensor | SparseTargets  # float32 logits [B, C], or entries of the B rows
+
+    def to(self, device: torch.device) -> "DistillBatch":
+        """The same batch on another device."""
+        return DistillBatch(*(part.to(device) for part in self))  # type: ignore[arg-type]
 
     @property
     def num_bytes(self) -> int:
         """Size in memory."""
-        return sum(tensor.nbytes for tensor in self)
+        parts = [*self[:3], *([self.teacher] if isinstance(self.teacher, torch.Tensor) else self.teacher)]
+        return sum(tensor.nbytes for tensor in parts)
 
 
 class CachedRows:
@@ -75,32 +83,53 @@ class CachedRows:
 
     def in_order(self, batch_rows: int) -> Iterator[DistillBatch]:
         """All rows once, those of like length together: for evaluation."""
-        rows, logits = self._window(range(len(self._by_shard)))
+        rows, targets = self._window(range(len(self._by_shard)))
         by_length = np.argsort(self.tokens.lengths[rows], kind="stable")
         for start in range(0, len(rows), batch_rows):
             part = by_length[start : start + batch_rows]
-            yield self._batch(rows[part], logits[part])
+            yield self._batch(rows[part], targets.take(part))
 
     def _epoch(self, seed: int, epoch: int, batch_rows: int) -> Iterator[DistillBatch]:
         for number, shards in enumerate(order.windows(len(self._by_shard), SHARDS_PER_WINDOW, seed, epoch)):
-            rows, logits = self._window(sorted(int(shard) for shard in shards))
+            rows, targets = self._window(sorted(int(shard) for shard in shards))
             lengths = self.tokens.lengths[rows]
             for part in order.batches(lengths, batch_rows, BUCKET_BATCHES, seed, epoch, number):
-                yield self._batch(rows[part], logits[part])
+                yield self._batch(rows[part], targets.take(part))
 
-    def _window(self, shards: Iterable[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        rows, logits = [np.zeros(0, np.int64)], [np.zeros((0, len(self.cache.labels)), np.float32)]
+    def _window(self, shards: Iterable[int]) -> tuple[npt.NDArray[np.int64], "_Dense | Entries"]:
+        """(rows of the dataset, their targets) of some shards."""
+        rows: list[npt.NDArray[np.int64]] = [np.zeros(0, np.int64)]
+        dense = [np.zeros((0, len(self.cache.labels)), np.float32)]
+        sparse = []
         for shard in shards:
             dataset_rows, shard_rows = self._by_shard[shard]
-            if len(dataset_rows):
-                rows.append(dataset_rows)
-                logits.append(self.cache.read(self.cache.shards[shard]).logits[shard_rows])
-        return np.concatenate(rows), np.concatenate(logits)
+            if not len(dataset_rows):
+                continue
+            rows.append(dataset_rows)
+            held = self.cache.read(self.cache.shards[shard])
+            if isinstance(held, LogitRows):
+                dense.append(held.logits[shard_rows])
+            else:
+                sparse.append(held.entries.take(shard_rows))
+        return np.concatenate(rows), concatenate(sparse) if sparse else _Dense(np.concatenate(dense))
 
-    def _batch(self, rows: npt.NDArray[np.int64], logits: npt.NDArray[np.float32]) -> DistillBatch:
+    def _batch(self, rows: npt.NDArray[np.int64], targets: "_Dense | Entries") -> DistillBatch:
         ids_BL, mask_BL = self.tokens.padded(rows, self.pad_id)
         labels_B = self.rows.labels[rows].astype(np.int64)
-        return DistillBatch(*(torch.from_numpy(array) for array in (ids_BL, mask_BL, labels_B, logits)))
+        teacher = (
+            torch.from_numpy(targets.logits) if isinstance(targets, _Dense) else SparseTargets.of(targets)
+        )
+        ids, mask, labels = (torch.from_numpy(array) for array in (ids_BL, mask_BL, labels_B))
+        return DistillBatch(ids, mask, labels, teacher)
+
+
+class _Dense(NamedTuple):
+    """Logits of N rows, taken in the same way as entries."""
+
+    logits: npt.NDArray[np.float32]  # N x C
+
+    def take(self, rows: npt.NDArray[np.int64]) -> "_Dense":
+        return _Dense(self.logits[rows])
 
 
 def prefetch(items: Iterable[Item], max_bytes: int, size: Callable[[Item], int]) -> Iterator[Item]:

@@ -1,4 +1,4 @@
-"""The cache stage: which shards are missing -> the teacher -> storage. And its replay, for verify.
+"""The cache stage: which shards are missing -> the teacher -> storage. replay.py asks it again, for verify.
 
 Plan: finished shards of the same identity whose rows are all wanted are taken as they are, largest first; the
 rows that they leave over are cut, in dataset order, into new shards. So a killed capture goes on where it
@@ -9,33 +9,35 @@ teacher is loaded when the first missing shard is computed, and not at all where
 import json
 import platform
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from pipeline import config, engine, hardware, teachers
+from pipeline import config, draws, engine, hardware, targets, teachers
 from pipeline.data import Rows, load_rows
 from pipeline.progress import bar, log
+from pipeline.sparsify import Keys, rounding_noise, sparsify
 from pipeline.tokens import FILES, Tokens
-from storage import Cache, records
-from storage.errors import Mismatch, SpecMismatch, TeacherError
+from storage import compact, records
+from storage.compact import Columns
+from storage.entries import Entries
+from storage.errors import TeacherError
 from storage.manifest import Manifest
-from storage.spec import HiddenSpec, Identity, Spec
-from storage.verify import verify
+from storage.spec import HiddenSpec, Identity, Sha256, SparseCodec, Spec, sha256_json
 from storage.writer import Store, StoredShard, seal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 STORE = Path(".stillroom")
 CAPTURE_VERSION = int((Path(__file__).parent / "CAPTURE_VERSION").read_text())
-REPLAY_ROWS = 256
-# How far a replayed logit may lie from the cached one, relative to the largest logit of its row: rounding of
-# other batch shapes and processors in float32; two units in the last place of bfloat16 through a dozen
-# layers.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 6e-2}
+RANKED_ROWS = 1024  # rows whose answers say which ids are frequent: more change a hundredth of the bytes
 
 LAYERS_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 WIDTH_KEYS = ("hidden_size", "dim", "n_embd", "d_model")
@@ -52,14 +54,17 @@ class Captured(NamedTuple):
     cut_rows: int  # rows that lost tokens to the teacher's maximum
 
 
-def identity(entry: config.CacheEntry, teacher: Path) -> Identity:
-    """Who will be asked, and what will be kept. Reads the teacher's files, loads no model."""
+def identity(entry: config.CacheEntry, teacher: Path, ranks: Sha256 | None = None) -> Identity:
+    """Who will be asked, and what will be kept. Reads the teacher's files, loads no model.
+
+    `ranks` is the fingerprint of a compact layout's table of frequent ids.
+    """
     record = teachers.record(teacher)
     reader = teachers.reader(teacher)
     spec = Spec(
         task="sequence-classification",
         labels=tuple(record["labels"]),
-        codec=entry.targets,
+        codec=targets.spec(entry.targets, ranks),
         max_length=reader.max_length,
         too_long=record["too_long"],
         precision=hardware.precision(entry.precision),
@@ -117,25 +122,45 @@ def capture(
     tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
     store.sweep()
     row_ids = rows.row_ids.to_pylist()
+
+    @cache
+    def model() -> "PreTrainedModel":
+        before_teacher()
+        return teachers.load(teacher, pad_token_id=reader.pad_id)
+
+    def ask(part: Indices, advance: Callable[[int], None] = lambda rows: None) -> engine.TeacherOutput:
+        spec = who.spec
+        return engine.infer(
+            model(), tokens, part, reader.pad_id, spec.precision, spec.hidden, row_ids, advance
+        )
+
+    ranks = None
+    if who.spec.codec != "dense" and who.spec.codec.layout == "compact":
+        ranks = store.ranks(who)
+        if ranks is None:
+            first = np.arange(min(RANKED_ROWS, len(row_ids)))
+            mass = torch.softmax(torch.from_numpy(ask(first).logits).double(), -1).sum(0).numpy()
+            ranks = store.keep_ranks(who, compact.rank_by(mass))
+        who = identity(entry, teacher, sha256_json(ranks.tolist()))
     taken, missing = plan(row_ids, store.finished(who), entry.shard_rows)
     total, todo = len(set(row_ids)), sum(len(part) for part in missing)
     log(f"{name}: {total - todo:,} of {total:,} rows are captured already, in {len(taken)} shards")
     if missing:
-        before_teacher()
         hashes = tokens.hashes()
-        model = teachers.load(teacher, pad_token_id=reader.pad_id)
         with bar(f"capturing {name}", todo, "rows") as advance:
+            model()
             for part in missing:
                 started = hardware.compute_seconds()
-                said = engine.infer(
-                    model, tokens, part, reader.pad_id, who.spec.precision, who.spec.hidden, row_ids, advance
-                )
-                kept = _logit_rows(rows, hashes, tokens, part, said)
-                taken.append(store.put(who, kept, said.hidden, hardware.compute_seconds() - started))
+                said = ask(part, advance)
+                kept, packed = _kept(who.spec.codec, rows, hashes, tokens, part, said, ranks)
+                seconds = hardware.compute_seconds() - started
+                taken.append(store.put(who, kept, said.hidden, seconds, packed))
     place = {row: index for index, row in reversed(list(enumerate(row_ids)))}
     taken.sort(key=lambda shard: place[shard.row_ids()[0].as_py()])
     files = {file: (teacher / file).read_bytes() for file in FILES if (teacher / file).is_file()}
-    sealed = seal(out, who, taken, files, _provenance(entry, teacher))
+    sealed = seal(
+        out, who, taken, files, _provenance(entry, teacher), None if ranks is None else ranks.tolist()
+    )
     return Captured(sealed, todo, sum(shard.seconds for shard in taken), tokens.num_cut)
 
 
@@ -159,73 +184,6 @@ def summary(name: str, entry: config.CacheEntry, captured: Captured, teacher: Pa
         "precision": captured.manifest.identity.spec.precision,
         "machine": hardware.machine(),
     }
-
-
-def check(name: str, cache: Cache, entry: config.CacheEntry, dataset: Path, teacher: Path) -> dict[str, Any]:
-    """Verify everything that can be: fit, coverage, every byte, and a replay. Returns a deterministic record.
-
-    Raises SpecMismatch or another CacheError that names the first fault.
-    """
-    rows = load_rows(dataset)
-    expected = identity(entry, teacher)
-    if entry.precision == "auto":  # captured elsewhere, perhaps: its own word for its precision is good
-        spec = expected.spec.model_copy(update={"precision": cache.identity.spec.precision})
-        expected = expected.model_copy(update={"spec": spec})
-    advice = f"Rebuild it with `dvc repro cache@{name}`: shards that still fit are kept."
-    cache.check(
-        f"caches.{name}",
-        identity=expected,
-        labels=rows.label_names,
-        row_ids=rows.row_ids,
-        whole=True,
-        advice=advice,
-    )
-    with bar(f"verifying {name}", cache.num_rows, "rows") as advance:
-        counts = verify(cache, advance)
-    replayed = replay(cache, rows, teacher)
-    return {"cache": name, "manifest": cache.manifest_sha256, **counts._asdict(), "replayed_rows": replayed}
-
-
-def replay(cache: Cache, rows: Rows, teacher: Path) -> int:
-    """Ask the teacher again about a sample of rows that the cache's content chooses; return how many.
-
-    Raises SpecMismatch where a row's tokens or logits are not those that were cached, within the codec's
-    error.
-    """
-    cached = [cache.read(shard) for shard in cache.shards]
-    place = {row: index for index, row in enumerate(rows.row_ids.to_pylist())}
-    ids = pa.concat_arrays([part.row_ids for part in cached]).to_pylist()
-    hashes = pa.concat_arrays([part.input_hashes for part in cached]).to_pylist()
-    logits_NC = np.concatenate([part.logits for part in cached])
-    generator = np.random.PCG64(np.random.SeedSequence(int(cache.manifest_sha256, 16)))
-    chosen = np.sort(np.argsort(generator.random_raw(len(ids)), kind="stable")[:REPLAY_ROWS])
-    reader = teachers.reader(teacher)
-    texts = [rows.texts[place[ids[i]]].as_py() for i in chosen]
-    tokens = reader.read(texts, [ids[i] for i in chosen])
-    faults = [
-        Mismatch(f"row {ids[i]}: token ids", hashes[i], found)
-        for i, found in zip(chosen, tokens.hashes().to_pylist(), strict=True)
-        if hashes[i] != found
-    ]
-    precision = cache.identity.spec.precision
-    hardware.pin_threads(hardware.num_cores())
-    model = teachers.load(teacher, pad_token_id=reader.pad_id)
-    said = engine.infer(model, tokens, np.arange(len(chosen)), reader.pad_id, precision).logits
-    if said.shape[1] != len(cache.labels):
-        raise TeacherError(
-            f"the teacher gives {said.shape[1]} logits a row, the cache has {len(cache.labels)}."
-        )
-    scale = np.maximum(np.abs(said).max(axis=1), 1.0)
-    error = np.abs(said - logits_NC[chosen]).max(axis=1) / scale
-    faults += [
-        Mismatch(f"row {ids[i]}: logits", logits_NC[i].tolist(), said[n].tolist())
-        for n, i in enumerate(chosen)
-        if not error[n] <= TOLERANCE[precision]
-    ]
-    if faults:
-        advice = "Other weights or other code made it. Rebuild it; raise CAPTURE_VERSION where code changed."
-        raise SpecMismatch(f"{cache.path} is not what its teacher says today", faults[:10], advice)
-    return len(chosen)
 
 
 def _refuse_other_labels(name: str, teacher: tuple[str, ...], dataset: tuple[str, ...]) -> None:
@@ -256,11 +214,34 @@ def _hidden_spec(hidden: config.Hidden | None, teacher: Path) -> HiddenSpec | No
     return HiddenSpec(layers=hidden.layers, pool=hidden.pool, width=width, dtype=hidden.dtype)
 
 
-def _logit_rows(
-    rows: Rows, hashes: pa.StringArray, tokens: Tokens, part: Indices, said: engine.TeacherOutput
-) -> records.LogitRows:
+def encode(
+    codec: SparseCodec, logits: npt.NDArray[np.float32], row_ids: Sequence[str]
+) -> tuple[Entries, Keys]:
+    """The entries of rows of one position each, and the keys of their random numbers."""
+    keys = Keys(draws.row_words(row_ids), np.zeros(len(row_ids), np.int64))
+    return sparsify(torch.from_numpy(logits), codec, keys), keys
+
+
+def _kept(
+    codec: Literal["dense"] | SparseCodec,
+    rows: Rows,
+    hashes: pa.StringArray,
+    tokens: Tokens,
+    part: Indices,
+    said: engine.TeacherOutput,
+    ranks: Indices | None,
+) -> tuple[records.LogitRows | records.EntryRows, Columns | None]:
+    """What the store keeps of a shard's answers, and its columns where the layout is compact."""
+    row_ids, inputs = rows.row_ids.take(part), hashes.take(part)
     lengths = tokens.lengths[part].astype(np.int32)
-    return records.LogitRows(rows.row_ids.take(part), hashes.take(part), lengths, said.logits)
+    if codec == "dense":
+        return records.LogitRows(row_ids, inputs, lengths, said.logits), None
+    entries, keys = encode(codec, said.logits, row_ids.to_pylist())
+    kept = records.EntryRows(row_ids, inputs, lengths, np.ones(len(part), np.int32), entries)
+    if ranks is None:
+        return kept, None
+    order = compact.Ranks(ranks, said.logits.shape[1])
+    return kept, compact.pack(codec, entries, order, rounding_noise(codec, entries, keys))
 
 
 def _provenance(entry: config.CacheEntry, teacher: Path) -> dict[str, Any]:

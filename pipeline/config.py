@@ -6,12 +6,10 @@ their unit in the docstring below the field. Defaults are the values that a newc
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -22,29 +20,12 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from pipeline.faults import faults, nearest
+from pipeline.section import Fraction, Name, Positive, Section, distinct
+from pipeline.targets import Dense, Targets
 from storage.errors import ConfigError
 
 PARAMS = Path("params.yaml")
-NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
-
-Name = Annotated[str, Field(pattern=NAME_PATTERN)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
 Entry = TypeVar("Entry")
-
-
-def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
-        raise ValueError(f"{twice[0]!r} stands there twice")
-    return values
-
-
-class Section(BaseModel):
-    """A part of params.yaml: frozen, no unknown key, no silent conversion."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 class Asset(Section):
@@ -86,7 +67,7 @@ class Pool(Section):
 
     files: str = ""
     """Glob below the dataset's path; empty: the path itself."""
-    where: dict[str, str | int] = {}
+    where: dict[str, str | int] = Field(default_factory=dict)
     """Keep rows whose column equals this value."""
     cut: Literal["rows", "sentences"] = "rows"
     """Keep each text whole, or cut it into sentences."""
@@ -115,9 +96,9 @@ class Dataset(Section):
     ending.
     """
     columns: Columns = Columns()
-    where: dict[str, str | int] = {}
+    where: dict[str, str | int] = Field(default_factory=dict)
     """Keep rows whose column equals this value."""
-    labels: Annotated[tuple[str, ...], Field(min_length=2, strict=False), AfterValidator(_distinct)]
+    labels: Annotated[tuple[str, ...], Field(min_length=2, strict=False), AfterValidator(distinct)]
     """Class names in order. The label column holds these names, or their positions from 0."""
     split: Annotated[
         Annotated[Split, Tag("shares")] | Annotated[str, Tag("column")],
@@ -140,9 +121,10 @@ class TeacherTraining(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     dropout: Fraction | None = None
     """Dropout of hidden states and attention; null: what the model's own config says."""
-    freeze_embeddings: bool = False
-    """Leave the token embeddings as they are. They are half of a small model's weights and change little in a
-    short fine-tuning; leaving them out saves a fifth of its time on a CPU."""
+    frozen_layers: Annotated[int, Field(ge=0)] | None = None
+    """Leave the embeddings (0) and so many of the first layers as they are; null: train all. The embeddings
+    are half of a small model's weights, low layers change little in a short fine-tuning, and gradients end
+    above them."""
     evaluations_per_epoch: Positive = 2
     patience: Positive = 2
     """Evaluations without improvement before it stops. The best state is kept."""
@@ -158,7 +140,7 @@ class Teacher(Section):
     """A directory with config.json, *.safetensors and tokenizer files: local, or below assets/."""
     dataset: Name
     """The dataset that it is trained on (with `train`) and scored on."""
-    labels: Annotated[tuple[str, ...], Field(strict=False), AfterValidator(_distinct)] | None = None
+    labels: Annotated[tuple[str, ...], Field(strict=False), AfterValidator(distinct)] | None = None
     """Names of the head's outputs in order, where the model's own config does not name them."""
     max_length: Positive = 512
     """The most tokens that it reads of a row."""
@@ -171,7 +153,7 @@ class Hidden(Section):
     """Pooled hidden states to keep beside the logits."""
 
     layers: Annotated[
-        tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False), AfterValidator(_distinct)
+        tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False), AfterValidator(distinct)
     ]
     """Layers in the sense of transformers' hidden_states: 0 is the embeddings."""
     pool: Literal["first", "mean"] = "mean"
@@ -184,8 +166,8 @@ class CacheEntry(Section):
 
     dataset: Name
     teacher: Name
-    targets: Literal["dense"] = "dense"
-    """The codec: dense keeps the logits of every class."""
+    targets: Targets = Dense(codec="dense")
+    """The codec, and its settings: dense (few classes), or one of the sparse ones (vocabularies)."""
     hidden: Hidden | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the teacher's arithmetic. auto: bfloat16 where the hardware computes in it, else float32."""
@@ -247,6 +229,11 @@ class Recipe(Section):
     """Weight of the labels' cross-entropy; rows without a label give the KL part alone. 1: labels only."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """T of the KL part. The cache holds logits at T = 1."""
+    divergence: Literal["forward", "reverse", "jsd", "skewed"] = "forward"
+    """Of student p from teacher t: KL(t || p), KL(p || t), Jensen-Shannon, or KL(t || skew t + (1 - skew) p).
+    All but forward need a dense cache."""
+    skew: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Of the skewed divergence: the teacher's share of the mixture."""
     pool: bool = False
     """Train on the unlabelled pool too."""
     epochs: Positive = 5
@@ -275,7 +262,7 @@ class Run(Section):
     student: Name
     recipe: Name
     seeds: Annotated[
-        tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False), AfterValidator(_distinct)
+        tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False), AfterValidator(distinct)
     ] = (0,)
 
 
@@ -298,7 +285,7 @@ class RunPaths(NamedTuple):
 class Params(Section):
     """All of params.yaml."""
 
-    assets: dict[Name, Asset] = {}
+    assets: dict[Name, Asset] = Field(default_factory=dict)
     datasets: dict[Name, Dataset]
     teachers: dict[Name, Teacher]
     caches: dict[Name, CacheEntry]

@@ -25,7 +25,9 @@ def faults(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
             yield f"{where}.{key}".lstrip(".") + f": unknown key{known}"
         elif fault["type"] in ("literal_error", "union_tag_invalid"):
             wanted = str(fault["ctx"].get("expected") or fault["ctx"].get("expected_tags"))
-            found = fault["input"].get("kind") if isinstance(fault["input"], dict) else fault["input"]
+            found = fault["input"]
+            if isinstance(found, dict):
+                found = found.get(str(fault["ctx"].get("discriminator", "kind")).strip("'"))
             options = [option.strip(" '\"") for option in wanted.replace(" or ", ", ").split(",")]
             yield f"{where}: found {found!r}, expected {wanted}{nearest(str(found), options)}"
         else:
@@ -42,7 +44,8 @@ def _place(
     for part in loc:
         models = list(_models(current))
         named = [m.model_fields[part].annotation for m in models if part in m.model_fields]
-        tagged = [m for m in models if getattr(m.model_fields.get("kind"), "annotation", 0) == Literal[part]]
+        branch: Any = Literal[part]
+        tagged = [m for m in models if any(f.annotation == branch for f in m.model_fields.values())]
         if getattr(current, "__origin__", None) is dict:
             current = current.__args__[1]
         elif named:

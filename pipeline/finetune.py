@@ -83,8 +83,8 @@ def _fine_tune(
     }
     model = teachers.load(source, len(rows.label_names), pad_token_id=pad_id, **dropout, **labels)
     _try_extremes(model, tokens, pad_id)
-    if train.freeze_embeddings:
-        model.get_input_embeddings().requires_grad_(False)
+    if train.frozen_layers is not None:
+        _freeze(name, model, train.frozen_layers)
     chosen = rows.select("train")
 
     def batches(epoch: int) -> Iterator[DistillBatch]:
@@ -112,6 +112,19 @@ def _fine_tune(
             lambda _: _validation(model, rows, tokens, pad_id), settings, advance,
         )  # fmt: skip
     return model, done
+
+
+def _freeze(name: str, model: "PreTrainedModel", num_layers: int) -> None:
+    """Take the embeddings and the first layers out of training."""
+    stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
+    layers = next((s for s in stacks if len(s) == getattr(model.config, "num_hidden_layers", None)), None)
+    if layers is None or num_layers > len(layers):
+        raise TeacherError(
+            f"teachers.{name}.train.frozen_layers: {num_layers} layers cannot be frozen, "
+            f"{'the model has ' + str(len(layers)) if layers else 'its layers are not found'}."
+        )
+    for module in (model.get_input_embeddings(), *layers[:num_layers]):
+        module.requires_grad_(False)
 
 
 def _try_extremes(model: "PreTrainedModel", tokens: Tokens, pad_id: int) -> None:

@@ -11,6 +11,7 @@ import multiprocessing as mp
 import shutil
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pipeline import config, hardware
 from pipeline.data import POOL, SPLITS, Rows, load_rows
 from pipeline.progress import bars, log
+from pipeline.targets import refuse_truncated
 from pipeline.tokens import TextReader
 from storage import Cache
 from storage.errors import DataError, Mismatch, SpecMismatch, TrainingError
@@ -66,6 +68,7 @@ def train(
 
     Refuses a cache that was not verified or does not fit, before the first step.
     """
+    _start_importing()
     cache, rows = open_inputs(paths)
     _refuse_misfit(name, cache, rows, recipe, paths.verified)
     if paths.out.exists():
@@ -126,6 +129,8 @@ def _refuse_misfit(name: str, cache: Cache, rows: Rows, recipe: config.Recipe, v
             f"runs.{name}: its recipe trains on the pool, and the dataset has none.\n"
             "Add a pool under datasets, or choose a recipe with pool: false."
         )
+    if recipe.alpha < 1:
+        refuse_truncated(f"runs.{name}", cache.codec, recipe.divergence, recipe.temperature)
     wanted = rows.row_ids.take(rows.select(*SPLITS, *((POOL,) if recipe.pool else ())))
     cache.check(f"runs.{name}", labels=rows.label_names, row_ids=wanted)
 
@@ -173,10 +178,15 @@ def _side_by_side(name: str, jobs: list[Job], at_once: int) -> list["Trained"]:
     return [trained[job.seed] for job in jobs]
 
 
+def _start_importing() -> None:
+    """Let the process that seeds are forked from import torch while this one looks at its inputs."""
+    mp.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    forkserver.ensure_running()
+
+
 def _start(job: Job) -> "tuple[Connection[Any, Any], BaseProcess]":
     """A process that trains one seed, and the pipe that it tells of it through."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     hears, tells = context.Pipe(duplex=False)
     process = context.Process(target=_train_seed, args=(job, tells), daemon=True)
     process.start()

@@ -13,6 +13,7 @@ from pipeline.losses import label_loss, recipe_loss
 from pipeline.runs import Job, open_inputs
 from pipeline.tokens import TextReader
 from pipeline.training import Fit, Settings, Validation, fit
+from storage.spec import Sample, Threshold
 
 EVALUATION_ROWS = 256
 
@@ -42,12 +43,13 @@ def train_seed(
     tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
     cached = CachedRows(cache, rows, tokens, reader.pad_id, taught_by)
     held_out = CachedRows(cache, rows, tokens, reader.pad_id, ("validation",))
+    sampled = isinstance(cache.codec, Sample | Threshold)
     model = students.build(student, reader.num_ids, len(cache.labels))
     tell(recipe.epochs * cached.num_rows)
     done = fit(
         model,
         lambda epoch: cached.epoch(job.seed, epoch, recipe.batch_rows),
-        lambda logits, batch: _loss(job, logits, batch),
+        lambda logits, batch: _loss(job, sampled, logits, batch),
         lambda trained: _validate(trained, held_out),
         Settings(
             epochs=recipe.epochs,
@@ -65,19 +67,27 @@ def train_seed(
 
 
 def answers(model: torch.nn.Module, cached: CachedRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(student logits [N, C], teacher logits [N, C], labels [N]) of all rows, in one order."""
+    """(student logits [N, C], teacher logits [N, C], labels [N]) of all rows, in one order.
+
+    Entries of a sparse cache count as `SparseTargets.logits` has them.
+    """
     device = next(model.parameters()).device
     said, teacher, labels = [], [], []
     with torch.inference_mode():
         for batch in cached.in_order(EVALUATION_ROWS):
             said.append(model(batch.ids_BL.to(device), batch.mask_BL.to(device)).cpu())
-            teacher.append(batch.teacher_BC)
+            wanted = batch.teacher
+            teacher.append(wanted if isinstance(wanted, torch.Tensor) else wanted.logits(said[-1].shape[1]))
             labels.append(batch.labels_B)
     return torch.cat(said), torch.cat(teacher), torch.cat(labels)
 
 
-def _loss(job: Job, logits_BC: torch.Tensor, batch: DistillBatch) -> torch.Tensor:
-    return recipe_loss(logits_BC, batch.labels_B, batch.teacher_BC, job.recipe.alpha, job.recipe.temperature)
+def _loss(job: Job, sampled: bool, logits_BC: torch.Tensor, batch: DistillBatch) -> torch.Tensor:
+    recipe = job.recipe
+    return recipe_loss(
+        logits_BC, batch.labels_B, batch.teacher, recipe.alpha, recipe.temperature, recipe.divergence,
+        recipe.skew, sampled,
+    )  # fmt: skip
 
 
 def _validate(model: torch.nn.Module, held_out: CachedRows) -> Validation:

@@ -81,7 +81,7 @@ def fit(
     for epoch in range(settings.epochs):
         model.train()
         for batch in epoch_batches(epoch):
-            batch = DistillBatch(*(tensor.to(accelerator.device) for tensor in batch))
+            batch = batch.to(accelerator.device)
             value = loss(model(batch.ids_BL, batch.mask_BL), batch)
             accelerator.backward(value)
             accelerator.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)

@@ -2,7 +2,7 @@
 
 import json
 
-from pipeline import capture, config
+from pipeline import config, replay
 from stages import cli, paths
 from storage import Cache
 
@@ -11,7 +11,7 @@ def main(name: str) -> None:
     """Verify one cache."""
     entry = config.pick(config.load().caches, "caches", name)
     cache = Cache.open(paths.CACHES / name)
-    record = capture.check(name, cache, entry, paths.DATA / entry.dataset, paths.TEACHERS / entry.teacher)
+    record = replay.check(name, cache, entry, paths.DATA / entry.dataset, paths.TEACHERS / entry.teacher)
     paths.VERIFIED.mkdir(parents=True, exist_ok=True)
     (paths.VERIFIED / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
 

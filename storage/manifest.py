@@ -10,15 +10,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
+from storage.compact import MAX_RANKED
 from storage.errors import FormatTooNew, ManifestInvalid, NoManifest
 from storage.spec import Count, Identity, Sha256, Strict, canonical_json, sha256_json
 
 FORMAT = "stillroom-cache"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of sparse targets; dense ones are written as version 1, which says all they need
 MANIFEST_NAME = "manifest.json"
-MAX_MANIFEST_BYTES = (
-    2**30
-)  # refuse to load more: a billion rows a manifest of this format's shards stays far below
+MAX_MANIFEST_BYTES = 2**30  # refuse to load more: the manifest of a billion rows stays far below
 
 # Relative, forward slashes, no empty, "." or ".." part: a manifest can never name a file outside its cache.
 RelativePath = Annotated[
@@ -61,14 +60,26 @@ class Manifest(Strict):
     """The full description of a sealed cache. Field by field: docs/cache-format.md."""
 
     format: Literal["stillroom-cache"] = "stillroom-cache"
-    format_version: Annotated[int, Field(ge=1)] = FORMAT_VERSION
+    format_version: Annotated[int, Field(ge=1)]
     identity: Identity
     dataset: Sha256  # storage.spec.content_fingerprint of the rows
     shards: Annotated[tuple[ShardEntry, ...], Field(min_length=1, max_length=10_000_000, strict=False)]
     tokenizer_files: Annotated[tuple[FileEntry, ...], Field(max_length=100, strict=False)]
-    provenance: dict[
-        str, Any
-    ]  # versions, hardware, the teacher's own score: for people, covered by no fingerprint
+    provenance: dict[str, Any]  # versions, hardware, the teacher's score: for people, part of no fingerprint
+    # Compact layouts: the most frequent ids first; their places are the ranks that the shards hold.
+    ranks: Annotated[tuple[Count, ...], Field(max_length=MAX_RANKED, strict=False)] | None = None
+
+    @model_validator(mode="after")
+    def _version_and_ranks_fit_the_codec(self) -> Self:
+        codec = self.identity.spec.codec
+        if self.format_version != needed_version(self.identity):
+            raise ValueError(f"format_version is {self.format_version}: not that of its codec")
+        known = None if codec == "dense" else codec.ranks
+        if known != (None if self.ranks is None else sha256_json(list(self.ranks))):
+            raise ValueError("ranks are not those that the codec names")
+        if self.ranks is not None and len(set(self.ranks)) != len(self.ranks):
+            raise ValueError("ranks hold an id twice")
+        return self
 
     @model_validator(mode="after")
     def _names_agree(self) -> Self:
@@ -98,9 +109,22 @@ class Manifest(Strict):
         return sum(shard.rows for shard in self.shards)
 
 
+def needed_version(identity: Identity) -> int:
+    """The lowest format version that can hold targets of this identity: an old reader reads what it can."""
+    return 1 if identity.spec.codec == "dense" else 2
+
+
+def fields(manifest: Manifest) -> dict[str, Any]:
+    """Everything that the checksum covers. `ranks` is there only where there are some."""
+    body = manifest.model_dump(mode="json")
+    if manifest.ranks is None:
+        del body["ranks"]
+    return body
+
+
 def render(manifest: Manifest) -> bytes:
     """The exact bytes of manifest.json: canonical JSON with its checksum, and a newline."""
-    body = manifest.model_dump(mode="json")
+    body = fields(manifest)
     return canonical_json({**body, "checksum": sha256_json(body)}) + b"\n"
 
 

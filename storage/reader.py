@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from storage import hidden, manifest, records
+from storage.compact import Ranks
 from storage.errors import Mismatch, ShardCorrupt, SpecMismatch
 from storage.manifest import Manifest, ShardEntry
-from storage.spec import Identity, content_fingerprint, sha256_json
+from storage.spec import Identity, SparseCodec, content_fingerprint, sha256_json
 from storage.verify import AGAIN, check_files, check_sizes
 
 
@@ -72,20 +73,38 @@ class Cache:
     @property
     def manifest_sha256(self) -> str:
         """sha256 hex of manifest.json: it stands for every byte of the cache."""
-        return sha256_json(self.manifest.model_dump(mode="json"))
+        return sha256_json(manifest.fields(self.manifest))
 
-    def read(self, shard: ShardEntry) -> records.LogitRows:
-        """The rows of one shard. Raises ShardMissing, ShardTruncated or ShardCorrupt."""
+    @property
+    def codec(self) -> Literal["dense"] | SparseCodec:
+        """How the teacher's words are kept."""
+        return self.identity.spec.codec
+
+    @property
+    def ranks(self) -> Ranks:
+        """The order of the vocabulary in which compact shards number ids; the ids themselves elsewhere."""
+        frequent = np.array(self.manifest.ranks or (), np.int64)
+        return Ranks(frequent, len(self.labels))
+
+    def read(self, shard: ShardEntry) -> records.LogitRows | records.EntryRows:
+        """The rows of one shard: logits where the codec is dense, entries where it is sparse, whatever their
+        layout. Raises ShardMissing, ShardTruncated or ShardCorrupt.
+        """
+        path = self.path / shard.logits_path
         self._check(shard.logits_path, [file for file in shard.files if file.path == shard.logits_path])
-        rows = records.read(self.path / shard.logits_path, len(self.labels))
+        rows: records.LogitRows | records.EntryRows
+        if self.codec == "dense":
+            rows = records.read(path, len(self.labels))
+        else:
+            rows = records.read_sparse(path, self.codec, self.ranks)
         found = (len(rows.row_ids), int(rows.num_tokens.sum()), sha256_json(rows.input_hashes.to_pylist()))
         if found != (shard.rows, shard.positions, shard.inputs):
             raise ShardCorrupt(
-                f"{self.path / shard.logits_path} is not the shard that the manifest describes.\n"
+                f"{path} is not the shard that the manifest describes.\n"
                 f"  rows, positions, inputs found    {found}\n"
                 f"  rows, positions, inputs expected {(shard.rows, shard.positions, shard.inputs)}\n{AGAIN}"
             )
-        if not np.isfinite(rows.logits).all():
+        if isinstance(rows, records.LogitRows) and not np.isfinite(rows.logits).all():
             bad = int(np.flatnonzero(~np.isfinite(rows.logits).all(axis=1))[0])
             raise ShardCorrupt(f"{self.path}: the logits of row {rows.row_ids[bad]} are not finite.\n{AGAIN}")
         return rows

@@ -1,13 +1,13 @@
 """Logit shards: Parquet that pandas, DuckDB, Polars and `datasets` read without us.
 
-One row of the file is one row of the dataset, in dataset order:
-    row_id      string        32 hex characters, storage.spec.row_id
-    input_hash  string        32 hex characters, storage.spec.input_hash of the token ids that the teacher
-    read
-    num_tokens  int32         how many token ids it read
-    logits      float32[C]    the teacher's logits before any softmax, in label order (a fixed-size list)
+One row of the file is one row of the dataset, in dataset order. Every shard has
+    row_id      string    32 hex characters, storage.spec.row_id
+    input_hash  string    32 hex characters, storage.spec.input_hash of the token ids that the teacher read
+    num_tokens  int32     how many token ids it read
+and then what the codec keeps: `logits` float32[C] (dense), or lists over the positions and entries of the row
+(sparse; docs/cache-format.md has their columns).
 
-Shape letters: N rows, C classes.
+Shape letters: N rows, C classes, P positions of all rows, E entries.
 """
 
 from pathlib import Path
@@ -18,10 +18,27 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from storage import compact
+from storage.compact import Columns, Ranks
+from storage.entries import Entries, ends
 from storage.errors import ShardCorrupt
-from storage.spec import canonical_json
+from storage.spec import SparseCodec, Threshold, TopK, canonical_json
 
 ROW_GROUP_ROWS = 16_384  # about 1 MB encoded for a handful of classes; never read single rows
+ROW_GROUP_POSITIONS = 2**18  # 4 MB encoded at 15 bytes a position
+COMPACT: dict[str, dict[str, pa.DataType]] = {
+    "topk": {"num_ids": pa.uint16(), "gaps": pa.uint32(), "codes": pa.uint8(), "tail_code": pa.uint16()},
+    "sample": {"num_ids": pa.uint16(), "gaps": pa.uint32(), "draws": pa.uint16()},
+    "threshold": {
+        "num_head": pa.uint16(), "num_tail": pa.uint16(),
+        "head_gaps": pa.uint32(), "head_codes": pa.uint8(), "tail_gaps": pa.uint32(),
+    },
+}  # fmt: skip
+# How many elements a list has for each position: one, or as many as this column says.
+ELEMENTS = {
+    "ids": "num_entries", "log_probs": "num_entries", "gaps": "num_ids", "codes": "num_ids",
+    "draws": "num_ids", "head_gaps": "num_head", "head_codes": "num_head", "tail_gaps": "num_tail",
+}  # fmt: skip
 
 
 class LogitRows(NamedTuple):
@@ -33,53 +50,169 @@ class LogitRows(NamedTuple):
     logits: npt.NDArray[np.float32]  # N x C, nats before normalisation
 
 
+class EntryRows(NamedTuple):
+    """Rows of one shard of sparse targets, in file order."""
+
+    row_ids: pa.StringArray  # N
+    input_hashes: pa.StringArray  # N
+    num_tokens: npt.NDArray[np.int32]  # N, tokens
+    num_positions: npt.NDArray[np.int32]  # N, positions that the entries are of
+    entries: Entries  # P positions, row after row
+
+
 def schema(num_classes: int, labels: tuple[str, ...] = ()) -> pa.Schema:
-    """The Arrow schema of a logit shard; label names go into the metadata (stillroom.labels)."""
-    fields = [
-        pa.field("row_id", pa.string(), nullable=False),
-        pa.field("input_hash", pa.string(), nullable=False),
-        pa.field("num_tokens", pa.int32(), nullable=False),
-        pa.field(
-            "logits", pa.list_(pa.field("element", pa.float32(), nullable=False), num_classes), nullable=False
-        ),
-    ]
-    return pa.schema(fields, metadata={"stillroom.labels": canonical_json(list(labels)).decode()})
+    """The Arrow schema of a shard of dense targets; label names go into the metadata (stillroom.labels)."""
+    return _schema({"logits": pa.list_(_element(pa.float32()), num_classes)}, labels)
+
+
+def sparse_schema(codec: SparseCodec, labels: tuple[str, ...] = ()) -> pa.Schema:
+    """The Arrow schema of a shard of sparse targets: lists of small numbers."""
+    if codec.layout == "compact":
+        columns = COMPACT[codec.name]
+    else:
+        columns = {"num_entries": pa.uint16(), "ids": pa.int32(), "log_probs": pa.float32()}
+        if isinstance(codec, Threshold):
+            columns["num_exact"] = pa.uint16()
+        if isinstance(codec, TopK):
+            columns["log_tail"] = pa.float32()
+    return _schema({name: pa.list_(_element(kind)) for name, kind in columns.items()}, labels)
 
 
 def write(path: Path, rows: LogitRows, labels: tuple[str, ...]) -> None:
-    """Write one shard. The same rows give the same bytes (for one version of pyarrow)."""
+    """Write one shard of dense targets. The same rows give the same bytes (for one version of pyarrow)."""
     layout = schema(rows.logits.shape[1], labels)
     logits = pa.FixedSizeListArray.from_arrays(
         pa.array(np.ascontiguousarray(rows.logits).reshape(-1)), type=layout.field("logits").type
     )
-    table = pa.Table.from_arrays(
-        [rows.row_ids, rows.input_hashes, pa.array(rows.num_tokens, pa.int32()), logits], schema=layout
+    columns = [rows.row_ids, rows.input_hashes, pa.array(rows.num_tokens, pa.int32()), logits]
+    _write(path, pa.Table.from_arrays(columns, schema=layout), level=3, row_group_rows=ROW_GROUP_ROWS)
+
+
+def write_sparse(
+    path: Path, rows: EntryRows, codec: SparseCodec, labels: tuple[str, ...], packed: Columns | None
+) -> None:
+    """Write one shard of sparse targets; `packed` are its columns in the compact layout (compact.pack)."""
+    layout = sparse_schema(codec, labels)
+    values = packed if packed is not None else _plain(rows.entries)
+    columns = [rows.row_ids, rows.input_hashes, pa.array(rows.num_tokens, pa.int32())]
+    first = ends(rows.num_positions)
+    for field in layout:
+        if not pa.types.is_list(field.type):
+            continue
+        counted_by = ELEMENTS.get(field.name)
+        offsets = first if counted_by is None else ends(values[counted_by])[first]
+        data = pa.array(values[field.name], field.type.value_type)
+        columns.append(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), data, type=field.type))
+    a_group = max(1, int(ROW_GROUP_POSITIONS * len(rows.row_ids) / max(first[-1], 1)))
+    _write(path, pa.Table.from_arrays(columns, schema=layout), level=1, row_group_rows=a_group)
+
+
+def read(path: Path, num_classes: int) -> LogitRows:
+    """All rows of one dense shard. Raises ShardCorrupt for anything but a file of `schema(num_classes)`."""
+    columns = _read(path, schema(num_classes))
+    # flatten() respects slices and offsets; .values would not (a classic wrong-rows bug)
+    logits = columns["logits"].flatten().to_numpy(zero_copy_only=True).reshape(-1, num_classes)
+    return LogitRows(columns["row_id"], columns["input_hash"], columns["num_tokens"].to_numpy(), logits)
+
+
+def read_sparse(path: Path, codec: SparseCodec, ranks: Ranks) -> EntryRows:
+    """All rows of one sparse shard, in one form whatever its layout. Raises ShardCorrupt for what is no shard
+    of this codec.
+    """
+    layout = sparse_schema(codec)
+    columns = _read(path, layout)
+    lists = [field.name for field in layout if pa.types.is_list(field.type)]
+    values: Columns = {name: columns[name].flatten().to_numpy(zero_copy_only=True) for name in lists}
+    try:
+        _refuse_uneven(values)
+        entries = compact.unpack(codec, values, ranks) if codec.layout == "compact" else _from_plain(values)
+        _refuse_impossible(entries, ranks.vocab_size)
+    except (ValueError, IndexError) as error:
+        raise ShardCorrupt(f"{path} holds no {codec.name} targets: {error}.") from error
+    num_positions = columns[lists[0]].value_lengths().to_numpy()
+    return EntryRows(
+        columns["row_id"], columns["input_hash"], columns["num_tokens"].to_numpy(), num_positions, entries
     )
+
+
+def _schema(targets: dict[str, pa.DataType], labels: tuple[str, ...]) -> pa.Schema:
+    fields = [
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field("input_hash", pa.string(), nullable=False),
+        pa.field("num_tokens", pa.int32(), nullable=False),
+        *(pa.field(name, kind, nullable=False) for name, kind in targets.items()),
+    ]
+    return pa.schema(fields, metadata={"stillroom.labels": canonical_json(list(labels)).decode()})
+
+
+def _element(kind: pa.DataType) -> pa.Field:
+    return pa.field("element", kind, nullable=False)
+
+
+def _write(path: Path, table: pa.Table, level: int, row_group_rows: int) -> None:
+    lists = [f.name for f in table.schema if pa.types.is_list(f.type) or pa.types.is_fixed_size_list(f.type)]
     pq.write_table(
         table,
         path,
-        row_group_size=ROW_GROUP_ROWS,
+        row_group_size=row_group_rows,
         compression="zstd",
-        compression_level=3,
+        compression_level=level,
         use_dictionary=False,
-        column_encoding={"num_tokens": "BYTE_STREAM_SPLIT", "logits.list.element": "BYTE_STREAM_SPLIT"},
+        column_encoding=dict.fromkeys(
+            ["num_tokens", *(f"{name}.list.element" for name in lists)], "BYTE_STREAM_SPLIT"
+        ),
         write_page_checksum=True,
     )
 
 
-def read(path: Path, num_classes: int) -> LogitRows:
-    """All rows of one shard. Raises ShardCorrupt for anything but a file of `schema(num_classes)`."""
+def _read(path: Path, expected: pa.Schema) -> dict[str, pa.Array]:
     try:
         table = pq.ParquetFile(path, page_checksum_verification=True).read()
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ShardCorrupt(f"{path} cannot be read as Parquet: {error}") from error
-    expected = schema(num_classes)
     if not table.schema.equals(expected, check_metadata=False):
         raise ShardCorrupt(
             f"{path} has another layout.\n  found    {table.schema.types}\n  expected {expected.types}"
         )
     table = table.combine_chunks()
-    columns = [table.column(name).combine_chunks() for name in table.column_names]
-    # flatten() respects slices and offsets; .values would not (a classic wrong-rows bug)
-    logits = columns[3].flatten().to_numpy(zero_copy_only=True).reshape(len(table), num_classes)
-    return LogitRows(columns[0], columns[1], columns[2].to_numpy(), logits)
+    return {name: table.column(name).combine_chunks() for name in table.column_names}
+
+
+def _plain(entries: Entries) -> Columns:
+    with np.errstate(divide="ignore"):
+        log_probs = np.log(entries.weights)
+    return {
+        "num_entries": entries.counts.astype(np.uint16),
+        "num_exact": entries.num_exact.astype(np.uint16),
+        "ids": entries.ids,
+        "log_probs": log_probs,
+        "log_tail": entries.log_tail,
+    }
+
+
+def _from_plain(values: Columns) -> Entries:
+    counts = values["num_entries"].astype(np.int64)
+    none = np.full(len(counts), -np.inf, np.float32)
+    exact = counts if "log_tail" in values else values.get("num_exact", np.zeros_like(counts))
+    return Entries(
+        ends(counts), values["ids"], np.exp(values["log_probs"]), exact.astype(np.int32),
+        values.get("log_tail", none),
+    )  # fmt: skip
+
+
+def _refuse_uneven(values: Columns) -> None:
+    """Every list has as many elements as the counts beside it say."""
+    for name, counted_by in ELEMENTS.items():
+        if name in values and len(values[name]) != (expected := int(values[counted_by].sum(dtype=np.int64))):
+            raise ValueError(f"{name} has {len(values[name]):,} elements, {counted_by} counts {expected:,}")
+
+
+def _refuse_impossible(entries: Entries, vocab_size: int) -> None:
+    if len(entries.ids) and not 0 <= int(entries.ids.min()) <= int(entries.ids.max()) < vocab_size:
+        raise ValueError(f"an id is outside the vocabulary of {vocab_size:,}")
+    with np.errstate(invalid="ignore"):
+        possible = np.all((entries.weights >= 0) & (entries.weights <= 1.001)) and np.all(
+            entries.log_tail <= 0.001
+        )
+    if not possible or np.any(entries.num_exact > entries.counts):
+        raise ValueError("a weight is no probability")

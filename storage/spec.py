@@ -50,12 +50,43 @@ class HiddenSpec(Strict):
     dtype: Literal["float16", "float32"]
 
 
+class _Sparse(Strict):
+    layout: Literal["plain", "compact"]
+    ranks: Sha256 | None = None  # of a compact layout: the fingerprint of the manifest's `ranks`
+
+
+class TopK(_Sparse):
+    """The `k` largest probabilities, and the log mass of all others."""
+
+    name: Literal["topk"] = "topk"
+    k: Annotated[int, Field(ge=1, le=65_535)]
+
+
+class Sample(_Sparse):
+    """`draws` draws with replacement, as counts (random sampling KD: Anshumann et al., ACL 2025)."""
+
+    name: Literal["sample"] = "sample"
+    draws: Annotated[int, Field(ge=1, le=65_535)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Threshold(_Sparse):
+    """Probabilities above about `tau` as they are; the others sampled, each sampled one worth about `tau`."""
+
+    name: Literal["threshold"] = "threshold"
+    tau: Annotated[float, Field(ge=2**-15, le=1, allow_inf_nan=False)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+
+
+SparseCodec = TopK | Sample | Threshold
+
+
 class Spec(Strict):
     """What was asked of the teacher, and how its answers are coded."""
 
     task: Literal["sequence-classification"]
     labels: Annotated[tuple[str, ...], Field(min_length=2, max_length=100_000, strict=False)]
-    codec: Literal["dense"]
+    codec: Literal["dense"] | Annotated[SparseCodec, Field(discriminator="name")]
     max_length: Annotated[int, Field(ge=1, le=2**31)]
     too_long: Literal["error", "truncate"]
     precision: Literal["float32", "bfloat16"]

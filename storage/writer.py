@@ -5,8 +5,8 @@ A store is a directory of finished shards, each in a directory named by what it 
     <store>/<identity fingerprint>/<shard key>/shard.json          its manifest entry, and what it cost
                                               /logits/<key>.parquet
                                               /hidden/<key>/...
-    <store>/tmp/                                                   shards being written, swept when their
-    writer is gone
+    <store>/ranks/<identity fingerprint>.json      frequent ids, for compact layouts
+    <store>/tmp/                                   what is being written, swept when its writer is gone
 
 A shard is written aside, flushed to disk and renamed, so it is there whole or not at all, whoever else writes
 it too.
@@ -26,11 +26,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage import hidden, manifest, records
+from storage.compact import Columns
 from storage.errors import CacheError, StoreFull
 from storage.manifest import FileEntry, Manifest, ShardEntry
 from storage.spec import Identity, canonical_json, content_fingerprint, sha256_json, shard_key
@@ -83,17 +85,25 @@ class Store:
     def put(
         self,
         identity: Identity,
-        rows: records.LogitRows,
+        rows: records.LogitRows | records.EntryRows,
         states: Mapping[int, npt.NDArray[Any]],
         seconds: float,
+        packed: Columns | None = None,
     ) -> StoredShard:
-        """Write one finished shard. Raises StoreFull where the disk ends; earlier shards stay."""
+        """Write one finished shard; `packed` are its entries in the compact layout, where that is asked for.
+
+        Raises StoreFull where the disk ends; earlier shards stay.
+        """
         row_ids, inputs = rows.row_ids.to_pylist(), rows.input_hashes.to_pylist()
         key = shard_key(identity, row_ids, inputs)
         final = self.root / identity.fingerprint / key
         with self._aside() as aside, _disk_full_explained(self.root):
             (aside / "logits").mkdir()
-            records.write(aside / "logits" / f"{key}.parquet", rows, identity.spec.labels)
+            path, spec = aside / "logits" / f"{key}.parquet", identity.spec
+            if isinstance(rows, records.LogitRows):
+                records.write(path, rows, spec.labels)
+            elif spec.codec != "dense":
+                records.write_sparse(path, rows, spec.codec, spec.labels, packed)
             if identity.spec.hidden is not None:
                 hidden.write(aside / "hidden" / key, states, identity.spec.hidden)
             entry = ShardEntry(
@@ -116,6 +126,24 @@ class Store:
                     raise
             _fsync(final.parent)
         return StoredShard(final, entry, seconds)
+
+    def ranks(self, identity: Identity) -> npt.NDArray[np.int64] | None:
+        """The table of frequent ids that captures of this identity share, where one was kept."""
+        path = self._ranks_path(identity)
+        return np.array(json.loads(path.read_bytes()), np.int64) if path.is_file() else None
+
+    def keep_ranks(self, identity: Identity, ranks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Keep the table of frequent ids; return the one that is there now, perhaps another worker's."""
+        path = self._ranks_path(identity)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._aside() as aside, _disk_full_explained(self.root):
+            (aside / path.name).write_bytes(canonical_json(ranks.tolist()))
+            _fsync(aside / path.name)
+            os.replace(aside / path.name, path)
+        return np.array(json.loads(path.read_bytes()), np.int64)
+
+    def _ranks_path(self, identity: Identity) -> Path:
+        return self.root / "ranks" / f"{identity.fingerprint}.json"
 
     def sweep(self) -> None:
         """Remove what killed writers left behind: their process is gone, or they are a day old."""
@@ -142,6 +170,7 @@ def seal(
     shards: Sequence[StoredShard],
     tokenizer_files: Mapping[str, bytes],
     provenance: Mapping[str, Any],
+    ranks: Sequence[int] | None = None,
 ) -> Manifest:
     """Link finished shards into `cache`, in this order, and write its manifest. Replaces what was there.
 
@@ -164,11 +193,13 @@ def seal(
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _link(shard.root / file.path, target)
         sealed = Manifest(
+            format_version=manifest.needed_version(identity),
             identity=identity,
             dataset=content_fingerprint(row_ids),
             shards=tuple(shard.entry for shard in shards),
             tokenizer_files=tokenizer,
             provenance=dict(provenance),
+            ranks=None if ranks is None else tuple(int(rank) for rank in ranks),
         )
         (aside / manifest.MANIFEST_NAME).write_bytes(manifest.render(sealed))
         _fsync_tree(aside)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 from accelerate.state import AcceleratorState
 
-from pipeline import capture, config, data, finetune, hardware
+from pipeline import capture, config, data, finetune, hardware, replay
 from storage import Cache
 from storage.writer import Store
 from tests import toy
@@ -65,7 +65,7 @@ class World(NamedTuple):
         return self.params.caches["toy"].model_copy(update={"precision": "float32", **changes})
 
     def check(self) -> dict[str, Any]:
-        return capture.check("toy", Cache.open(self.cache), self.entry(), self.dataset, self.teacher)
+        return replay.check("toy", Cache.open(self.cache), self.entry(), self.dataset, self.teacher)
 
     def run_paths(self, out: Path) -> config.RunPaths:
         return config.RunPaths(self.cache, self.dataset, self.verified, out)

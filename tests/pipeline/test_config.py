@@ -99,7 +99,10 @@ def test_every_missing_name_is_told_at_once(tmp_path: Path) -> None:
             lambda p: p["caches"]["toy"].update(precision="bf16"),
             ("caches.toy.precision", "'bf16'", "bfloat16"),
         ),
-        (lambda p: p["caches"]["toy"].update(targets="topk"), ("caches.toy.targets", "'topk'", "dense")),
+        (
+            lambda p: p["caches"]["toy"].update(targets="tresh"),
+            ("caches.toy.targets", "'tresh'", "'threshold'"),
+        ),
         (lambda p: p["datasets"]["toy"].update(empty="dorp"), ("datasets.toy.empty", "did you mean 'drop'")),
     ],
 )

@@ -1,0 +1,92 @@
+"""The `targets` of a cache in params.yaml: a codec and its settings. docs/codecs.md says how to choose."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from pipeline.section import Section
+from storage.errors import Mismatch, SpecMismatch
+from storage.spec import Sample, Sha256, SparseCodec, Threshold, TopK
+
+
+class Dense(Section):
+    """Every class's logit: for few classes."""
+
+    codec: Literal["dense"]
+
+
+class _Sparse(Section):
+    layout: Literal["compact", "plain"] = "compact"
+    """compact: a fifth of the bytes. plain: ids and log-probabilities as any tool reads them, to the bit."""
+
+
+class TopKTargets(_Sparse):
+    """The k largest probabilities and the exact mass of the rest. Biased: see docs/codecs.md."""
+
+    codec: Literal["topk"]
+    k: Annotated[int, Field(ge=1, le=65_535)] = 64
+
+
+class SampleTargets(_Sparse):
+    """Random sampling: `draws` draws from the teacher, as counts. Unbiased."""
+
+    codec: Literal["sample"]
+    draws: Annotated[int, Field(ge=1, le=65_535)] = 50
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class ThresholdTargets(_Sparse):
+    """Probabilities above about tau exactly, the rest sampled in steps of tau. Unbiased, and the smallest."""
+
+    codec: Literal["threshold"]
+    tau: Annotated[float, Field(ge=2**-15, le=1)] = 0.07
+    """Smaller: more entries, less noise. 0.07 keeps about 10 entries of a language model's position."""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+def _named(value: Any) -> Any:
+    """`targets: threshold` is short for `targets: {codec: threshold}`."""
+    return {"codec": value} if isinstance(value, str) else value
+
+
+Targets = Annotated[
+    Dense | TopKTargets | SampleTargets | ThresholdTargets,
+    Field(discriminator="codec"),
+    BeforeValidator(_named),
+]
+
+
+def spec(targets: Targets, ranks: Sha256 | None) -> Literal["dense"] | SparseCodec:
+    """The codec as the cache knows it. `ranks` is the fingerprint of a compact layout's table."""
+    if isinstance(targets, Dense):
+        return "dense"
+    table = ranks if targets.layout == "compact" else None
+    if isinstance(targets, TopKTargets):
+        return TopK(k=targets.k, layout=targets.layout, ranks=table)
+    if isinstance(targets, SampleTargets):
+        return Sample(draws=targets.draws, seed=targets.seed, layout=targets.layout, ranks=table)
+    return Threshold(tau=targets.tau, seed=targets.seed, layout=targets.layout, ranks=table)
+
+
+def refuse_truncated(
+    what: str, codec: Literal["dense"] | SparseCodec, divergence: str, temperature: float
+) -> None:
+    """Raise SpecMismatch where a soft loss cannot be had from targets of this codec, with the reason."""
+    if codec == "dense":
+        return
+    faults, reasons = [], []
+    if divergence != "forward":
+        faults.append(Mismatch("recipe.divergence", codec.name, f"dense (for {divergence})"))
+        reasons.append(
+            f"{divergence} weighs ids by the student's own probability; on truncated targets it is ruled by "
+            "ids that the cache does not hold."
+        )
+    if isinstance(codec, Sample | Threshold) and temperature != 1:
+        faults.append(Mismatch("recipe.temperature", f"{codec.name} (temperature 1)", temperature))
+        reasons.append(
+            "A sampled weight is unbiased for the probability, not for a power of it: at another temperature "
+            "the loss would be biased."
+        )
+    if faults:
+        advice = " ".join(reasons) + " Use divergence: forward and temperature: 1, or a dense or topk cache."
+        raise SpecMismatch(f"the cache does not fit {what}", faults, advice)

@@ -1,0 +1,66 @@
+"""Sparse targets in memory: what a teacher said about positions, as (id, weight) pairs.
+
+A codec (pipeline/sparsify.py) makes them; a layout (storage/compact.py, storage/records.py) keeps them; a
+reader gets them back in this one form, whatever the layout.
+
+Shape letters: P positions, E entries of all positions.
+"""
+
+from typing import NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Entries(NamedTuple):
+    """Entries of P positions, end to end: those of position p are `offsets[p]` to `offsets[p + 1]`.
+
+    Weights are probabilities at temperature 1. Entries and tail of a position sum to 1. A position without
+    entries has no target. Ids of a position are distinct; exact entries stand before sampled ones.
+    """
+
+    offsets: npt.NDArray[np.int64]  # P + 1
+    ids: npt.NDArray[np.int32]  # E
+    weights: npt.NDArray[np.float32]  # E, probability
+    num_exact: npt.NDArray[np.int32]  # P, leading entries that hold the teacher's own probability
+    log_tail: npt.NDArray[np.float32]  # P, nats: log mass of all ids that were left out; -inf for none
+
+    @property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """Entries of each position."""
+        return np.diff(self.offsets)
+
+    @property
+    def positions(self) -> npt.NDArray[np.int64]:
+        """The position of each entry."""
+        return np.repeat(np.arange(len(self.offsets) - 1), self.counts)
+
+    def take(self, positions: npt.NDArray[np.int64]) -> Self:
+        """The entries of these positions, in this order."""
+        counts = self.counts[positions]
+        chosen = ranges(self.offsets[positions], counts)
+        return type(self)(
+            ends(counts), self.ids[chosen], self.weights[chosen],
+            self.num_exact[positions], self.log_tail[positions],
+        )  # fmt: skip
+
+
+def ends(counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Offsets [P + 1] of lists of these lengths laid end to end."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def ranges(starts: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """start, start + 1, ... for each start, as many as its count, end to end."""
+    return np.arange(counts.sum()) + np.repeat(starts - ends(counts)[:-1], counts)
+
+
+def concatenate(parts: "list[Entries]") -> Entries:
+    """The positions of all parts, one after the other."""
+    return Entries(
+        ends(np.concatenate([part.counts for part in parts])),
+        np.concatenate([part.ids for part in parts]),
+        np.concatenate([part.weights for part in parts]),
+        np.concatenate([part.num_exact for part in parts]),
+        np.concatenate([part.log_tail for part in parts]),
+    )
