@@ -1,5 +1,4 @@
-"""A logit shard against JSON lines and one .pt file a row: bytes a row on disk, and rows/s read with all
-checks.
+"""A logit shard against JSON lines and one .pt file a row: bytes a row, and rows/s read with all checks.
 
 40,000 rows of two classes. Last line: JSON with bytes a row and read rates relative to the best alternative.
 """

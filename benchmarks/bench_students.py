@@ -1,5 +1,4 @@
-"""Two choices of the student side, measured: how the BiLSTM reads rows of unlike length, and one thread a
-seed.
+"""Two choices of the student side, measured: how the BiLSTM reads, and one thread a seed.
 
 1. A training step of the BiLSTM with a mirrored backward LSTM against the textbook way, packed sequences.
 2. Two seeds in two processes of one thread each against one after the other on two threads.

@@ -54,9 +54,7 @@ def teacher() -> tuple[Any, Any]:
 
 
 def forward_seconds(tokens: npt.NDArray[np.int64]) -> float:
-    """Median seconds a position of the teacher's own forward pass, in the best precision of this machine, on
-    one core.
-    """
+    """Median seconds a position of the teacher's forward pass on one core, in the best precision here."""
     model, _ = teacher()
     hardware.pin_threads(1)
     if hardware.precision("auto") == "bfloat16":

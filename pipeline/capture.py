@@ -111,8 +111,7 @@ def capture(
 ) -> Captured:
     """Ask the teacher about every row that no finished shard holds, and seal the cache into `out`.
 
-    `before_teacher` is called when a shard is missing, before the teacher is loaded; it may refuse by
-    raising.
+    `before_teacher` is called before the teacher is loaded for the first time; it may refuse by raising.
     """
     rows = load_rows(dataset)
     who = identity(entry, teacher)
@@ -245,9 +244,7 @@ def _kept(
 
 
 def _provenance(entry: config.CacheEntry, teacher: Path) -> dict[str, Any]:
-    """For people: which versions and machine, how good the teacher is. No time of day: bytes must not depend
-    on it.
-    """
+    """For people: versions, machine, how good the teacher is. No time of day: bytes must not hold one."""
     packages = ("torch", "transformers", "tokenizers", "pyarrow", "zarr", "numpy")
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},

@@ -92,8 +92,7 @@ class Dataset(Section):
     files: str = ""
     """Glob below `path`; empty: `path` itself."""
     format: str = "auto"
-    """A builder of `datasets.load_dataset` (csv, json, parquet, text, arrow, ...); auto: by the file's
-    ending.
+    """A builder of `datasets.load_dataset` (csv, json, parquet, text, arrow, ...); auto: by ending.
     """
     columns: Columns = Columns()
     where: dict[str, str | int] = Field(default_factory=dict)
@@ -302,9 +301,7 @@ class _Reference(NamedTuple):
 
 
 def load(path: Path = PARAMS) -> Params:
-    """The checked content of params.yaml. Raises ConfigError with every fault, the nearest known name beside
-    it.
-    """
+    """The checked content of params.yaml. Raises ConfigError with every fault in it."""
     if not path.is_file():
         raise ConfigError(
             f"there is no {path} here: run this from the project's root, or copy the one in the README."

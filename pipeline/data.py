@@ -97,8 +97,7 @@ def load_rows(directory: Path) -> Rows:
 def prepare(name: str, config: Dataset, out: Path) -> dict[str, Any]:
     """Read, check, cut and split the dataset `name`; write rows.parquet and summary.json; return the summary.
 
-    Raises DataError for a missing path or column, a label outside the set, an empty split, or rows without
-    text.
+    Raises DataError for a missing path or column, an unknown label, an empty split, or rows without text.
     """
     text_column, label_column = config.columns.text, config.columns.label
     needed = [text_column, label_column] + ([config.split] if isinstance(config.split, str) else [])

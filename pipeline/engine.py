@@ -84,9 +84,7 @@ def infer(
 
 
 def by_length(lengths: npt.NDArray[np.int64], tokens_per_batch: int) -> list[npt.NDArray[np.int64]]:
-    """Positions of rows, shortest first, cut so that rows x longest stays within the budget (one row at
-    least).
-    """
+    """Positions of rows, shortest first, cut so that rows x longest stays in the budget (at least one)."""
     order = np.argsort(lengths, kind="stable")
     batches, start = [], 0
     for end in range(1, len(order) + 1):

@@ -1,6 +1,4 @@
-"""The teacher stage: fine-tune a model on a dataset's labels, or take it as it is; score it; write down who
-it is.
-"""
+"""The teacher stage: fine-tune a model on labels, or take it as it is; score it; say who it is."""
 
 import json
 import os

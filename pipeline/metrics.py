@@ -52,9 +52,7 @@ def calibration_error(probability_NC: npt.NDArray[np.floating[Any]], labels_N: L
 
 
 def against_teacher(logits_NC: Logits, teacher_NC: Logits, labels_N: Labels) -> dict[str, float]:
-    """Agreement of classes, KL(teacher || student) in nats at T = 1, and who is right where, as shares of
-    rows.
-    """
+    """Agreement of classes, KL(teacher || student) in nats, and who is right where, as shares."""
     student, teacher = _log_softmax(logits_NC), _log_softmax(teacher_NC)
     right, teacher_right = logits_NC.argmax(1) == labels_N, teacher_NC.argmax(1) == labels_N
     return {
@@ -74,9 +72,7 @@ def latency(
     pad_id: int,
     size: int,
 ) -> float:
-    """Median milliseconds of one call on `size` rows, on one thread, tokens to logits. Rows differ from call
-    to call.
-    """
+    """Median milliseconds of one call on `size` rows, tokens to logits, on one thread; always other rows."""
     picked = np.resize(rows, (LATENCY_WARMUP + LATENCY_REPEATS) * size).reshape(-1, size)
     times = []
     threads = torch.get_num_threads()
@@ -96,9 +92,7 @@ def latency(
 
 
 def over_seeds(values: Sequence[dict[str, float | None]]) -> dict[str, dict[str, Any]]:
-    """Each metric as {"mean", "std", "values"} over seeds; std is the sample's (n - 1), None for a single
-    seed.
-    """
+    """Each metric as {"mean", "std", "values"} over seeds; std is that of a sample, None for one seed."""
     merged = {}
     for name in values[0]:
         column = [value[name] for value in values]

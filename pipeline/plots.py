@@ -1,5 +1,4 @@
-"""The report's plots: results -> SVG text, drawn by matplotlib without a display, the same bytes for the same
-numbers.
+"""The report's plots: results -> SVG text, the same bytes for the same numbers.
 
 Colour says the recipe, the marker says the student; the teacher is black.
 """
@@ -68,9 +67,7 @@ class Palette:
 
 
 def scatter(points: Sequence[Point], x_label: str, palette: Palette) -> str:
-    """Accuracy against a cost, on a logarithmic axis, each point with its name; bars are the spread over
-    seeds.
-    """
+    """Accuracy against a cost on a logarithmic axis; names beside the points, bars for the spread."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 4.0))
         axes = figure.add_subplot()

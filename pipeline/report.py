@@ -134,9 +134,7 @@ def headline(runs: Sequence[Row], teachers: Sequence[Row]) -> str:
 
 
 def break_even(runs: Sequence[Row], captures: Sequence[Row], training: dict[str, Row]) -> BreakEven | None:
-    """Without a cache, each training pays for every teacher answer that it uses; with it, the capture is paid
-    once.
-    """
+    """Without a cache, each training pays for every answer that it uses; with it, capture is paid once."""
     rates = {c["cache"]: c["seconds"] / c["rows"] for c in captures if c["rows"]}
     without = [0.0]
     for row in runs:

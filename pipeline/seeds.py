@@ -30,8 +30,8 @@ def train_seed(
 ) -> Trained:
     """Train and save one seed, on one thread.
 
-    `tell` hears how many rows there are in all, then how many more are done. Raises TrainingError where it
-    diverges.
+    `tell` hears how many rows there are in all, then how many more are done.
+    Raises TrainingError where it diverges.
     """
     hardware.pin_threads(1)
     torch.manual_seed(job.seed)

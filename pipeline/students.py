@@ -46,8 +46,7 @@ class FC(nn.Module):
 
 
 class BiLSTM(nn.Module):
-    """One LSTM in each direction; max and mean over the row's tokens, then a linear layer (after Tang et al.
-    2019).
+    """One LSTM in each direction; max and mean over the row's tokens, then a linear layer (Tang et al. 2019).
 
     The backward LSTM reads each row reversed in place (its own last token first). So both see padding only
     after the row's end, and no packing is needed: on a CPU that is 1.4 times as fast as packed sequences.

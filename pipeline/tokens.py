@@ -1,5 +1,4 @@
-"""Text -> token ids, one way for teachers and students, so that the same tokenizer gives the same ids in
-both.
+"""Text -> token ids, one way for teachers and students.
 
 Only the `tokenizers` library is used (tokenizer.json): a student needs no transformers to read.
 """

@@ -32,8 +32,7 @@ def windows(num_shards: int, per_window: int, *key: int) -> list[Indices]:
 def batches(
     lengths: Sequence[int] | Indices, batch_rows: int, bucket_batches: int, *key: int
 ) -> Iterator[Indices]:
-    """Batches of row indices of one window: permuted, then sorted by length within buckets, then batches
-    permuted.
+    """Batches of row indices of one window: rows permuted, sorted by length in buckets, batches permuted.
 
     `lengths` are tokens a row. Buckets of `bucket_batches` batches keep padding small and the order random:
     rows of one batch have like lengths, but which rows meet changes with the key. The last batch may be

@@ -18,9 +18,7 @@ from storage.verify import AGAIN, check_files, check_sizes
 
 
 class Cache:
-    """A sealed cache. Nothing that it returns is unchecked: each file's digest is compared before its first
-    use.
-    """
+    """A sealed cache. Nothing that it returns is unchecked: a file's digest is compared before it is used."""
 
     def __init__(self, path: Path, sealed: Manifest) -> None:
         self.path = path
@@ -29,8 +27,7 @@ class Cache:
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """The cache at `path`: its manifest is sound, and each file that it lists is there with the right
-        size.
+        """The cache at `path`: its manifest is sound, each file that it lists is there with its size.
 
         Raises NoManifest, ManifestInvalid, FormatTooNew, ShardMissing or ShardTruncated.
         """

@@ -41,9 +41,7 @@ def file_entry(root: Path, relative: str) -> FileEntry:
 
 
 def check_sizes(root: Path, files: Iterable[FileEntry]) -> None:
-    """Every file is there with the size that was sealed. Raises ShardMissing or ShardTruncated. Reads no
-    content.
-    """
+    """Every file is there with the size that was sealed. Raises ShardMissing or ShardTruncated."""
     for file in files:
         path = root / file.path
         if not path.is_file():
@@ -56,9 +54,7 @@ def check_sizes(root: Path, files: Iterable[FileEntry]) -> None:
 
 
 def check_files(root: Path, files: Iterable[FileEntry]) -> None:
-    """Every byte of every file is the one that was sealed. Raises ShardMissing, ShardTruncated or
-    ShardCorrupt.
-    """
+    """Every byte is the one that was sealed. Raises ShardMissing, ShardTruncated or ShardCorrupt."""
     for file in files:
         check_sizes(root, [file])
         found = file_entry(root, file.path)

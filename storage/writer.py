@@ -63,9 +63,7 @@ class Store:
         self._tmp = root / "tmp"
 
     def finished(self, identity: Identity) -> list[StoredShard]:
-        """Every sound shard made under `identity`, largest first. Damaged ones are removed: they are made
-        again.
-        """
+        """Every sound shard made under `identity`, largest first. Damaged ones are removed."""
         found = []
         for meta in sorted((self.root / identity.fingerprint).glob("*/shard.json")):
             try:

@@ -1,5 +1,4 @@
-"""A toy world for tests: a small real BERT with random weights, a small real dataset, a params.yaml over
-both.
+"""A toy world for tests: a small real BERT with random weights, a small real dataset, params.yaml.
 
 Everything is real but small: the same files, formats and code paths as the demo, in milliseconds.
 """

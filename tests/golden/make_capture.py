@@ -1,5 +1,4 @@
-"""Writes tests/golden/capture.json: what a teacher of fixed weights is captured as, under the CAPTURE_VERSION
-of today.
+"""Writes tests/golden/capture.json: what a teacher of fixed weights is captured as today.
 
 Run by `make golden`. A diff in the file means that capture gives other numbers than before: raise
 pipeline/CAPTURE_VERSION with it, so that nobody mixes shards of the two.
