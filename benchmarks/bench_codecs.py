@@ -97,7 +97,12 @@ def main() -> None:
     with TemporaryDirectory() as directory:
         for name, codec in ours().items():
             table[name] = measure(
-                known, codec, ranks, students, taught_VH, Path(directory) / f"{name}.parquet"
+                known,
+                codec,
+                ranks,
+                students,
+                taught_VH,
+                Path(directory) / (name.replace(" ", "-") + ".parquet"),
             )
             show(name, table[name])
         for name, row in peer_rows(known, Path(directory), students, taught_VH).items():
