@@ -171,7 +171,8 @@ def full_gradient(student: Student, states_PH: torch.Tensor, taught_VH: torch.Te
 
 def angle(one: torch.Tensor, other: torch.Tensor) -> float:
     """Degrees between two gradients."""
-    cosine = (one * other).sum().double() / (one.norm().double() * other.norm().double())
+    one, other = one.double(), other.double()
+    cosine = (one * other).sum() / (one.norm() * other.norm())
     return float(torch.rad2deg(torch.arccos(cosine.clamp(-1, 1))))
 
 
@@ -274,7 +275,7 @@ def peer_rows(
     found = {}
     for k in (12, 64, 128):
         top = top_of(known, k)
-        quality = compare(known, renormalised(top), students, taught_VH) if k in (12, 64) else (np.nan,) * 4
+        quality = compare(known, renormalised(top), students, taught_VH)
         ways: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {
             f"distillkit exact {k}": (
                 lambda path, top=top: peers.distillkit_write(path, top),

@@ -9,35 +9,35 @@ teacher is loaded when the first missing shard is computed, and not at all where
 import json
 import platform
 from collections.abc import Callable, Sequence
-from functools import cache
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 
-from pipeline import config, draws, engine, hardware, targets, teachers
-from pipeline.data import Rows, load_rows
+from pipeline import config, hardware, targets, teachers
+from pipeline.asking import Answer, Questions, asker
+from pipeline.data import load_rows
 from pipeline.progress import bar, log
-from pipeline.sparsify import Keys, rounding_noise, sparsify
-from pipeline.tokens import FILES, Tokens
-from storage import compact, records
-from storage.compact import Columns
-from storage.entries import Entries
+from pipeline.tokens import FILES
+from storage import compact
 from storage.errors import TeacherError
 from storage.manifest import Manifest
-from storage.spec import HiddenSpec, Identity, Sha256, SparseCodec, Spec, sha256_json
+from storage.records import EntryRows
+from storage.spec import HiddenSpec, Identity, Sha256, Spec, sha256_json
 from storage.writer import Store, StoredShard, seal
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 STORE = Path(".stillroom")
 CAPTURE_VERSION = int((Path(__file__).parent / "CAPTURE_VERSION").read_text())
-RANKED_ROWS = 1024  # rows whose answers say which ids are frequent: more change a hundredth of the bytes
+RANKED_TARGETS = (
+    1024  # targets whose probabilities say which ids are frequent: more change a hundredth of the bytes
+)
 
 LAYERS_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 WIDTH_KEYS = ("hidden_size", "dim", "n_embd", "d_model")
@@ -62,8 +62,9 @@ def identity(entry: config.CacheEntry, teacher: Path, ranks: Sha256 | None = Non
     record = teachers.record(teacher)
     reader = teachers.reader(teacher)
     spec = Spec(
-        task="sequence-classification",
+        task=record["task"],
         labels=tuple(record["labels"]),
+        vocab_size=record.get("vocab_size"),
         codec=targets.spec(entry.targets, ranks),
         max_length=reader.max_length,
         too_long=record["too_long"],
@@ -122,44 +123,35 @@ def capture(
     store.sweep()
     row_ids = rows.row_ids.to_pylist()
 
-    @cache
-    def model() -> "PreTrainedModel":
-        before_teacher()
-        return teachers.load(teacher, pad_token_id=reader.pad_id)
-
-    def ask(part: Indices, advance: Callable[[int], None] = lambda rows: None) -> engine.TeacherOutput:
-        spec = who.spec
-        return engine.infer(
-            model(), tokens, part, reader.pad_id, spec.precision, spec.hidden, row_ids, advance
-        )
-
+    questions = Questions(teacher, who.spec, tokens, rows.row_ids, reader.pad_id, before_teacher)
+    teaching = asker(questions)
     ranks = None
     if who.spec.codec != "dense" and who.spec.codec.layout == "compact":
         ranks = store.ranks(who)
         if ranks is None:
-            first = np.arange(min(RANKED_ROWS, len(row_ids)))
-            mass = torch.softmax(torch.from_numpy(ask(first).logits).double(), -1).sum(0).numpy()
-            ranks = store.keep_ranks(who, compact.rank_by(mass))
+            ranks = store.keep_ranks(who, compact.rank_by(teaching.mass(RANKED_TARGETS)))
         who = identity(entry, teacher, sha256_json(ranks.tolist()))
     taken, missing = plan(row_ids, store.finished(who), entry.shard_rows)
     total, todo = len(set(row_ids)), sum(len(part) for part in missing)
     log(f"{name}: {total - todo:,} of {total:,} rows are captured already, in {len(taken)} shards")
     if missing:
-        hashes = tokens.hashes()
-        with bar(f"capturing {name}", todo, "rows") as advance:
-            model()
+        with bar(f"capturing {name}", todo, "rows") as advance, ThreadPoolExecutor(1) as writer:
+            teaching.load()
+            writing: Future[StoredShard] | None = None  # one shard is written while the next is asked about
             for part in missing:
                 started = hardware.compute_seconds()
-                said = ask(part, advance)
-                kept, packed = _kept(who.spec.codec, rows, hashes, tokens, part, said, ranks)
+                said = teaching.ask(part, advance)
                 seconds = hardware.compute_seconds() - started
-                taken.append(store.put(who, kept, said.hidden, seconds, packed))
+                if writing is not None:
+                    taken.append(writing.result())
+                writing = writer.submit(_put, store, who, said, ranks, seconds)
+            assert writing is not None
+            taken.append(writing.result())
     place = {row: index for index, row in reversed(list(enumerate(row_ids)))}
     taken.sort(key=lambda shard: place[shard.row_ids()[0].as_py()])
     files = {file: (teacher / file).read_bytes() for file in FILES if (teacher / file).is_file()}
-    sealed = seal(
-        out, who, taken, files, _provenance(entry, teacher), None if ranks is None else ranks.tolist()
-    )
+    table = None if ranks is None else ranks.tolist()
+    sealed = seal(out, who, taken, files, _provenance(entry, teacher), table)
     return Captured(sealed, todo, sum(shard.seconds for shard in taken), tokens.num_cut)
 
 
@@ -185,6 +177,15 @@ def summary(name: str, entry: config.CacheEntry, captured: Captured, teacher: Pa
     }
 
 
+def _put(store: Store, who: Identity, said: Answer, ranks: Indices | None, seconds: float) -> StoredShard:
+    """Pack and write one shard."""
+    packed = None
+    if ranks is not None and isinstance(said.kept, EntryRows) and who.spec.codec != "dense":
+        order = compact.Ranks(ranks, who.spec.num_outputs)
+        packed = compact.pack(who.spec.codec, said.kept.entries, order, said.noise)
+    return store.put(who, said.kept, said.hidden, seconds, packed)
+
+
 def _refuse_other_labels(name: str, teacher: tuple[str, ...], dataset: tuple[str, ...]) -> None:
     """Before the teacher is run: verify would refuse the cache afterwards."""
     if teacher != dataset:
@@ -198,6 +199,8 @@ def _refuse_other_labels(name: str, teacher: tuple[str, ...], dataset: tuple[str
 def _hidden_spec(hidden: config.Hidden | None, teacher: Path) -> HiddenSpec | None:
     if hidden is None:
         return None
+    if not teachers.record(teacher)["labels"]:
+        raise TeacherError("hidden: states of a language model's positions are not kept yet; leave it out.")
     model = json.loads((teacher / "config.json").read_text())
     layers = next((model[key] for key in LAYERS_KEYS if model.get(key)), None)
     width = next((model[key] for key in WIDTH_KEYS if model.get(key)), None)
@@ -211,36 +214,6 @@ def _hidden_spec(hidden: config.Hidden | None, teacher: Path) -> HiddenSpec | No
             f"hidden.layers: the teacher in {teacher} has layers 0 (embeddings) to {layers}, not {wrong}."
         )
     return HiddenSpec(layers=hidden.layers, pool=hidden.pool, width=width, dtype=hidden.dtype)
-
-
-def encode(
-    codec: SparseCodec, logits: npt.NDArray[np.float32], row_ids: Sequence[str]
-) -> tuple[Entries, Keys]:
-    """The entries of rows of one position each, and the keys of their random numbers."""
-    keys = Keys(draws.row_words(row_ids), np.zeros(len(row_ids), np.int64))
-    return sparsify(torch.from_numpy(logits), codec, keys), keys
-
-
-def _kept(
-    codec: Literal["dense"] | SparseCodec,
-    rows: Rows,
-    hashes: pa.StringArray,
-    tokens: Tokens,
-    part: Indices,
-    said: engine.TeacherOutput,
-    ranks: Indices | None,
-) -> tuple[records.LogitRows | records.EntryRows, Columns | None]:
-    """What the store keeps of a shard's answers, and its columns where the layout is compact."""
-    row_ids, inputs = rows.row_ids.take(part), hashes.take(part)
-    lengths = tokens.lengths[part].astype(np.int32)
-    if codec == "dense":
-        return records.LogitRows(row_ids, inputs, lengths, said.logits), None
-    entries, keys = encode(codec, said.logits, row_ids.to_pylist())
-    kept = records.EntryRows(row_ids, inputs, lengths, np.ones(len(part), np.int32), entries)
-    if ranks is None:
-        return kept, None
-    order = compact.Ranks(ranks, said.logits.shape[1])
-    return kept, compact.pack(codec, entries, order, rounding_noise(codec, entries, keys))
 
 
 def _provenance(entry: config.CacheEntry, teacher: Path) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 from ruamel.yaml import YAML
@@ -86,7 +88,8 @@ class Pool(Section):
 class Dataset(Section):
     """Raw rows, and how to read them."""
 
-    task: Literal["sequence-classification"] = "sequence-classification"
+    task: Literal["sequence-classification", "causal-lm"] = "sequence-classification"
+    """What its text is for: rows with a label each, or documents to continue, which need no label."""
     path: Annotated[str, Field(min_length=1)]
     """A file or directory: local, or below assets/. DVC watches it."""
     files: str = ""
@@ -97,8 +100,12 @@ class Dataset(Section):
     columns: Columns = Columns()
     where: dict[str, str | int] = Field(default_factory=dict)
     """Keep rows whose column equals this value."""
-    labels: Annotated[tuple[str, ...], Field(min_length=2, strict=False), AfterValidator(distinct)]
+    labels: Annotated[
+        tuple[str, ...], Field(strict=False, validate_default=True), AfterValidator(distinct)
+    ] = ()
     """Class names in order. The label column holds these names, or their positions from 0."""
+    rows: Positive | None = None
+    """How many rows to keep, chosen by a stable hash; null: all."""
     split: Annotated[
         Annotated[Split, Tag("shares")] | Annotated[str, Tag("column")],
         Discriminator(lambda value: "column" if isinstance(value, str) else "shares"),
@@ -107,6 +114,16 @@ class Dataset(Section):
     empty: Literal["error", "drop"] = "error"
     """What to do about rows without text. Dropped rows are counted in the summary."""
     pool: Pool | None = None
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_fit_the_task(cls, labels: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if info.data.get("task") == "causal-lm":
+            if labels:
+                raise ValueError("documents of a causal-lm dataset have no labels: remove them")
+        elif len(labels) < 2:
+            raise ValueError("a classifier needs two labels at least")
+        return labels
 
 
 class TeacherTraining(Section):

@@ -100,7 +100,9 @@ def prepare(name: str, config: Dataset, out: Path) -> dict[str, Any]:
     Raises DataError for a missing path or column, an unknown label, an empty split, or rows without text.
     """
     text_column, label_column = config.columns.text, config.columns.label
-    needed = [text_column, label_column] + ([config.split] if isinstance(config.split, str) else [])
+    labelled = config.task != "causal-lm"
+    needed = [text_column, *([label_column] if labelled else [])]
+    needed += [config.split] if isinstance(config.split, str) else []
     raw = _read(name, config, name, config.files, config.where, needed)
     counts: Counter[str] = Counter()
     columns: dict[str, list[Any]] = {"row_id": [], "text": [], "label": [], "split": []}
@@ -110,7 +112,11 @@ def prepare(name: str, config: Dataset, out: Path) -> dict[str, Any]:
             column.append(value)
 
     texts = _texts(name, config, raw.columns[text_column], counts)
-    labels = _labels(name, config, raw.columns[label_column], raw.class_names.get(label_column))
+    labels = [NO_LABEL] * len(raw.columns[text_column])
+    if labelled:
+        labels = _labels(name, config, raw.columns[label_column], raw.class_names.get(label_column))
+    if config.rows is not None:
+        texts = sorted(sorted(texts, key=lambda row: row_id(name, row[1]))[: config.rows])
     for index, text in texts:
         if isinstance(config.split, Split):
             split = share(text, config.split)
@@ -118,8 +124,8 @@ def prepare(name: str, config: Dataset, out: Path) -> dict[str, Any]:
             split = _named_split(name, raw.columns[config.split], index)
         keep(name, text, labels[index], split)
     if config.pool is not None:
-        labelled = set(columns["text"])
-        for text in _pool(name, config, config.pool, labelled, counts):
+        known = set(columns["text"])
+        for text in _pool(name, config, config.pool, known, counts):
             keep(f"{name}/{POOL}", text, NO_LABEL, POOL)
     return _write(name, config, columns, counts, out)
 

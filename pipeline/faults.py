@@ -31,7 +31,8 @@ def faults(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
             options = [option.strip(" '\"") for option in wanted.replace(" or ", ", ").split(",")]
             yield f"{where}: found {found!r}, expected {wanted}{nearest(str(found), options)}"
         else:
-            found = "" if fault["type"] == "missing" else f" (found {fault['input']!r})"
+            told = fault["type"] != "missing" and not isinstance(fault["input"], dict)
+            found = f" (found {fault['input']!r})" if told else ""
             yield f"{where}: {fault['msg'].removeprefix('Value error, ')}{found}"
 
 

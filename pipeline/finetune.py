@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline import config, engine, hardware, teachers
+from pipeline import config, engine, hardware, language, teachers
 from pipeline.batches import BUCKET_BATCHES, DistillBatch
 from pipeline.data import Rows, load_rows
 from pipeline.losses import label_loss
@@ -29,6 +29,8 @@ def make_teacher(name: str, entry: config.Teacher, dataset: Path, out: Path) -> 
     """Put the teacher `name` into the directory `out`; return its record, which is also out/teacher.json."""
     rows = load_rows(dataset)
     source = Path(entry.model)
+    if not rows.label_names:
+        return _take_language_model(name, entry, rows, source, out)
     if not (source / "config.json").is_file():
         raise AssetError(
             f"teachers.{name}.model: {source} is no directory with a config.json.\n"
@@ -56,6 +58,7 @@ def make_teacher(name: str, entry: config.Teacher, dataset: Path, out: Path) -> 
             f"Name all its outputs, or fine-tune it: teachers.{name}.train."
         )
     record: dict[str, Any] = {
+        "task": "sequence-classification",
         "labels": list(names),
         "max_length": entry.max_length,
         "too_long": entry.too_long,
@@ -65,6 +68,49 @@ def make_teacher(name: str, entry: config.Teacher, dataset: Path, out: Path) -> 
     }
     (out / teachers.RECORD).write_text(json.dumps(record, indent=2) + "\n")
     log(f"{name}: {record['accuracy']['test']:.1%} of the test rows right")
+    return record
+
+
+def _take_language_model(
+    name: str, entry: config.Teacher, rows: Rows, source: Path, out: Path
+) -> dict[str, Any]:
+    """Take a language model as it is: a directory of transformers, or a GGUF file in one."""
+    if entry.train:
+        raise TeacherError(f"teachers.{name}.train: language models are taken as they are; remove it.")
+    packed = [source] if source.suffix == ".gguf" else sorted(source.glob("*.gguf"))
+    if len(packed) != 1 and not (source / "config.json").is_file():
+        raise AssetError(
+            f"teachers.{name}.model: {source} holds neither a config.json nor one *.gguf "
+            f"(found {len(packed)} of these)."
+        )
+    hardware.pin_threads(hardware.num_cores())
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    if packed:
+        teachers.from_gguf(packed[0], out)
+        _only_tokenizer_and_weights(out)
+    else:
+        _save_tokenizer(source, out)
+        for file in [source / "config.json", *sorted(source.glob("*.safetensors*"))]:
+            _link(file, out / file.name)
+    reader = TextReader(out, entry.max_length, entry.too_long)
+    tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
+    model = teachers.load_language(out, hardware.precision("auto"))
+    head = language.LanguageHead(model, min(reader.num_ids, model.config.get_text_config().vocab_size))
+    loss = language.mean_loss(head, tokens, rows.select("test"), reader.pad_id)
+    record: dict[str, Any] = {
+        "task": "causal-lm",
+        "labels": [],
+        "vocab_size": head.vocab_size,
+        "max_length": entry.max_length,
+        "too_long": entry.too_long,
+        "accuracy": {},
+        "perplexity": {"test": float(np.exp(loss))},
+        "parameters": model.num_parameters(),
+        "training": None,
+    }
+    (out / teachers.RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    log(f"{name}: perplexity {record['perplexity']['test']:.1f} on the test rows")
     return record
 
 
@@ -167,8 +213,12 @@ def _save_tokenizer(source: Path, out: Path) -> None:
         AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(out)
     except (OSError, ValueError) as error:
         raise TeacherError(f"the tokenizer in {source} cannot be loaded: {error}") from error
+    _only_tokenizer_and_weights(out)
+
+
+def _only_tokenizer_and_weights(out: Path) -> None:
     for extra in out.iterdir():
-        if extra.name not in FILES:
+        if extra.name not in (*FILES, "config.json") and extra.suffix != ".safetensors":
             extra.unlink()
 
 

@@ -9,12 +9,20 @@ Shape letters: B batch, L tokens, P positions, D width, V vocabulary.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from pipeline import draws
+from pipeline.engine import TOKENS_PER_BATCH, by_length
+from pipeline.sparsify import Keys, NotFinite, sparsify
+from pipeline.tokens import Tokens
+from storage.entries import Entries, concatenate, ends, ranges
 from storage.errors import TeacherError
+from storage.spec import SparseCodec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,8 +58,14 @@ class LanguageHead:
         for start in range(0, len(states_PD), chunk):
             yield self._behind(self._head(states_PD[start : start + chunk]))[:, : self.vocab_size]
 
+    @torch.inference_mode()
     def check(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> None:
-        """Raise TeacherError where log-probabilities from chunks are not those of the model itself."""
+        """Raise TeacherError where log-probabilities from chunks are not those of the model itself.
+
+        This makes the matrix of logits: give it few positions.
+        """
+        device = next(self.model.parameters()).device
+        ids_BL, mask_BL = ids_BL.to(device), mask_BL.to(device)
         mask = mask_BL.bool()
         own = self.model(input_ids=ids_BL, attention_mask=mask_BL.long()).logits[mask][:, : self.vocab_size]
         ours = torch.cat(list(self.logits(self.states(ids_BL, mask_BL)[mask])))
@@ -76,6 +90,108 @@ class LanguageHead:
             yield kept
         finally:
             handle.remove()
+
+
+class Told(NamedTuple):
+    """Positions of a batch, row after row: those that have a next token."""
+
+    rows: npt.NDArray[np.int64]  # P, index into the rows that were asked about
+    places: npt.NDArray[np.int64]  # P, place in its row
+    states: torch.Tensor  # P x D
+
+
+def read(
+    head: LanguageHead,
+    tokens: Tokens,
+    rows: npt.NDArray[np.int64],
+    pad_id: int,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> Iterator[Told]:
+    """The states of all positions of these rows but each row's last, a batch of like lengths at a time.
+
+    Rows never see each other: each is a sequence of its own, with positions from 0.
+    """
+    device = next(head.model.parameters()).device
+    for batch in by_length(tokens.lengths[rows], TOKENS_PER_BATCH[device.type]):
+        ids_BL, mask_BL = (torch.from_numpy(a).to(device) for a in tokens.padded(rows[batch], pad_id))
+        states_BLD = head.states(ids_BL, mask_BL)
+        followed = mask_BL.clone()
+        followed[:, :-1] &= mask_BL[:, 1:]
+        followed[:, -1] = False
+        lengths = np.maximum(tokens.lengths[rows[batch]] - 1, 0)
+        places = ranges(np.zeros(len(batch), np.int64), lengths)
+        yield Told(np.repeat(batch, lengths), places, states_BLD[followed])
+        advance(len(batch))
+
+
+@torch.inference_mode()
+def infer(
+    head: LanguageHead,
+    tokens: Tokens,
+    rows: npt.NDArray[np.int64],
+    pad_id: int,
+    codec: SparseCodec,
+    names: Sequence[str],
+    advance: Callable[[int], None] = lambda rows: None,
+) -> Entries:
+    """The entries of every token of these rows, row after row; a row's last token has none.
+
+    `names` are the ids of all rows of `tokens`. `advance` is told how many rows are done. Raises TeacherError
+    where logits are not finite: it names the row.
+    """
+    words = draws.row_words([names[row] for row in rows])
+    lengths = tokens.lengths[rows]
+    first, asked = ends(lengths), 0
+    made: list[Entries] = []
+    place = np.full(first[-1], -1)  # of each token among the positions asked about
+    for told in read(head, tokens, rows, pad_id, advance):
+        place[first[told.rows] + told.places] = asked + np.arange(len(told.rows))
+        asked += len(told.rows)
+        keys, start = Keys(words[told.rows], told.places), 0
+        for logits_PV in head.logits(told.states):
+            stop = start + len(logits_PV)
+            try:
+                made.append(sparsify(logits_PV, codec, keys.part(start, stop)))
+            except NotFinite as error:
+                row = names[rows[told.rows[start + error.position]]]
+                raise TeacherError(
+                    f"the teacher's logits for row {row}, token {told.places[start + error.position]}, are "
+                    "not finite.\nFinished shards are kept. Look at that row; if the arithmetic overflows, "
+                    "set precision: float32."
+                ) from None
+            start = stop
+    nothing = Entries(
+        np.zeros(2, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32),
+        np.zeros(1, np.int32), np.full(1, -np.inf, np.float32),
+    )  # fmt: skip
+    return concatenate([nothing, *made]).take(place + 1)
+
+
+@torch.inference_mode()
+def mass(
+    head: LanguageHead, tokens: Tokens, rows: npt.NDArray[np.int64], pad_id: int
+) -> npt.NDArray[np.float64]:
+    """The probabilities of all positions of these rows, summed: [V]."""
+    total = np.zeros(head.vocab_size)
+    for told in read(head, tokens, rows, pad_id):
+        for logits_PV in head.logits(told.states):
+            total += torch.softmax(logits_PV.float(), -1).double().sum(0).cpu().numpy()
+    return total
+
+
+@torch.inference_mode()
+def mean_loss(head: LanguageHead, tokens: Tokens, rows: npt.NDArray[np.int64], pad_id: int) -> float:
+    """The mean loss of the next token over all positions of these rows, in nats."""
+    total, positions = 0.0, 0
+    for told in read(head, tokens, rows, pad_id):
+        following = tokens.ids[tokens.offsets[rows[told.rows]] + told.places + 1].astype(np.int64)
+        start = 0
+        for logits_PV in head.logits(told.states):
+            wanted = torch.from_numpy(following[start : start + len(logits_PV)]).to(logits_PV.device)
+            loss = torch.nn.functional.cross_entropy(logits_PV.float(), wanted, reduction="sum")
+            total, start = total + loss.item(), start + len(logits_PV)
+        positions += len(following)
+    return total / max(positions, 1)
 
 
 def _behind_the_head(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:

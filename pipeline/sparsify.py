@@ -30,6 +30,14 @@ F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
 
+class NotFinite(ValueError):
+    """Logits of a position are no numbers."""
+
+    def __init__(self, position: int) -> None:
+        super().__init__(f"the logits of position {position} are not finite")
+        self.position = position
+
+
 class Keys(NamedTuple):
     """The names of P positions, for their random numbers."""
 
@@ -47,7 +55,7 @@ def sparsify(
     """The entries of every position: what `codec` keeps of softmax(logits) at temperature 1.
 
     Columns from `vocab_size` on are padding: they are never kept and have no mass. Logits of any floating
-    dtype on any device; they must be finite.
+    dtype on any device. Raises NotFinite for the first position with a NaN or an infinity.
     """
     logits_PV = logits_PV[:, :vocab_size]
     rows = max(1, CHUNK_BYTES // (4 * logits_PV.shape[1]))
@@ -55,6 +63,8 @@ def sparsify(
     for start in range(0, len(logits_PV), rows):
         part = keys.part(start, start + rows)
         blocks = _Blocks(logits_PV[start : start + rows])
+        if not np.isfinite(blocks.mass).all():
+            raise NotFinite(start + int(np.flatnonzero(~np.isfinite(blocks.mass))[0]))
         if isinstance(codec, TopK):
             parts.append(_top(blocks, codec.k))
         elif isinstance(codec, Sample):

@@ -85,6 +85,45 @@ def load(directory: Path, num_labels: int | None = None, **config: Any) -> "PreT
     return model.to(hardware.device()).eval()
 
 
+def load_language(directory: Path, precision: str) -> "PreTrainedModel":
+    """The language model in `directory`, in this precision on the best device, ready for inference.
+
+    Raises AssetError or TeacherError.
+    """
+    from transformers import AutoModelForCausalLM, logging
+
+    _weight_files(directory)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=getattr(torch, precision), use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise TeacherError(
+            f"the model in {directory} cannot be loaded as a language model: {error}"
+        ) from error
+    return model.to(hardware.device()).eval()
+
+
+def from_gguf(file: Path, out: Path) -> None:
+    """Write the model and tokenizer of a GGUF file into `out` as safetensors in bfloat16.
+
+    Quantised weights are dequantised. Raises TeacherError where transformers cannot read it.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    try:
+        AutoTokenizer.from_pretrained(file.parent, **options).save_pretrained(out)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **options)
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
+        raise TeacherError(f"{file} cannot be loaded as a GGUF file: {error}") from error
+    model.save_pretrained(out)
+
+
 def _weights_digest(directory: Path) -> str:
     digest = hashlib.sha256()
     tensors: dict[str, tuple[Path, int, dict[str, Any]]] = {}

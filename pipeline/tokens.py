@@ -39,9 +39,10 @@ class Tokens(NamedTuple):
         """The token ids of one row."""
         return self.ids[self.offsets[index] : self.offsets[index + 1]]
 
-    def hashes(self) -> pa.StringArray:
-        """storage.spec.input_hash of every row."""
-        return pa.array([input_hash(self.row(i)) for i in range(len(self.offsets) - 1)], pa.string())
+    def hashes(self, rows: npt.NDArray[np.int64] | None = None) -> pa.StringArray:
+        """storage.spec.input_hash of these rows, or of all."""
+        chosen = range(len(self.offsets) - 1) if rows is None else rows
+        return pa.array([input_hash(self.row(i)) for i in chosen], pa.string())
 
     def padded(
         self, rows: npt.NDArray[np.int64], pad_id: int

@@ -43,7 +43,7 @@ class Cache:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Class names in the order of the logits."""
+        """Class names in the order of the logits; empty for a language model."""
         return self.identity.spec.labels
 
     @property
@@ -81,7 +81,7 @@ class Cache:
     def ranks(self) -> Ranks:
         """The order of the vocabulary in which compact shards number ids; the ids themselves elsewhere."""
         frequent = np.array(self.manifest.ranks or (), np.int64)
-        return Ranks(frequent, len(self.labels))
+        return Ranks(frequent, self.identity.spec.num_outputs)
 
     def read(self, shard: ShardEntry) -> records.LogitRows | records.EntryRows:
         """The rows of one shard: logits where the codec is dense, entries where it is sparse, whatever their
@@ -93,7 +93,7 @@ class Cache:
         if self.codec == "dense":
             rows = records.read(path, len(self.labels))
         else:
-            rows = records.read_sparse(path, self.codec, self.ranks)
+            rows = records.read_sparse(path, self.codec, self.ranks, self.identity.spec.per_position)
         found = (len(rows.row_ids), int(rows.num_tokens.sum()), sha256_json(rows.input_hashes.to_pylist()))
         if found != (shard.rows, shard.positions, shard.inputs):
             raise ShardCorrupt(

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from storage import compact
 from storage.compact import Columns, Ranks
-from storage.entries import Entries, ends
+from storage.entries import Entries, ends, ranges
 from storage.errors import ShardCorrupt
 from storage.spec import SparseCodec, Threshold, TopK, canonical_json
 
@@ -58,6 +58,20 @@ class EntryRows(NamedTuple):
     num_tokens: npt.NDArray[np.int32]  # N, tokens
     num_positions: npt.NDArray[np.int32]  # N, positions that the entries are of
     entries: Entries  # P positions, row after row
+    token_ids: npt.NDArray[np.int32] | None = None  # what the teacher read, where it has a target a token
+
+    def take(self, rows: npt.NDArray[np.int64]) -> "EntryRows":
+        """These rows, in this order."""
+        first = ends(self.num_positions)
+        positions = ranges(first[rows], self.num_positions[rows].astype(np.int64))
+        tokens = None
+        if self.token_ids is not None:
+            lengths = self.num_tokens[rows].astype(np.int64)
+            tokens = self.token_ids[ranges(ends(self.num_tokens)[rows], lengths)]
+        return EntryRows(
+            self.row_ids.take(pa.array(rows)), self.input_hashes.take(pa.array(rows)), self.num_tokens[rows],
+            self.num_positions[rows], self.entries.take(positions), tokens,
+        )  # fmt: skip
 
 
 def schema(num_classes: int, labels: tuple[str, ...] = ()) -> pa.Schema:
@@ -65,8 +79,8 @@ def schema(num_classes: int, labels: tuple[str, ...] = ()) -> pa.Schema:
     return _schema({"logits": pa.list_(_element(pa.float32()), num_classes)}, labels)
 
 
-def sparse_schema(codec: SparseCodec, labels: tuple[str, ...] = ()) -> pa.Schema:
-    """The Arrow schema of a shard of sparse targets: lists of small numbers."""
+def sparse_schema(codec: SparseCodec, labels: tuple[str, ...] = (), tokens: bool = False) -> pa.Schema:
+    """The Arrow schema of a shard of sparse targets: lists of small numbers, after the token ids if kept."""
     if codec.layout == "compact":
         columns = COMPACT[codec.name]
     else:
@@ -75,6 +89,7 @@ def sparse_schema(codec: SparseCodec, labels: tuple[str, ...] = ()) -> pa.Schema
             columns["num_exact"] = pa.uint16()
         if isinstance(codec, TopK):
             columns["log_tail"] = pa.float32()
+    columns = {"token_ids": pa.int32(), **columns} if tokens else columns
     return _schema({name: pa.list_(_element(kind)) for name, kind in columns.items()}, labels)
 
 
@@ -92,8 +107,10 @@ def write_sparse(
     path: Path, rows: EntryRows, codec: SparseCodec, labels: tuple[str, ...], packed: Columns | None
 ) -> None:
     """Write one shard of sparse targets; `packed` are its columns in the compact layout (compact.pack)."""
-    layout = sparse_schema(codec, labels)
-    values = packed if packed is not None else _plain(rows.entries)
+    layout = sparse_schema(codec, labels, tokens=rows.token_ids is not None)
+    values = dict(packed if packed is not None else _plain(rows.entries))
+    if rows.token_ids is not None:
+        values["token_ids"] = rows.token_ids
     columns = [rows.row_ids, rows.input_hashes, pa.array(rows.num_tokens, pa.int32())]
     first = ends(rows.num_positions)
     for field in layout:
@@ -101,6 +118,8 @@ def write_sparse(
             continue
         counted_by = ELEMENTS.get(field.name)
         offsets = first if counted_by is None else ends(values[counted_by])[first]
+        if field.name == "token_ids":
+            offsets = ends(rows.num_tokens)
         data = pa.array(values[field.name], field.type.value_type)
         columns.append(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), data, type=field.type))
     a_group = max(1, int(ROW_GROUP_POSITIONS * len(rows.row_ids) / max(first[-1], 1)))
@@ -115,11 +134,12 @@ def read(path: Path, num_classes: int) -> LogitRows:
     return LogitRows(columns["row_id"], columns["input_hash"], columns["num_tokens"].to_numpy(), logits)
 
 
-def read_sparse(path: Path, codec: SparseCodec, ranks: Ranks) -> EntryRows:
-    """All rows of one sparse shard, in one form whatever its layout. Raises ShardCorrupt for what is no shard
-    of this codec.
+def read_sparse(path: Path, codec: SparseCodec, ranks: Ranks, tokens: bool = False) -> EntryRows:
+    """All rows of one sparse shard, in one form whatever its layout. Raises ShardCorrupt for another shard.
+
+    `tokens`: whether its rows hold the token ids that the teacher read.
     """
-    layout = sparse_schema(codec)
+    layout = sparse_schema(codec, tokens=tokens)
     columns = _read(path, layout)
     lists = [field.name for field in layout if pa.types.is_list(field.type)]
     values: Columns = {name: columns[name].flatten().to_numpy(zero_copy_only=True) for name in lists}
@@ -129,9 +149,13 @@ def read_sparse(path: Path, codec: SparseCodec, ranks: Ranks) -> EntryRows:
         _refuse_impossible(entries, ranks.vocab_size)
     except (ValueError, IndexError) as error:
         raise ShardCorrupt(f"{path} holds no {codec.name} targets: {error}.") from error
-    num_positions = columns[lists[0]].value_lengths().to_numpy()
+    a_position = next(name for name in lists if name not in ELEMENTS and name != "token_ids")
+    num_positions = columns[a_position].value_lengths().to_numpy()
+    num_tokens = columns["num_tokens"].to_numpy()
+    if tokens and (columns["token_ids"].value_lengths().to_numpy() != num_tokens).any():
+        raise ShardCorrupt(f"{path} has rows with another number of token ids than num_tokens says.")
     return EntryRows(
-        columns["row_id"], columns["input_hash"], columns["num_tokens"].to_numpy(), num_positions, entries
+        columns["row_id"], columns["input_hash"], num_tokens, num_positions, entries, values.get("token_ids")
     )
 
 
@@ -196,7 +220,7 @@ def _from_plain(values: Columns) -> Entries:
     exact = counts if "log_tail" in values else values.get("num_exact", np.zeros_like(counts))
     return Entries(
         ends(counts), values["ids"], np.exp(values["log_probs"]), exact.astype(np.int32),
-        values.get("log_tail", none),
+        np.array(values["log_tail"]) if "log_tail" in values else none,
     )  # fmt: skip
 
 

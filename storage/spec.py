@@ -12,7 +12,15 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    model_serializer,
+    model_validator,
+)
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -84,13 +92,40 @@ SparseCodec = TopK | Sample | Threshold
 class Spec(Strict):
     """What was asked of the teacher, and how its answers are coded."""
 
-    task: Literal["sequence-classification"]
-    labels: Annotated[tuple[str, ...], Field(min_length=2, max_length=100_000, strict=False)]
+    task: Literal["sequence-classification", "causal-lm"]
+    labels: Annotated[tuple[str, ...], Field(max_length=100_000, strict=False)]  # none: ids of a vocabulary
+    vocab_size: Annotated[int, Field(ge=2, le=2**31)] | None = None  # of language models
     codec: Literal["dense"] | Annotated[SparseCodec, Field(discriminator="name")]
     max_length: Annotated[int, Field(ge=1, le=2**31)]
     too_long: Literal["error", "truncate"]
     precision: Literal["float32", "bfloat16"]
     hidden: HiddenSpec | None
+
+    @model_validator(mode="after")
+    def _classes_or_a_vocabulary(self) -> "Spec":
+        if self.task == "causal-lm":
+            if self.labels or self.vocab_size is None or self.codec == "dense":
+                raise ValueError("a language model has a vocab_size and a sparse codec, and no labels")
+        elif len(self.labels) < 2 or self.vocab_size is not None:
+            raise ValueError("a classifier has labels, at least two, and no vocab_size")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_does_not_apply(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        body: dict[str, Any] = handler(self)
+        if self.vocab_size is None:
+            del body["vocab_size"]
+        return body
+
+    @property
+    def num_outputs(self) -> int:
+        """Classes, or ids of the vocabulary."""
+        return self.vocab_size or len(self.labels)
+
+    @property
+    def per_position(self) -> bool:
+        """Whether a row has a target for each of its tokens, and not one in all."""
+        return self.vocab_size is not None
 
 
 class Identity(Strict):

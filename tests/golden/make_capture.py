@@ -34,7 +34,8 @@ def write_teacher(directory: Path) -> None:
         values = (bits >> 11).astype(np.float64) / 2**53 - 0.5
         weights[name] = torch.from_numpy(values.astype(np.float32).reshape(shape))
     save_file(weights, path, metadata={"format": "pt"})
-    record = {"labels": ["negative", "positive"], "max_length": 32, "too_long": "error"}
+    record = {"task": "sequence-classification", "labels": ["negative", "positive"]}
+    record |= {"max_length": 32, "too_long": "error"}
     (directory / teachers.RECORD).write_text(json.dumps(record))
 
 

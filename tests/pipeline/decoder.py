@@ -33,5 +33,6 @@ def write(directory: Path) -> None:
     model = GPT2ForSequenceClassification(config)
     model.score.weight.data.normal_()
     model.save_pretrained(directory)
-    record = {"labels": ["negative", "positive"], "max_length": 64, "too_long": "error"}
+    record = {"task": "sequence-classification", "labels": ["negative", "positive"]}
+    record |= {"max_length": 64, "too_long": "error"}
     (directory / teachers.RECORD).write_text(json.dumps(record))

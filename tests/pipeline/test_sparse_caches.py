@@ -96,7 +96,7 @@ def test_a_replay_finds_entries_that_the_teacher_would_not_give(
     shutil.rmtree(own.store.root)
     own.capture(targets=forged)
     disguise(own, lambda body: body["identity"]["spec"]["codec"].update(seed=0))
-    with pytest.raises(SpecMismatch, match="sampled ids drawn again"):
+    with pytest.raises(SpecMismatch, match="entries given again"):
         own.check()
 
 

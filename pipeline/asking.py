@@ -1,0 +1,136 @@
+"""A teacher, asked about rows: classifiers give one target a row, language models one a token.
+
+Both are loaded when they are first asked, so that a capture with nothing missing loads none.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from pipeline import draws, engine, language, teachers
+from pipeline.sparsify import Keys, rounding_noise, sparsify
+from pipeline.tokens import Tokens
+from storage.records import EntryRows, LogitRows
+from storage.spec import Spec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Indices = npt.NDArray[np.int64]
+Advance = Callable[[int], None]
+
+
+class Answer(NamedTuple):
+    """What is kept of some rows, in their order."""
+
+    kept: LogitRows | EntryRows
+    noise: npt.NDArray[np.float64] | None  # what a compact layout rounds with
+    hidden: dict[int, npt.NDArray[np.float32]]  # layer -> N x W
+
+
+class Questions(NamedTuple):
+    """Rows that a teacher can be asked about."""
+
+    teacher: Path
+    spec: Spec
+    tokens: Tokens
+    row_ids: pa.StringArray
+    pad_id: int
+    before_loading: Callable[[], None] = lambda: None
+
+
+class Asker(Protocol):
+    """A teacher that is loaded when it is first asked."""
+
+    def load(self) -> None:
+        """Load it now, if it is not."""
+
+    def mass(self, num_targets: int) -> npt.NDArray[np.float64]:
+        """The sum of its probabilities over about so many targets of the first rows: [classes or ids]."""
+
+    def ask(self, part: Indices, advance: Advance = lambda rows: None) -> Answer:
+        """What is to be kept of these rows. `advance` is told how many are done."""
+
+
+def asker(questions: Questions) -> Asker:
+    """The one that fits the task."""
+    return _Language(questions) if questions.spec.per_position else _Classifier(questions)
+
+
+class _Classifier:
+    def __init__(self, questions: Questions) -> None:
+        self._q = questions
+
+    @cached_property
+    def _model(self) -> "PreTrainedModel":
+        self._q.before_loading()
+        return teachers.load(self._q.teacher, pad_token_id=self._q.pad_id)
+
+    def load(self) -> None:
+        _ = self._model
+
+    def mass(self, num_targets: int) -> npt.NDArray[np.float64]:
+        said = self._infer(np.arange(min(num_targets, len(self._q.row_ids))))
+        found: npt.NDArray[np.float64] = (
+            torch.softmax(torch.from_numpy(said.logits).double(), -1).sum(0).numpy()
+        )
+        return found
+
+    def ask(self, part: Indices, advance: Advance = lambda rows: None) -> Answer:
+        q, said = self._q, self._infer(part, advance)
+        row_ids = q.row_ids.take(pa.array(part))
+        inputs, lengths = q.tokens.hashes(part), q.tokens.lengths[part].astype(np.int32)
+        if q.spec.codec == "dense":
+            return Answer(LogitRows(row_ids, inputs, lengths, said.logits), None, said.hidden)
+        keys = Keys(draws.row_words(row_ids.to_pylist()), np.zeros(len(part), np.int64))
+        entries = sparsify(torch.from_numpy(said.logits), q.spec.codec, keys)
+        kept = EntryRows(row_ids, inputs, lengths, np.ones(len(part), np.int32), entries)
+        return Answer(kept, rounding_noise(q.spec.codec, entries, keys), said.hidden)
+
+    def _infer(self, part: Indices, advance: Advance = lambda rows: None) -> engine.TeacherOutput:
+        q = self._q
+        names = q.row_ids.to_pylist()
+        return engine.infer(
+            self._model, q.tokens, part, q.pad_id, q.spec.precision, q.spec.hidden, names, advance
+        )
+
+
+class _Language:
+    def __init__(self, questions: Questions) -> None:
+        self._q = questions
+
+    @cached_property
+    def _head(self) -> language.LanguageHead:
+        self._q.before_loading()
+        model = teachers.load_language(self._q.teacher, self._q.spec.precision)
+        head = language.LanguageHead(model, self._q.spec.num_outputs)
+        shortest = np.array([self._q.tokens.lengths.argmin()])
+        head.check(*(torch.from_numpy(array) for array in self._q.tokens.padded(shortest, self._q.pad_id)))
+        return head
+
+    def load(self) -> None:
+        _ = self._head
+
+    def mass(self, num_targets: int) -> npt.NDArray[np.float64]:
+        enough = int(np.searchsorted(self._q.tokens.offsets, num_targets)) + 1
+        first = np.arange(min(enough, len(self._q.row_ids)))
+        return language.mass(self._head, self._q.tokens, first, self._q.pad_id)
+
+    def ask(self, part: Indices, advance: Advance = lambda rows: None) -> Answer:
+        q, codec = self._q, self._q.spec.codec
+        assert codec != "dense"  # the spec of a language model never is
+        names, lengths = q.row_ids.to_pylist(), q.tokens.lengths[part]
+        entries = language.infer(self._head, q.tokens, part, q.pad_id, codec, names, advance)
+        row_ids = q.row_ids.take(pa.array(part))
+        words = np.repeat(draws.row_words(row_ids.to_pylist()), lengths, axis=0)
+        keys = Keys(words, np.concatenate([np.arange(length) for length in lengths]))
+        read = np.concatenate([q.tokens.row(row) for row in part])
+        short = lengths.astype(np.int32)
+        kept = EntryRows(row_ids, q.tokens.hashes(part), short, short, entries, read)
+        return Answer(kept, rounding_noise(codec, entries, keys), {})

@@ -1,0 +1,238 @@
+"""A language model as teacher, from documents to a verified cache of entries for every token."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pipeline import capture, data, finetune, replay, teachers
+from pipeline.config import CacheEntry, Dataset, Teacher
+from pipeline.tokens import TextReader
+from storage import Cache
+from storage.errors import AssetError, SpecMismatch, TeacherError
+from storage.records import EntryRows
+from storage.writer import Store
+from tests import toy
+from tests.pipeline.test_capture import content, no_teacher
+
+V = 100
+
+
+def write_language_model(directory: Path, vocab_size: int = V) -> None:
+    """A Llama of two layers with random weights, and a word tokenizer of fewer ids than it has rows."""
+    texts = toy.texts(50)
+    reader = TextReader.learn(texts, 80, directory, 128)
+    PreTrainedTokenizerFast(
+        tokenizer_object=reader.tokenizer, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(directory)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab_size, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=128, initializer_range=0.3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(directory)
+
+
+class Prose:
+    """A small project: documents, a teacher, a store."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.dataset, self.teacher, self.cache = root / "data", root / "teacher", root / "cache"
+        lines = [
+            json.dumps({"text": f"{a} {b}"}) for a, b in zip(toy.texts(60), toy.texts(60, 7), strict=True)
+        ]
+        (root / "documents.jsonl").write_text("\n".join(lines) + "\n")
+        write_language_model(root / "model")
+        self.prepare()
+
+    def prepare(self) -> None:
+        entry = {"task": "causal-lm", "path": str(self.root / "documents.jsonl")}
+        entry |= {"split": {"train": 0.6, "validation": 0.2, "test": 0.2}}
+        data.prepare("prose", Dataset.model_validate(entry), self.dataset)
+
+    def make_teacher(self, **changes: Any) -> dict[str, Any]:
+        entry = {"model": str(self.root / "model"), "dataset": "prose", "max_length": 128, **changes}
+        return finetune.make_teacher("tiny", Teacher.model_validate(entry), self.dataset, self.teacher)
+
+    def entry(self, **targets: Any) -> CacheEntry:
+        chosen = {"codec": "threshold", "tau": 0.1, "layout": "compact", **targets}
+        return CacheEntry.model_validate(
+            {
+                "dataset": "prose",
+                "teacher": "tiny",
+                "targets": chosen,
+                "precision": "float32",
+                "shard_rows": 16,
+            }
+        )
+
+    def capture(self, **targets: Any) -> capture.Captured:
+        store = Store(self.root / "store")
+        return capture.capture("prose", self.entry(**targets), self.dataset, self.teacher, self.cache, store)
+
+    def check(self, **targets: Any) -> dict[str, Any]:
+        entry = self.entry(**targets)
+        return replay.check("prose", Cache.open(self.cache), entry, self.dataset, self.teacher)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    prose = Prose(tmp_path_factory.mktemp("prose"))
+    prose.make_teacher()
+    prose.capture()
+    return prose.root
+
+
+@pytest.fixture
+def prose(made: Path, tmp_path: Path) -> Prose:
+    shutil.copytree(made, tmp_path / "own")
+    own = Prose.__new__(Prose)
+    own.root = tmp_path / "own"
+    own.dataset, own.teacher, own.cache = (own.root / name for name in ("data", "teacher", "cache"))
+    return own
+
+
+def held(cache: Cache) -> dict[str, EntryRows]:
+    """row id -> what the cache holds of it."""
+    found = {}
+    for shard in cache.shards:
+        rows = cache.read(shard)
+        assert isinstance(rows, EntryRows)
+        for place, row in enumerate(rows.row_ids.to_pylist()):
+            found[row] = rows.take(np.array([place]))
+    return found
+
+
+def test_topk_entries_are_those_of_the_live_model_at_every_token(prose: Prose) -> None:
+    """Documents do not see each other: each is compared with the model run on it alone."""
+    entry = {"codec": "topk", "k": 5, "layout": "plain"}
+    chosen = CacheEntry.model_validate(
+        {"dataset": "prose", "teacher": "tiny", "targets": entry, "precision": "float32", "shard_rows": 16}
+    )
+    capture.capture("prose", chosen, prose.dataset, prose.teacher, prose.cache, Store(prose.root / "store"))
+    rows, model = data.load_rows(prose.dataset), teachers.load_language(prose.teacher, "float32")
+    reader, kept = teachers.reader(prose.teacher), held(Cache.open(prose.cache))
+    assert kept.keys() == set(rows.row_ids.to_pylist())
+    for row, text in list(zip(rows.row_ids.to_pylist(), rows.texts.to_pylist(), strict=True))[:12]:
+        ids = torch.from_numpy(reader.read([text], [row]).ids.astype(np.int64))
+        with torch.inference_mode():
+            probs = torch.softmax(model(ids[None]).logits[0, :, : reader.num_ids], -1)
+        own = kept[row]
+        assert own.token_ids is not None
+        assert own.token_ids.tolist() == ids.tolist()
+        assert own.entries.counts.tolist() == [5] * (len(ids) - 1) + [0], "the last token has no target"
+        top = probs[:-1].topk(5)
+        assert own.entries.weights.reshape(-1, 5) == pytest.approx(top.values.numpy(), abs=1e-5)
+        assert (own.entries.ids.reshape(-1, 5) == top.indices.numpy()).mean() > 0.99
+
+
+def test_ids_past_the_tokenizers_are_padding_and_are_never_kept(prose: Prose) -> None:
+    cache = Cache.open(prose.cache)
+    vocab = cache.identity.spec.vocab_size
+    assert vocab is not None
+    assert vocab < V
+    assert max(int(rows.entries.ids.max()) for rows in held(cache).values() if len(rows.entries.ids)) < vocab
+
+
+def test_a_cache_of_a_language_model_is_verified_and_says_what_it_is(prose: Prose) -> None:
+    record, cache = prose.check(), Cache.open(prose.cache)
+    assert record["rows"] == 60
+    assert cache.identity.spec.task == "causal-lm"
+    assert cache.labels == ()
+    assert record["positions"] == sum(int(rows.num_tokens.sum()) for rows in held(cache).values())
+
+
+def test_another_teacher_is_found_by_the_replay(prose: Prose) -> None:
+    path = prose.teacher / "model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if "mlp.down_proj" in name)
+    save_file(weights | {name: weights[name] * 2}, path, metadata={"format": "pt"})
+    with pytest.raises(SpecMismatch, match=r"teacher\.weights"):
+        prose.check()
+    prose.capture()
+    assert prose.check()["rows"] == 60
+
+
+def test_a_killed_capture_goes_on_to_the_same_bytes_and_loads_no_teacher_for_nothing(
+    prose: Prose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = content(prose.cache)
+    shards = sorted((prose.root / "store").rglob("shard.json"))
+    shutil.rmtree(shards[1].parent)
+    captured = prose.capture()
+    assert 0 < captured.computed_rows <= 16
+    assert content(prose.cache) == before
+    monkeypatch.setattr("pipeline.teachers.load_language", no_teacher)
+    assert prose.capture().computed_rows == 0
+
+
+def test_entries_do_not_depend_on_how_rows_were_cut_into_shards(prose: Prose) -> None:
+    """Random numbers belong to rows; logits are the same to rounding, whatever else is in the batch."""
+    first = held(Cache.open(prose.cache))
+    entry = prose.entry().model_copy(update={"shard_rows": 7})
+    shutil.rmtree(prose.root / "store")
+    capture.capture("prose", entry, prose.dataset, prose.teacher, prose.cache, Store(prose.root / "store"))
+    again = held(Cache.open(prose.cache))
+    same = [(first[row].entries.ids == again[row].entries.ids).all() for row in first
+            if len(first[row].entries.ids) == len(again[row].entries.ids)]  # fmt: skip
+    assert len(same) >= 58
+    assert np.mean(same) > 0.95
+
+
+def test_logits_that_are_no_numbers_name_row_and_token(prose: Prose) -> None:
+    path = prose.teacher / "model.safetensors"
+    weights = load_file(path)
+    bad = weights["model.embed_tokens.weight"].clone()
+    rows, reader = data.load_rows(prose.dataset), teachers.reader(prose.teacher)
+    tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
+    bad[int(tokens.row(5)[4])] = float("nan")
+    save_file(weights | {"model.embed_tokens.weight": bad}, path, metadata={"format": "pt"})
+    with pytest.raises(TeacherError, match=r"logits for row [0-9a-f]{32}, token \d+, are not finite"):
+        prose.capture()
+
+
+def test_a_writers_error_stops_the_capture(prose: Prose, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    shutil.rmtree(prose.root / "store")
+    monkeypatch.setattr("storage.records.write_sparse", full)
+    with pytest.raises(OSError, match="no space left while writing"):
+        prose.capture()
+
+
+def test_a_directory_without_a_model_and_training_are_refused(prose: Prose, tmp_path: Path) -> None:
+    with pytest.raises(AssetError, match=r"neither a config\.json nor one \*\.gguf"):
+        prose.make_teacher(model=str(tmp_path))
+    with pytest.raises(TeacherError, match="taken as they are"):
+        prose.make_teacher(train={})
+
+
+def test_a_teacher_takes_a_perplexity_and_not_an_accuracy(prose: Prose) -> None:
+    record = prose.make_teacher()
+    rows, reader = data.load_rows(prose.dataset), teachers.reader(prose.teacher)
+    model = teachers.load_language(prose.teacher, "float32")
+    losses = []
+    for index in rows.select("test"):
+        ids = torch.from_numpy(reader.read([rows.texts[int(index)].as_py()], ["x"]).ids.astype(np.int64))
+        with torch.inference_mode():
+            logits = model(ids[None]).logits[0, :-1, : reader.num_ids]
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none"))
+    assert record["perplexity"]["test"] == pytest.approx(torch.cat(losses).mean().exp().item(), rel=1e-4)
+
+
+def test_the_number_of_documents_can_be_limited_by_a_stable_hash(prose: Prose, tmp_path: Path) -> None:
+    def kept(rows: int) -> set[str]:
+        entry = {"task": "causal-lm", "path": str(prose.root / "documents.jsonl"), "rows": rows}
+        data.prepare("prose", Dataset.model_validate(entry), tmp_path / str(rows))
+        return set(data.load_rows(tmp_path / str(rows)).row_ids.to_pylist())
+
+    assert len(kept(50)) == 50
+    assert kept(40) < kept(50)
