@@ -8,7 +8,7 @@ A row of the table is one way to keep a position:
     angle          degrees between the gradient of a linear student's head and that of the full teacher, over
                    all positions: untrained and trained student
     encode/decode  positions a second on one core: logits to columns; file to tensors with every check
-Draws docs/codecs.svg (bytes against variance) where --plot is given. Last line: JSON.
+Draws docs/codecs.svg where --plot is given. Last line: JSON.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import common
 import numpy as np
-import numpy.typing as npt
 import oracle
 import peers
 import pyarrow as pa
@@ -356,30 +355,38 @@ def show(name: str, row: Row) -> None:
 
 
 def plot(table: dict[str, Row], path: Path) -> None:
-    """Bytes against variance: nearer to the corner is better."""
+    """Left: the noise of unbiased targets. Right: the angle of every target's gradient."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    groups: dict[str, npt.NDArray[Any]] = {}
+    kinds: dict[str, list[Row]] = {}
     for name, row in table.items():
-        if np.isnan(row.variance) or "plain" in name:
-            continue
-        kind = name.rsplit(" ", 1)[0]
-        groups.setdefault(kind, []).append((row.bytes, row.variance, name))  # type: ignore[attr-defined]
-    with mpl.rc_context({"svg.hashsalt": "stillroom", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-        axes = figure.add_subplot()
-        for (kind, points), marker in zip(groups.items(), "osDv^<>PX*" * 2, strict=False):
-            points = sorted(points)
-            xs, ys = [p[0] for p in points], [p[1] for p in points]
-            axes.plot(xs, ys, marker=marker, label=kind, linewidth=1 if len(points) > 1 else 0)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlabel("bytes a position, on disk")
-        axes.set_ylabel("squared error of the target, mean over positions")
-        axes.grid(color="#e6e8ec")
-        axes.legend(fontsize=8)
-        figure.savefig(path, metadata={"Date": None})
+        if "plain" not in name:
+            kinds.setdefault(name.rsplit(" ", 1)[0], []).append(row)
+    style = dict(zip(kinds, "osDv^<>P", strict=True))
+    colours = dict(zip(kinds, mpl.color_sequences["tab10"], strict=False))
+    settings = {"svg.hashsalt": "stillroom", "svg.fonttype": "none", "font.size": 9}
+    with mpl.rc_context(settings):
+        figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+        noise, angles = figure.subplots(1, 2)
+        for kind, rows in kinds.items():
+            look = {"marker": style[kind], "color": colours[kind], "label": kind}
+            rows = sorted(rows, key=lambda row: row.bytes)
+            sizes = [row.bytes for row in rows]
+            if kind in ("threshold", "sample", "rs-kd 24 bit"):
+                noise.plot(sizes, [row.variance for row in rows], **look)
+            angles.plot(sizes, [row.angle_trained for row in rows], **look)
+        noise.set_ylabel("variance of the target (unbiased codecs)")
+        noise.set_ylim(bottom=0)
+        noise.set_xlim(left=0)
+        angles.set_ylabel("degrees from the full teacher's gradient")
+        angles.set_xscale("log")
+        angles.set_ylim(bottom=0)
+        for axes in (noise, angles):
+            axes.set_xlabel("bytes a position, on disk")
+            axes.grid(color="#e6e8ec")
+        angles.legend(fontsize=8, ncols=2)
+        figure.savefig(path, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
 
 
 if __name__ == "__main__":

@@ -51,12 +51,18 @@ def evaluate_run(
 def evaluate_teacher(name: str, entry: config.Teacher, dataset: Path, teacher: Path) -> dict[str, Any]:
     """The teacher's row of the results table."""
     rows, reader, record = load_rows(dataset).only(SPLIT), teachers.reader(teacher), teachers.record(teacher)
+    names = {"cache": None, "student": None, "recipe": None, "seeds": [0]}
+    size = float(sum(file.stat().st_size for file in teacher.glob("*.safetensors")))
+    if record["task"] == "causal-lm":  # measured when it was taken: it needs no label
+        told = {"perplexity": record["perplexity"][SPLIT], "parameters": float(record["parameters"])}
+        values = {**told, "bytes": size, "accuracy": None}
+        return _row("teacher", f"teacher-{name}", name, entry.dataset, names, len(rows.row_ids), [values])
     hardware.pin_threads(hardware.num_cores())
     model = teachers.load(teacher, pad_token_id=reader.pad_id)
     tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
     chosen = rows.select(SPLIT)
-    names = rows.row_ids.to_pylist()
-    logits = engine.infer(model, tokens, chosen, reader.pad_id, "float32", names=names).logits
+    row_ids = rows.row_ids.to_pylist()
+    logits = engine.infer(model, tokens, chosen, reader.pad_id, "float32", names=row_ids).logits
     logits = logits[:, [record["labels"].index(label) for label in rows.label_names]]
     labels = rows.labels[chosen]
     model.cpu()  # latency is that of one thread of a CPU, for teachers as for students
@@ -68,13 +74,12 @@ def evaluate_teacher(name: str, entry: config.Teacher, dataset: Path, teacher: P
         **metrics.quality(logits, labels),
         **metrics.against_teacher(logits, logits, labels),
         "parameters": float(record["parameters"]),
-        "bytes": float(sum(file.stat().st_size for file in teacher.glob("*.safetensors"))),
+        "bytes": size,
         "latency_ms_batch_1": metrics.latency(answer, tokens, chosen, reader.pad_id, 1),
         "latency_ms_batch_32": metrics.latency(answer, tokens, chosen, reader.pad_id, 32),
         "train_seconds": record["training"]["seconds"] if record["training"] else None,
     }
-    seeds = [entry.train.seed] if entry.train else [0]
-    names = {"cache": None, "student": None, "recipe": None, "seeds": seeds}
+    names["seeds"] = [entry.train.seed] if entry.train else [0]
     return _row("teacher", f"teacher-{name}", name, entry.dataset, names, len(chosen), [values])
 
 

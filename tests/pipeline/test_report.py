@@ -173,6 +173,18 @@ def test_a_metric_that_could_not_be_had_is_a_dash_and_not_a_crash(world: World) 
     assert world.finding().endswith("It learned from labels alone.")
 
 
+def test_a_language_model_without_students_has_a_row_of_dashes(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.teacher("lm", 0.5)
+    path = world.root / "eval" / "teacher-lm.json"
+    content = json.loads(path.read_text())
+    one = {"mean": 12.0, "std": None, "values": [12.0]}
+    kept = {"perplexity": one, "parameters": one, "accuracy": {"mean": None, "std": None, "values": [None]}}
+    path.write_text(json.dumps({**kept, "about": content["about"]}))
+    assert world.cells("teacher-lm")["accuracy"] == "–"
+    assert world.finding() == "No student has been evaluated yet."
+
+
 def test_the_best_student_of_a_column_is_marked_and_a_teacher_never_is(world: World) -> None:
     page = world.page()
     marked = {
