@@ -1,94 +1,104 @@
-"""Capture against the bare forward pass of the same batches: what batching, checking and writing cost on top.
+"""Capture of a language model against its bare forward pass: positions a second, and memory at the peak.
 
-The model has MiniLM's shape (6 layers, 384 wide, 22.7 M parameters) and random weights; rows have the lengths
-of the reviews. Also: emulated or native bfloat16 against float32. Last line: JSON with the ratios.
+SmolLM2-135M over film reviews of 256 tokens, threshold tau 0.07, compact. The bare pass computes all logits
+of a batch and drops them; capture takes states through the head in chunks, keeps entries, packs and writes
+shards. Each way runs in processes of its own, in turn. Last line: JSON.
 """
 
-import tempfile
+import sys
+import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import common
 import numpy as np
+import oracle
 import pyarrow as pa
 import torch
-from transformers import BertConfig, BertForSequenceClassification
 
-from pipeline import engine, hardware
+from pipeline import asking, capture, config, hardware, teachers
+from pipeline.asking import Questions
 from pipeline.tokens import Tokens
-from storage import records
-from storage.spec import HiddenSpec, Identity, Spec, TeacherIdentity, TokenizerIdentity, input_hash, row_id
+from storage import compact
+from storage.spec import row_id
 from storage.writer import Store
 
-ROWS, VOCAB, CLASSES = 512, 30_522, 2
-HIDDEN = HiddenSpec(layers=(3, 6), pool="mean", width=384, dtype="float16")
+DOCUMENTS, SHARD_ROWS, ROUNDS = 32, 16, 3
+ENTRY = config.CacheEntry.model_validate({"dataset": "prose", "teacher": "smollm", "targets": "threshold"})
+
+
+def questions(directory: Path) -> Questions:
+    """The teacher as the teacher stage makes it, and the oracle's documents."""
+    teacher = directory / "teacher"
+    teacher.mkdir()
+    teachers.from_gguf(oracle.asset("smollm") / oracle.GGUF, teacher)
+    record = (
+        '{"task": "causal-lm", "labels": [], "vocab_size": 49152, "max_length": 256, "too_long": "error"}'
+    )
+    (teacher / teachers.RECORD).write_text(record)
+    documents = oracle.load().tokens[:DOCUMENTS]
+    lengths = np.full(DOCUMENTS, documents.shape[1])
+    tokens = Tokens(documents.reshape(-1).astype(np.int32), np.concatenate([[0], np.cumsum(lengths)]), 0)
+    names = pa.array([row_id("bench", str(number)) for number in range(DOCUMENTS)])
+    return Questions(teacher, capture.identity(ENTRY, teacher).spec, tokens, names, 0)
+
+
+def bare(known: Questions) -> None:
+    """Every logit of every batch, dropped."""
+    model = teachers.load_language(known.teacher, known.spec.precision)
+    rows = np.arange(DOCUMENTS)
+
+    def step() -> None:
+        with torch.inference_mode():
+            for start in range(0, DOCUMENTS, 8):
+                ids, _ = known.tokens.padded(rows[start : start + 8], 0)
+                model(torch.from_numpy(ids))
+
+    common.tell_alone(step, ROUNDS)
+
+
+def captured(known: Questions, directory: Path) -> None:
+    """What the cache stage does, without reading texts."""
+    who = capture.identity(ENTRY, known.teacher, "0" * 64)
+    teaching = asking.asker(known._replace(spec=who.spec))
+    ranks = compact.rank_by(teaching.mass(capture.RANKED_TARGETS))
+
+    def step() -> None:
+        store = Store(directory / f"store-{time.monotonic_ns()}")
+        rows = np.arange(DOCUMENTS)
+        shards = [rows[start : start + SHARD_ROWS] for start in range(0, DOCUMENTS, SHARD_ROWS)]
+        capture.ask_and_write(teaching, shards, store, who, ranks)
+
+    common.tell_alone(step, ROUNDS)
 
 
 def main() -> None:
-    torch.manual_seed(0)
-    hardware.pin_threads(hardware.num_cores())
-    config = BertConfig(
-        vocab_size=VOCAB, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
-    )
-    model = BertForSequenceClassification(config).to(hardware.device()).eval()
-    generator = np.random.default_rng(0)
-    lengths = generator.integers(6, 42, ROWS)
-    ids = generator.integers(1000, VOCAB, lengths.sum()).astype(np.int32)
-    tokens = Tokens(ids, np.concatenate([[0], np.cumsum(lengths)]), 0)
-    rows = np.arange(ROWS)
-    names = [row_id("bench", str(i)) for i in rows]
-    hashes = [input_hash(tokens.row(i)) for i in rows]
-    device = hardware.device()
-    batches = [
-        [torch.from_numpy(array).to(device) for array in tokens.padded(part, 0)]
-        for part in engine.by_length(tokens.lengths, engine.TOKENS_PER_BATCH[device.type])
-    ]
-
-    def bare() -> None:
-        with torch.inference_mode():
-            for ids_BL, mask_BL in batches:
-                model(input_ids=ids_BL, attention_mask=mask_BL.long())
-
-    with tempfile.TemporaryDirectory() as directory:
-
-        def captured() -> None:
-            said = engine.infer(model, tokens, rows, 0, "float32", HIDDEN, names)
-            kept = records.LogitRows(pa.array(names), pa.array(hashes), lengths.astype(np.int32), said.logits)
-            Store(Path(directory) / str(np.random.randint(2**60))).put(_identity(), kept, said.hidden, 0.0)
-
-        half = {"bfloat16": lambda: engine.infer(model, tokens, rows[:64], 0, "bfloat16"),
-                "float32": lambda: engine.infer(model, tokens, rows[:64], 0, "float32")}  # fmt: skip
-        seconds = common.medians({"bare": bare, "captured": captured}, rounds=5)
-        precision = common.medians(half, rounds=3)
-    print(f"bare forward   {ROWS / seconds['bare']:8,.0f} rows/s")
-    print(f"capture        {ROWS / seconds['captured']:8,.0f} rows/s, with states of 2 layers and writing")
+    oracle.load()
+    seconds: dict[str, list[float]] = {"bare": [], "captured": []}
+    peaks: dict[str, float] = {}
+    for _ in range(ROUNDS):  # in turn, so that a slow minute of the machine hits both
+        for way, times in seconds.items():
+            spent, peak = common.alone(__file__, way)
+            times.append(spent)
+            peaks[way] = max(peaks.get(way, 0), peak)
+    positions = DOCUMENTS * (oracle.LENGTH - 1)
+    middle = {way: sorted(times)[ROUNDS // 2] for way, times in seconds.items()}
+    for way, spent in middle.items():
+        print(f"{way:9} {positions / spent:8,.0f} positions/s  {peaks[way] / 1e6:8,.0f} MB at the peak")
     common.close(
         {
-            "ratio": seconds["bare"] / seconds["captured"],
-            "bfloat16_over_float32": precision["float32"] / precision["bfloat16"],
-            "rows_per_s": ROWS / seconds["captured"],
+            "ratio": middle["bare"] / middle["captured"],
+            "peak_memory_ratio": peaks["captured"] / peaks["bare"],
+            "positions_per_s": positions / middle["captured"],
         }
     )
 
 
-def _identity() -> Identity:
-    digest = "0" * 64
-    return Identity(
-        capture_version=1,
-        teacher=TeacherIdentity(weights=digest, config=digest),
-        tokenizer=TokenizerIdentity(
-            content=digest, vocab_size=VOCAB, special_tokens={"pad_token": 0}, padding_side="right"
-        ),
-        spec=Spec(
-            task="sequence-classification",
-            labels=("negative", "positive"),
-            codec="dense",
-            max_length=128,
-            too_long="error",
-            precision="float32",
-            hidden=HIDDEN,
-        ),
-    )
-
-
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 1:
+        hardware.pin_threads(hardware.num_cores())
+        with TemporaryDirectory() as place:
+            known = questions(Path(place))
+            bare(known) if sys.argv[1] == "bare" else captured(known, Path(place))
+    else:
+        main()

@@ -6,10 +6,7 @@ own. Last line: JSON for the smaller vocabulary.
 """
 
 import json
-import resource
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import common
@@ -73,32 +70,17 @@ def trunk_step() -> Callable[[], object]:
 
 
 def run(way: str, vocab: int) -> None:
-    """In a process of its own: print seconds (median) and bytes of memory at the peak above the start."""
+    """In a process of its own."""
     hardware.pin_threads(hardware.num_cores())
-    step = trunk_step() if way == "trunk" else head_step(way, vocab)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    times = []
-    for _ in range(ROUNDS + 1):
-        started = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(json.dumps([sorted(times[1:])[ROUNDS // 2], 1024 * peak]))
-
-
-def measured(way: str, vocab: int) -> tuple[float, float]:
-    command = [sys.executable, __file__, way, str(vocab)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    seconds, peak = json.loads(done.stdout.splitlines()[-1])
-    return seconds, peak
+    common.tell_alone(trunk_step() if way == "trunk" else head_step(way, vocab), ROUNDS)
 
 
 def main() -> None:
-    trunk, _ = measured("trunk", 0)
+    trunk, _ = common.alone(__file__, "trunk", "0")
     print(f"trunk alone: {trunk:.3f} s for {POSITIONS:,} positions")
     found = {}
     for vocab in VOCABULARIES:
-        ways = {way: measured(way, vocab) for way in ("dense", "labels", "entries")}
+        ways = {way: common.alone(__file__, way, str(vocab)) for way in ("dense", "labels", "entries")}
         for way, (seconds, peak) in ways.items():
             print(f"V = {vocab:7,}  {way:8} {seconds:7.3f} s  {peak / 1e6:8,.0f} MB at the peak")
         dense, labels, entries = (ways[way] for way in ("dense", "labels", "entries"))

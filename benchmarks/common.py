@@ -1,7 +1,9 @@
 """What every benchmark needs: interleaved medians, and one closing line of JSON."""
 
 import json
+import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +23,22 @@ def medians(ways: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str,
             if turn:  # the first round warms up
                 seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def tell_alone(step: Callable[[], object], rounds: int) -> None:
+    """In a process of its own: print the median seconds of `step`, and how many bytes it took at its peak."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = medians({"step": step}, rounds)["step"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(json.dumps([seconds, 1024 * peak]))
+
+
+def alone(file: str, *arguments: str) -> tuple[float, float]:
+    """(seconds, bytes at the peak) that `file` tells when it is run with these arguments."""
+    command = [sys.executable, file, *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    seconds, peak = json.loads(done.stdout.splitlines()[-1])
+    return seconds, peak
 
 
 def close(result: dict[str, Any]) -> None:

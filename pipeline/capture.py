@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline import config, hardware, targets, teachers
-from pipeline.asking import Answer, Questions, asker
+from pipeline.asking import Answer, Asker, Questions, asker
 from pipeline.data import load_rows
 from pipeline.progress import bar, log
 from pipeline.tokens import FILES
@@ -135,18 +135,8 @@ def capture(
     total, todo = len(set(row_ids)), sum(len(part) for part in missing)
     log(f"{name}: {total - todo:,} of {total:,} rows are captured already, in {len(taken)} shards")
     if missing:
-        with bar(f"capturing {name}", todo, "rows") as advance, ThreadPoolExecutor(1) as writer:
-            teaching.load()
-            writing: Future[StoredShard] | None = None  # one shard is written while the next is asked about
-            for part in missing:
-                started = hardware.compute_seconds()
-                said = teaching.ask(part, advance)
-                seconds = hardware.compute_seconds() - started
-                if writing is not None:
-                    taken.append(writing.result())
-                writing = writer.submit(_put, store, who, said, ranks, seconds)
-            assert writing is not None
-            taken.append(writing.result())
+        with bar(f"capturing {name}", todo, "rows") as advance:
+            taken += ask_and_write(teaching, missing, store, who, ranks, advance)
     place = {row: index for index, row in reversed(list(enumerate(row_ids)))}
     taken.sort(key=lambda shard: place[shard.row_ids()[0].as_py()])
     files = {file: (teacher / file).read_bytes() for file in FILES if (teacher / file).is_file()}
@@ -175,6 +165,34 @@ def summary(name: str, entry: config.CacheEntry, captured: Captured, teacher: Pa
         "precision": captured.manifest.identity.spec.precision,
         "machine": hardware.machine(),
     }
+
+
+def ask_and_write(
+    teaching: Asker,
+    shards: Sequence[Indices],
+    store: Store,
+    who: Identity,
+    ranks: Indices | None,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> list[StoredShard]:
+    """Ask the teacher about the rows of each shard, and write it while the next one is asked about.
+
+    One shard at most waits to be written. A writer's error ends the work; what was written stays.
+    """
+    written: list[StoredShard] = []
+    teaching.load()
+    with ThreadPoolExecutor(1) as writer:
+        writing: Future[StoredShard] | None = None
+        for part in shards:
+            started = hardware.compute_seconds()
+            said = teaching.ask(part, advance)
+            seconds = hardware.compute_seconds() - started
+            if writing is not None:
+                written.append(writing.result())
+            writing = writer.submit(_put, store, who, said, ranks, seconds)
+        if writing is not None:
+            written.append(writing.result())
+    return written
 
 
 def _put(store: Store, who: Identity, said: Answer, ranks: Indices | None, seconds: float) -> StoredShard:
