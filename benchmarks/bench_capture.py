@@ -23,7 +23,7 @@ from storage import compact
 from storage.spec import row_id
 from storage.writer import Store
 
-DOCUMENTS, SHARD_ROWS, ROUNDS = 32, 16, 3
+DOCUMENTS, SHARD_ROWS, ROUNDS = 8, 4, 3
 ENTRY = config.CacheEntry.model_validate({"dataset": "prose", "teacher": "smollm", "targets": "threshold"})
 
 
@@ -50,11 +50,11 @@ def bare(known: Questions) -> None:
 
     def step() -> None:
         with torch.inference_mode():
-            for start in range(0, DOCUMENTS, 8):
-                ids, _ = known.tokens.padded(rows[start : start + 8], 0)
+            for start in range(0, DOCUMENTS, 4):
+                ids, _ = known.tokens.padded(rows[start : start + 4], 0)
                 model(torch.from_numpy(ids))
 
-    common.tell_alone(step, ROUNDS)
+    common.tell_alone(step, 2)
 
 
 def captured(known: Questions, directory: Path) -> None:
@@ -69,7 +69,7 @@ def captured(known: Questions, directory: Path) -> None:
         shards = [rows[start : start + SHARD_ROWS] for start in range(0, DOCUMENTS, SHARD_ROWS)]
         capture.ask_and_write(teaching, shards, store, who, ranks)
 
-    common.tell_alone(step, ROUNDS)
+    common.tell_alone(step, 2)
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ def compute_seconds() -> float:
 def computes_in_bfloat16() -> bool:
     """Whether bfloat16 is faster than float32 here: CPUs with AMX or AVX512-BF16, GPUs since Ampere.
 
-    Other CPUs emulate it: on an AMD EPYC of the Zen 3 generation bf16 autocast ran 7 times slower than
+    Other CPUs emulate it: on an AMD EPYC of the Zen 3 generation bf16 autocast ran 8 times slower than
     float32.
     """
     import torch

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from pipeline import hardware
 from pipeline.tokens import TextReader
@@ -121,7 +122,14 @@ def from_gguf(file: Path, out: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **options)
     except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
         raise TeacherError(f"{file} cannot be loaded as a GGUF file: {error}") from error
-    model.save_pretrained(out)
+    # save_pretrained refuses models that were quantised once; these are plain tensors now. Tied ones go once.
+    tensors: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        tensors.setdefault(tensor.data_ptr(), (name, tensor.contiguous()))
+    save_file(dict(tensors.values()), out / "model.safetensors", metadata={"format": "pt"})
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config.save_pretrained(out)
 
 
 def _weights_digest(directory: Path) -> str:

@@ -8,7 +8,7 @@ docs/cache-format.md.
     cache = Cache.open("caches/reviews")
     cache.labels, cache.num_rows
     for shard in cache.shards:
-        rows = cache.read(shard)          # row_ids, input_hashes, num_tokens, logits_NC
+        rows = cache.read(shard)          # row_ids, input_hashes, num_tokens, and logits or entries
 """
 
 from storage.errors import StillroomError
