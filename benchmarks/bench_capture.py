@@ -5,6 +5,7 @@ of a batch and drops them; capture takes states through the head in chunks, keep
 shards. Each way runs in processes of its own, in turn. Last line: JSON.
 """
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -27,15 +28,14 @@ DOCUMENTS, SHARD_ROWS, ROUNDS = 8, 4, 3
 ENTRY = config.CacheEntry.model_validate({"dataset": "prose", "teacher": "smollm", "targets": "threshold"})
 
 
-def questions(directory: Path) -> Questions:
-    """The teacher as the teacher stage makes it, and the oracle's documents."""
-    teacher = directory / "teacher"
-    teacher.mkdir()
-    teachers.from_gguf(oracle.asset("smollm") / oracle.GGUF, teacher)
-    record = (
-        '{"task": "causal-lm", "labels": [], "vocab_size": 49152, "max_length": 256, "too_long": "error"}'
-    )
-    (teacher / teachers.RECORD).write_text(record)
+def questions() -> Questions:
+    """The teacher as the teacher stage makes it, and some of the oracle's documents."""
+    teacher = oracle.WHERE / "teacher"
+    if not (teacher / teachers.RECORD).is_file():
+        teacher.mkdir(parents=True, exist_ok=True)
+        teachers.from_gguf(oracle.asset("smollm") / oracle.GGUF, teacher)
+        record = {"task": "causal-lm", "labels": [], "vocab_size": 49_152, "max_length": 256}
+        (teacher / teachers.RECORD).write_text(json.dumps(record | {"too_long": "error"}))
     documents = oracle.load().tokens[:DOCUMENTS]
     lengths = np.full(DOCUMENTS, documents.shape[1])
     tokens = Tokens(documents.reshape(-1).astype(np.int32), np.concatenate([[0], np.cumsum(lengths)]), 0)
@@ -61,7 +61,8 @@ def captured(known: Questions, directory: Path) -> None:
     """What the cache stage does, without reading texts."""
     who = capture.identity(ENTRY, known.teacher, "0" * 64)
     teaching = asking.asker(known._replace(spec=who.spec))
-    ranks = compact.rank_by(teaching.mass(capture.RANKED_TARGETS))
+    ranks = np.arange(compact.MAX_RANKED)[: who.spec.num_outputs]
+    teaching.load()
 
     def step() -> None:
         store = Store(directory / f"store-{time.monotonic_ns()}")
@@ -73,7 +74,7 @@ def captured(known: Questions, directory: Path) -> None:
 
 
 def main() -> None:
-    oracle.load()
+    questions()
     seconds: dict[str, list[float]] = {"bare": [], "captured": []}
     peaks: dict[str, float] = {}
     for _ in range(ROUNDS):  # in turn, so that a slow minute of the machine hits both
@@ -98,7 +99,6 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         hardware.pin_threads(hardware.num_cores())
         with TemporaryDirectory() as place:
-            known = questions(Path(place))
-            bare(known) if sys.argv[1] == "bare" else captured(known, Path(place))
+            bare(questions()) if sys.argv[1] == "bare" else captured(questions(), Path(place))
     else:
         main()

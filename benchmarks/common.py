@@ -1,7 +1,6 @@
 """What every benchmark needs: interleaved medians, and one closing line of JSON."""
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,10 +26,15 @@ def medians(ways: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str,
 
 def tell_alone(step: Callable[[], object], rounds: int) -> None:
     """In a process of its own: print the median seconds of `step`, and how many bytes it took at its peak."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+    before = _kilobytes("VmRSS")
     seconds = medians({"step": step}, rounds)["step"]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(json.dumps([seconds, 1024 * peak]))
+    print(json.dumps([seconds, 1024 * (_kilobytes("VmHWM") - before)]))
+
+
+def _kilobytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(field + ":")))
 
 
 def alone(file: str, *arguments: str) -> tuple[float, float]:
