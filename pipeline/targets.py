@@ -17,7 +17,7 @@ class Dense(Section):
 
 class _Sparse(Section):
     layout: Literal["compact", "plain"] = "compact"
-    """compact: a fifth of the bytes. plain: ids and log-probabilities as any tool reads them, to the bit."""
+    """compact: half the bytes, or less. plain: ids and log-probabilities for any tool, to the bit."""
 
 
 class TopKTargets(_Sparse):
