@@ -35,9 +35,7 @@ if TYPE_CHECKING:
 
 STORE = Path(".stillroom")
 CAPTURE_VERSION = int((Path(__file__).parent / "CAPTURE_VERSION").read_text())
-RANKED_TARGETS = (
-    1024  # targets whose probabilities say which ids are frequent: more change a hundredth of the bytes
-)
+RANKED_TARGETS = 1024  # whose probabilities say which ids are frequent
 
 LAYERS_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 WIDTH_KEYS = ("hidden_size", "dim", "n_embd", "d_model")
