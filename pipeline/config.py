@@ -235,7 +235,29 @@ class TinyBERT(_Student):
         return self
 
 
-Student = Annotated[FC | BiLSTM | TinyBERT, Field(discriminator="kind")]
+class Llama(_Student):
+    """A Llama of any small size over the teacher's vocabulary, its head tied to its embeddings."""
+
+    kind: Literal["llama"]
+    layers: Positive = 4
+    width: Positive = 192
+    heads: Positive = 3
+    """Attention heads; they divide the width into even parts."""
+    inner: Positive | None = None
+    """Width inside the feed-forward blocks; null: 8/3 of the width."""
+    max_length: Positive = 512
+    """The most tokens that it reads at a time. Longer rows are read in pieces, one after the other."""
+    dropout: Fraction = 0.0
+    """Of attention weights."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "Llama":
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width {self.width} is not an even multiple of heads {self.heads}")
+        return self
+
+
+Student = Annotated[FC | BiLSTM | TinyBERT | Llama, Field(discriminator="kind")]
 
 
 class Recipe(Section):

@@ -1,7 +1,8 @@
 """Student architectures, and the files they are kept in.
 
 Each is a module whose forward takes ids [B, L] and the mask of true tokens [B, L], padded on the right, and
-returns logits [B, C]. Padding never changes an answer. A saved student is a directory with model.safetensors
+returns logits [B, C]; a language model (`Llama`) returns states [B, L, D], and its logits are states times
+`head`. Padding never changes an answer. A saved student is a directory with model.safetensors
 and student.json (its entry of params.yaml, vocabulary and classes); the tokenizer lies beside it, once for
 all seeds.
 
@@ -107,7 +108,47 @@ class TinyBERT(nn.Module):
         return logits_BC
 
 
-KINDS: dict[str, Any] = {"fc": FC, "bilstm": BiLSTM, "tinybert": TinyBERT}
+class Llama(nn.Module):
+    """A small Llama from random weights (Touvron et al. 2023), its head tied to its embeddings.
+
+    Its tensors are named as those of transformers' LlamaForCausalLM, and `save` writes that model's
+    config.json too: what is saved is a checkpoint that transformers loads.
+    """
+
+    def __init__(self, entry: config.Llama, vocab_size: int, num_labels: int = 0) -> None:
+        super().__init__()
+        from transformers import LlamaConfig, LlamaModel
+
+        inner = entry.inner or 8 * (-(-entry.width // 3))
+        self.model = LlamaModel(
+            LlamaConfig(
+                vocab_size=vocab_size,
+                hidden_size=entry.width,
+                intermediate_size=inner,
+                num_hidden_layers=entry.layers,
+                num_attention_heads=entry.heads,
+                max_position_embeddings=entry.max_length,
+                attention_dropout=entry.dropout,
+                tie_word_embeddings=True,
+                architectures=["LlamaForCausalLM"],
+                bos_token_id=None,
+                eos_token_id=None,
+            )
+        )
+
+    @property
+    def head(self) -> torch.Tensor:
+        """What turns states into logits: [V, D]."""
+        weight: torch.Tensor = self.model.embed_tokens.weight
+        return weight
+
+    def forward(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        """States [B, L, D] that the head would read. Padding stands behind: no token looks at it."""
+        states_BLD: torch.Tensor = self.model(input_ids=ids_BL, use_cache=False).last_hidden_state
+        return states_BLD
+
+
+KINDS: dict[str, Any] = {"fc": FC, "bilstm": BiLSTM, "tinybert": TinyBERT, "llama": Llama}
 
 
 def build(entry: config.Student, vocab_size: int, num_labels: int) -> nn.Module:
@@ -123,6 +164,8 @@ def save(directory: Path, model: nn.Module, entry: config.Student, vocab_size: i
         {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
         directory / "model.safetensors",
     )
+    if isinstance(model, Llama):
+        model.model.config.save_pretrained(directory)
     facts = {"student": entry.model_dump(mode="json"), "vocab_size": vocab_size, "num_labels": num_labels}
     (directory / "student.json").write_text(json.dumps(facts, indent=2) + "\n")
 

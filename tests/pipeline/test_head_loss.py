@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pipeline.head_loss import head_loss
-from pipeline.losses import SparseTargets, sampled_kl
+from pipeline.head_loss import head_loss, mixed
+from pipeline.losses import SparseTargets, bucket_kl, label_loss, sampled_kl
 
 P, D, V = 23, 5, 40
 
@@ -99,6 +99,55 @@ def test_the_optimum_over_free_logits_is_the_target() -> None:
     )
     wanted = wanted[kept] / wanted[kept].sum(1, keepdim=True)
     assert torch.allclose(torch.softmax(free.detach(), 1)[kept], wanted, atol=2e-3)
+
+
+def top(k: int, seed: int = 12) -> SparseTargets:
+    """The k largest of random distributions and the mass of the rest; the first position has no target."""
+    generator = torch.Generator().manual_seed(seed)
+    probs = torch.softmax(2 * torch.randn(P, V, generator=generator, dtype=torch.float64), 1)
+    weights, ids = probs[1:].topk(k)
+    log_tail = torch.cat([torch.tensor([-torch.inf]), (1 - weights.sum(1)).log()])
+    return SparseTargets(
+        torch.arange(1, P).repeat_interleave(k), ids.reshape(-1), weights.reshape(-1), log_tail
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 23, 1000])
+def test_a_bucket_has_the_gradients_of_the_dense_loss_on_top_k(chunk: int) -> None:
+    states, head, bias = world(13)
+    targets = top(6)
+    ours = head_loss(states, head, targets, bias, chunk, bucket=True) / P
+    whole = bucket_kl(states @ head.T + bias, targets)
+    weights = torch.cat([targets.weights, targets.log_tail.exp()])
+    assert (ours + torch.special.xlogy(weights, weights).sum() / P).item() == pytest.approx(whole.item())
+    inputs = (states, head, bias)
+    for found, wanted in zip(
+        torch.autograd.grad(ours, inputs), torch.autograd.grad(whole, inputs), strict=True
+    ):
+        assert torch.allclose(found, wanted, atol=1e-12)
+
+
+def test_a_bucket_with_almost_nothing_in_it_stays_finite_in_float32() -> None:
+    targets = top(6)
+    sure = torch.full((P, V), -60.0)
+    sure[targets.positions, targets.ids] = 0.0
+    free = sure.requires_grad_()
+    loss = head_loss(free, torch.eye(V), targets, bucket=True)
+    (gradient,) = torch.autograd.grad(loss, free)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(gradient).all()
+    assert gradient[1:].sum(1).abs().max() < 1e-4, "the gradient of a probability sums to 0"
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_labels_and_entries_mix_in_one_pass(alpha: float) -> None:
+    states, head, _ = world(14)
+    targets, labels = ragged(15), torch.arange(P) % V
+    found = head_loss(states, head, mixed(labels, targets, alpha))
+    expected = alpha * P * label_loss(states @ head.T, labels) + (1 - alpha) * head_loss(
+        states, head, targets
+    )
+    assert found.item() == pytest.approx(expected.item())
 
 
 def test_nothing_to_learn_is_zero_with_zero_gradients() -> None:
