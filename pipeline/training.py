@@ -74,7 +74,7 @@ def fit(
     )
     model, optimizer = accelerator.prepare(model, optimizer)
     total = settings.epochs * settings.steps_per_epoch
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _pace(step, total, settings.warmup))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: pace(step, total, settings.warmup))
     every = -(-settings.steps_per_epoch // settings.evaluations_per_epoch)
     state = _Progress()
     started = hardware.compute_seconds()
@@ -153,7 +153,7 @@ def _refuse_nonfinite(which: str, loss: float, step: int) -> None:
         )
 
 
-def _pace(step: int, total: int, warmup: float) -> float:
+def pace(step: int, total: int, warmup: float) -> float:
     """The learning rate's factor at a step: up over the first `warmup` share, then down to 0."""
     rise = max(1, round(warmup * total))
     return min((step + 1) / rise, max(0.0, (total - step) / max(1, total - rise)))
