@@ -28,7 +28,7 @@ import torch
 from pipeline import config, hardware, students
 from pipeline.head_loss import head_loss
 from pipeline.losses import SparseTargets
-from pipeline.metrics import ECE_BINS
+from pipeline.metrics import binned_error
 from pipeline.training import pace
 from storage import order
 from storage.entries import Entries
@@ -218,9 +218,7 @@ def measure(known: taught.Taught, student: students.Llama) -> dict[str, float]:
         right.append(best.indices == following)
         positions += len(following)
     confidence, correct = torch.cat(sure).numpy(), torch.cat(right).numpy()
-    bins = np.minimum((confidence * ECE_BINS).astype(int), ECE_BINS - 1)
-    gaps = [abs(float((correct[bins == b] - confidence[bins == b]).sum())) for b in range(ECE_BINS)]
-    return {"lm_loss": loss / positions, "kl": kl / positions, "ece": sum(gaps) / positions,
+    return {"lm_loss": loss / positions, "kl": kl / positions, "ece": binned_error(confidence, correct),
             "accuracy": float(correct.mean())}  # fmt: skip
 
 

@@ -126,11 +126,11 @@ class _Language:
         q, codec = self._q, self._q.spec.codec
         assert codec != "dense"  # the spec of a language model never is
         names, lengths = q.row_ids.to_pylist(), q.tokens.lengths[part]
-        entries = language.infer(self._head, q.tokens, part, q.pad_id, codec, names, advance)
+        entries, entropy = language.infer(self._head, q.tokens, part, q.pad_id, codec, names, advance)
         row_ids = q.row_ids.take(pa.array(part))
         words = np.repeat(draws.row_words(row_ids.to_pylist()), lengths, axis=0)
         keys = Keys(words, np.concatenate([np.arange(length) for length in lengths]))
         read = np.concatenate([q.tokens.row(row) for row in part])
         short = lengths.astype(np.int32)
-        kept = EntryRows(row_ids, q.tokens.hashes(part), short, short, entries, read)
+        kept = EntryRows(row_ids, q.tokens.hashes(part), short, short, entries, read, entropy)
         return Answer(kept, rounding_noise(codec, entries, keys), {})

@@ -1,15 +1,15 @@
 """Cached shards -> training batches, in an order that is a function of (seed, epoch, position) alone.
 
 Labels and splits come from the prepared dataset, targets from the cache, joined by row_id. One window of
-shards is in memory at a time; a thread reads and decodes it,
-a bounded number of bytes ahead, so a step does not wait.
+shards is in memory at a time; a thread reads and decodes it, a bounded number of bytes ahead, so a step does
+not wait. This file has rows with one target each; documents.py has those with a target a token.
 
-Shape letters: B batch, L tokens, C classes.
+Shape letters: B batch, L tokens, C classes, T targets: of B rows, or of their true tokens, row after row.
 """
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -36,8 +36,8 @@ class DistillBatch(NamedTuple):
 
     ids_BL: torch.Tensor  # int64, padded on the right
     mask_BL: torch.Tensor  # bool, true for tokens
-    labels_B: torch.Tensor  # int64, NO_LABEL for none
-    teacher: torch.Tensor | SparseTargets  # float32 logits [B, C], or entries of the B rows
+    labels_T: torch.Tensor  # int64, NO_LABEL for none
+    teacher: torch.Tensor | SparseTargets  # float32 logits [T, C], or entries of the T targets
 
     def to(self, device: torch.device) -> "DistillBatch":
         """The same batch on another device."""
@@ -50,6 +50,27 @@ class DistillBatch(NamedTuple):
         return sum(tensor.nbytes for tensor in parts)
 
 
+class Place(NamedTuple):
+    """Rows of a dataset and where one shard of a cache holds them."""
+
+    rows: npt.NDArray[np.int64]  # of the dataset
+    held: npt.NDArray[np.int64]  # of the shard
+
+
+def places(cache: Cache, rows: Rows, splits: tuple[str, ...]) -> list[Place]:
+    """Where each shard holds the rows of these splits: a few integers a row.
+
+    Raises SpecMismatch where the cache lacks a row.
+    """
+    chosen = rows.select(*splits)
+    wanted = rows.row_ids.take(chosen)
+    cache.check("this dataset", labels=rows.label_names, row_ids=wanted)
+    place = pc.index_in(wanted, value_set=cache.row_ids()).to_numpy()
+    starts = np.cumsum([0] + [shard.rows for shard in cache.shards])
+    shard = np.searchsorted(starts, place, side="right") - 1
+    return [Place(chosen[shard == i], place[shard == i] - starts[i]) for i in range(len(cache.shards))]
+
+
 class CachedRows:
     """The rows of some splits of a dataset with the targets that a cache holds for them.
 
@@ -60,16 +81,8 @@ class CachedRows:
         self, cache: Cache, rows: Rows, tokens: Tokens, pad_id: int, splits: tuple[str, ...]
     ) -> None:
         self.cache, self.rows, self.tokens, self.pad_id = cache, rows, tokens, pad_id
-        chosen = rows.select(*splits)
-        cache.check("this dataset", labels=rows.label_names, row_ids=rows.row_ids.take(chosen))
-        place = pc.index_in(rows.row_ids.take(chosen), value_set=cache.row_ids()).to_numpy()
-        starts = np.cumsum([0] + [shard.rows for shard in cache.shards])
-        shard = np.searchsorted(starts, place, side="right") - 1
-        # (row of the dataset, row of the shard) for each shard: a few integers a row
-        self._by_shard = [
-            (chosen[shard == i], place[shard == i] - starts[i]) for i in range(len(cache.shards))
-        ]
-        self.num_rows = len(chosen)
+        self._by_shard = places(cache, rows, splits)
+        self.num_rows = sum(len(place.rows) for place in self._by_shard)
 
     def num_batches(self, batch_rows: int) -> int:
         """At most so many batches an epoch; windows may end in short ones."""
@@ -77,7 +90,7 @@ class CachedRows:
         windows = -(-len(sizes) // SHARDS_PER_WINDOW)
         return -(-self.num_rows // batch_rows) + windows - 1
 
-    def epoch(self, seed: int, epoch: int, batch_rows: int) -> Iterator[DistillBatch]:
+    def epoch(self, seed: int, epoch: int, batch_rows: int) -> Generator[DistillBatch, None, None]:
         """The batches of one training epoch, prefetched. The order depends on (seed, epoch) alone."""
         return prefetch(self._epoch(seed, epoch, batch_rows), PREFETCH_BYTES, lambda batch: batch.num_bytes)
 
@@ -115,11 +128,11 @@ class CachedRows:
 
     def _batch(self, rows: npt.NDArray[np.int64], targets: "_Dense | Entries") -> DistillBatch:
         ids_BL, mask_BL = self.tokens.padded(rows, self.pad_id)
-        labels_B = self.rows.labels[rows].astype(np.int64)
+        labels_T = self.rows.labels[rows].astype(np.int64)
         teacher = (
             torch.from_numpy(targets.logits) if isinstance(targets, _Dense) else SparseTargets.of(targets)
         )
-        ids, mask, labels = (torch.from_numpy(array) for array in (ids_BL, mask_BL, labels_B))
+        ids, mask, labels = (torch.from_numpy(array) for array in (ids_BL, mask_BL, labels_T))
         return DistillBatch(ids, mask, labels, teacher)
 
 
@@ -132,7 +145,9 @@ class _Dense(NamedTuple):
         return _Dense(self.logits[rows])
 
 
-def prefetch(items: Iterable[Item], max_bytes: int, size: Callable[[Item], int]) -> Iterator[Item]:
+def prefetch(
+    items: Iterable[Item], max_bytes: int, size: Callable[[Item], int]
+) -> Generator[Item, None, None]:
     """The same items, made by a thread that stays at most `max_bytes` (or one item) ahead.
 
     Its errors are raised here, in their place. Closing the iterator early ends the thread.

@@ -276,6 +276,11 @@ class Recipe(Section):
     """Train on the unlabelled pool too."""
     epochs: Positive = 5
     batch_rows: Positive = 64
+    """Rows a step."""
+    batch_tokens: Positive = 2048
+    """Tokens a step, padding included, where there is a target a token; batch_rows then says nothing."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of a language model's training. auto: what a step is fastest in here, measured at the start."""
     warmup: Fraction = 0.05
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     evaluations_per_epoch: Positive = 2

@@ -1,19 +1,30 @@
 """The evaluate and score stages: rows of the results table, for runs and teachers, measured in one way."""
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from pipeline import config, engine, hardware, metrics, students, teachers
+from pipeline import config, engine, hardware, language, metrics, reading, students, teachers
 from pipeline.batches import CachedRows
-from pipeline.data import load_rows
+from pipeline.data import Rows, load_rows
+from pipeline.documents import CachedDocuments
+from pipeline.lessons import answers
 from pipeline.runs import RECORD, open_inputs
-from pipeline.seeds import answers
 from pipeline.tokens import TextReader
+from storage import Cache
+from storage.spec import Sample, Threshold
 
 SPLIT = "test"
+TOKENS = 4096  # a batch of documents
+NUM_LINES, PROMPT_TOKENS, LINE_TOKENS = 3, 12, 24
+LARGEST_LOSS = 700.0  # past it a perplexity is no float
+
+Values = dict[str, float | None]
+Line = dict[str, str]
 
 
 def evaluate_run(
@@ -24,42 +35,98 @@ def evaluate_run(
     rows = rows.only(SPLIT)
     hardware.pin_threads(hardware.num_cores())
     reader = TextReader(paths.out / "tokenizer", student.max_length, "truncate")
+    seeds = json.loads((paths.out / RECORD).read_text())["seeds"]
+    about: dict[str, Any] = {"task": cache.identity.spec.task, "cache": run.cache, "student": run.student}
+    about |= {"recipe": run.recipe, "seeds": list(run.seeds)}
+    taught_by = cache.manifest.provenance.get("teacher")
+    if cache.identity.spec.per_position:
+        values, about["lines"] = _read_documents(cache, rows, student, seeds, paths, reader)
+    else:
+        values = _classify(cache, rows, seeds, paths, reader)
+    return _row("run", name, taught_by, run.dataset, about, len(rows.row_ids), values)
+
+
+def _classify(
+    cache: Cache, rows: Rows, seeds: list[Any], paths: config.RunPaths, reader: TextReader
+) -> list[Values]:
     tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
     cached = CachedRows(cache, rows, tokens, reader.pad_id, (SPLIT,))
     chosen = rows.select(SPLIT)
     values = []
-    for seed in json.loads((paths.out / RECORD).read_text())["seeds"]:
-        directory = paths.out / f"seed-{seed['seed']}"
-        model = students.load(directory)
+    for seed in seeds:
+        model, facts = _load(paths, seed)
         logits, teacher, labels = (tensor.numpy() for tensor in answers(model, cached))
         values.append(
             {
                 **metrics.quality(logits, labels),
                 **metrics.against_teacher(logits, teacher, labels),
-                "parameters": float(sum(parameter.numel() for parameter in model.parameters())),
-                "bytes": float((directory / "model.safetensors").stat().st_size),
+                **facts,
                 "latency_ms_batch_1": metrics.latency(model, tokens, chosen, reader.pad_id, 1),
                 "latency_ms_batch_32": metrics.latency(model, tokens, chosen, reader.pad_id, 32),
-                "train_seconds": seed["seconds"],
             }
         )
-    names = {"cache": run.cache, "student": run.student, "recipe": run.recipe, "seeds": list(run.seeds)}
-    taught_by = cache.manifest.provenance.get("teacher")
-    return _row("run", name, taught_by, run.dataset, names, len(chosen), values)
+    return values
+
+
+def _read_documents(
+    cache: Cache, rows: Rows, student: config.Student, seeds: list[Any], paths: config.RunPaths,
+    reader: TextReader,
+) -> tuple[list[Values], list[Line]]:  # fmt: skip
+    """(metrics of each seed, how the first one goes on with the beginnings of documents)."""
+    cached = CachedDocuments(cache, rows, (SPLIT,), student.max_length)
+    teacher = reading.Teacher(isinstance(cache.codec, Sample | Threshold), cached.entropy())
+    values: list[Values] = []
+    lines: list[Line] = []
+    for seed in seeds:
+        loaded, facts = _load(paths, seed)
+        model = cast(students.Llama, loaded)
+        seen = reading.read_held_out(model, cached.in_order(TOKENS), teacher)
+        values.append({**_seen(seen), **facts, "train_tokens_per_second": seed["targets_per_second"]})
+        lines = lines or _lines(model.next_logits, rows, reader)
+    return values, lines
+
+
+def _load(paths: config.RunPaths, seed: dict[str, Any]) -> tuple[torch.nn.Module, Values]:
+    """(the student of a seed, its size and what it cost)."""
+    directory = paths.out / f"seed-{seed['seed']}"
+    model = students.load(directory)
+    return model, {
+        "parameters": float(sum(parameter.numel() for parameter in model.parameters())),
+        "bytes": float((directory / "model.safetensors").stat().st_size),
+        "train_seconds": seed["seconds"],
+    }
 
 
 def evaluate_teacher(name: str, entry: config.Teacher, dataset: Path, teacher: Path) -> dict[str, Any]:
     """The teacher's row of the results table."""
     rows, reader, record = load_rows(dataset).only(SPLIT), teachers.reader(teacher), teachers.record(teacher)
-    names = {"cache": None, "student": None, "recipe": None, "seeds": [0]}
-    size = float(sum(file.stat().st_size for file in teacher.glob("*.safetensors")))
-    if record["task"] == "causal-lm":  # measured when it was taken: it needs no label
-        told = {"perplexity": record["perplexity"][SPLIT], "parameters": float(record["parameters"])}
-        values = {**told, "bytes": size, "accuracy": None}
-        return _row("teacher", f"teacher-{name}", name, entry.dataset, names, len(rows.row_ids), [values])
     hardware.pin_threads(hardware.num_cores())
-    model = teachers.load(teacher, pad_token_id=reader.pad_id)
+    seeds = [entry.train.seed] if entry.train else [0]
+    about: dict[str, Any] = {
+        "task": record["task"],
+        "cache": None,
+        "student": None,
+        "recipe": None,
+        "seeds": seeds,
+    }
+    facts = {
+        "parameters": float(record["parameters"]),
+        "bytes": float(sum(file.stat().st_size for file in teacher.glob("*.safetensors"))),
+        "train_seconds": record["training"]["seconds"] if record["training"] else None,
+    }
+    if record["task"] == "causal-lm":  # it was read when it was taken, and that is dear
+        model = teachers.load_language(teacher, hardware.precision("auto"))
+        head = language.LanguageHead(model, record["vocab_size"])
+        about["lines"] = _lines(head.next_logits, rows, reader)
+        values = {**_seen(reading.Seen(**record["reading"][SPLIT])), **facts}
+    else:
+        values = {**_classifiers(record, rows, teacher, reader), **facts}
+    return _row("teacher", f"teacher-{name}", name, entry.dataset, about, len(rows.row_ids), [values])
+
+
+def _classifiers(record: dict[str, Any], rows: Rows, teacher: Path, reader: TextReader) -> Values:
     tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
+    model = teachers.load(teacher, pad_token_id=reader.pad_id)
     chosen = rows.select(SPLIT)
     row_ids = rows.row_ids.to_pylist()
     logits = engine.infer(model, tokens, chosen, reader.pad_id, "float32", names=row_ids).logits
@@ -70,17 +137,34 @@ def evaluate_teacher(name: str, entry: config.Teacher, dataset: Path, teacher: P
     def answer(ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> object:
         return model(input_ids=ids_BL, attention_mask=mask_BL.long())
 
-    values = {
+    return {
         **metrics.quality(logits, labels),
         **metrics.against_teacher(logits, logits, labels),
-        "parameters": float(record["parameters"]),
-        "bytes": size,
         "latency_ms_batch_1": metrics.latency(answer, tokens, chosen, reader.pad_id, 1),
         "latency_ms_batch_32": metrics.latency(answer, tokens, chosen, reader.pad_id, 32),
-        "train_seconds": record["training"]["seconds"] if record["training"] else None,
     }
-    names["seeds"] = [entry.train.seed] if entry.train else [0]
-    return _row("teacher", f"teacher-{name}", name, entry.dataset, names, len(chosen), [values])
+
+
+def _seen(seen: reading.Seen) -> Values:
+    """What was read, as metrics. A teacher agrees with itself: it has no distance to a teacher."""
+    return {
+        "perplexity": math.exp(min(seen.loss, LARGEST_LOSS)),
+        "lm_loss": seen.loss,
+        "accuracy": seen.accuracy,
+        "agreement": seen.agreement,
+        "kl_to_teacher": seen.kl_to_teacher,
+        "ece": seen.ece,
+        "tokens_per_second": seen.tokens_per_second,
+    }
+
+
+def _lines(next_logits: Callable[[torch.Tensor], torch.Tensor], rows: Rows, reader: TextReader) -> list[Line]:
+    """How a model goes on with the beginnings of the first documents: the same ones, and draws, for all."""
+    first = reader.tokenizer.encode_batch_fast(rows.texts.slice(0, NUM_LINES).to_pylist())
+    prompts = [encoding.ids[:PROMPT_TOKENS] for encoding in first]
+    made = reading.go_on(next_logits, prompts, LINE_TOKENS, seed=0)
+    decode = reader.tokenizer.decode
+    return [{"begins": decode(p), "goes_on": decode(m)} for p, m in zip(prompts, made, strict=True)]
 
 
 def _row(

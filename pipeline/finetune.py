@@ -97,20 +97,20 @@ def _take_language_model(
     tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
     model = teachers.load_language(out, hardware.precision("auto"))
     head = language.LanguageHead(model, min(reader.num_ids, model.config.get_text_config().vocab_size))
-    loss = language.mean_loss(head, tokens, rows.select("test"), reader.pad_id)
+    seen = language.score(head, tokens, rows.select("test"), reader.pad_id)
     record: dict[str, Any] = {
         "task": "causal-lm",
         "labels": [],
         "vocab_size": head.vocab_size,
         "max_length": entry.max_length,
         "too_long": entry.too_long,
-        "accuracy": {},
-        "perplexity": {"test": float(np.exp(loss))},
+        "accuracy": {"test": seen.accuracy},
+        "reading": {"test": seen._asdict()},
         "parameters": model.num_parameters(),
         "training": None,
     }
     (out / teachers.RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    log(f"{name}: perplexity {record['perplexity']['test']:.1f} on the test rows")
+    log(f"{name}: perplexity {np.exp(seen.loss):.1f} on the test rows")
     return record
 
 
@@ -142,7 +142,7 @@ def _fine_tune(
 
     settings = Settings(
         epochs=train.epochs,
-        steps_per_epoch=-(-len(chosen) // train.batch_rows),
+        steps=train.epochs * -(-len(chosen) // train.batch_rows),
         learning_rate=train.learning_rate,
         warmup=train.warmup,
         weight_decay=train.weight_decay,
@@ -152,7 +152,8 @@ def _fine_tune(
     )
     with bar(f"fine-tuning {name}", train.epochs * len(chosen), "rows") as advance:
         done = fit(
-            _Classifier(model), batches, lambda logits, batch: label_loss(logits, batch.labels_B),
+            _Classifier(model), batches,
+            lambda net, batch: label_loss(net(batch.ids_BL, batch.mask_BL), batch.labels_T),
             lambda _: _validation(model, rows, tokens, pad_id), settings, advance,
         )  # fmt: skip
     return model, done

@@ -9,6 +9,7 @@ Shape letters: B batch, L tokens, P positions, D width, V vocabulary.
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +19,9 @@ import torch
 
 from pipeline import draws
 from pipeline.engine import TOKENS_PER_BATCH, by_length
-from pipeline.sparsify import Keys, NotFinite, sparsify
+from pipeline.metrics import binned_error
+from pipeline.reading import Seen
+from pipeline.sparsify import Keys, NotFinite, entropy, sparsify
 from pipeline.tokens import Tokens
 from storage.entries import Entries, concatenate, ends, ranges
 from storage.errors import TeacherError
@@ -50,6 +53,12 @@ class LanguageHead:
         with self._taken_aside() as kept:
             self.model(input_ids=ids_BL, attention_mask=mask_BL.long())
         return kept[0]
+
+    def next_logits(self, ids_BL: torch.Tensor) -> torch.Tensor:
+        """The logits of what follows one row of ids [1, L]: [V]."""
+        device = next(self.model.parameters()).device
+        states_BLD = self.states(ids_BL.to(device), torch.ones_like(ids_BL).to(device))
+        return next(self.logits(states_BLD[0, -1:]))[0]
 
     def logits(self, states_PD: torch.Tensor) -> Iterator[torch.Tensor]:
         """The logits of these states [<= chunk, V], in order; padding of the vocabulary is cut off."""
@@ -133,9 +142,10 @@ def infer(
     codec: SparseCodec,
     names: Sequence[str],
     advance: Callable[[int], None] = lambda rows: None,
-) -> Entries:
-    """The entries of every token of these rows, row after row; a row's last token has none.
+) -> tuple[Entries, npt.NDArray[np.float32]]:
+    """(the entries of every token of these rows, row after row; the sum of the entropies of each row, nats).
 
+    A row's last token has no entries.
     `names` are the ids of all rows of `tokens`. `advance` is told how many rows are done. Raises TeacherError
     where logits are not finite: it names the row.
     """
@@ -143,6 +153,7 @@ def infer(
     lengths = tokens.lengths[rows]
     first, asked = ends(lengths), 0
     made: list[Entries] = []
+    entropies = np.zeros(len(rows))
     place = np.full(first[-1], -1)  # of each token among the positions asked about
     for told in read(head, tokens, rows, pad_id, advance):
         place[first[told.rows] + told.places] = asked + np.arange(len(told.rows))
@@ -159,12 +170,13 @@ def infer(
                     "not finite.\nFinished shards are kept. Look at that row; if the arithmetic overflows, "
                     "set precision: float32."
                 ) from None
+            np.add.at(entropies, told.rows[start:stop], entropy(logits_PV))
             start = stop
     nothing = Entries(
         np.zeros(2, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32),
         np.zeros(1, np.int32), np.full(1, -np.inf, np.float32),
     )  # fmt: skip
-    return concatenate([nothing, *made]).take(place + 1)
+    return concatenate([nothing, *made]).take(place + 1), entropies.astype(np.float32)
 
 
 @torch.inference_mode()
@@ -180,18 +192,29 @@ def mass(
 
 
 @torch.inference_mode()
-def mean_loss(head: LanguageHead, tokens: Tokens, rows: npt.NDArray[np.int64], pad_id: int) -> float:
-    """The mean loss of the next token over all positions of these rows, in nats."""
-    total, positions = 0.0, 0
+def score(head: LanguageHead, tokens: Tokens, rows: npt.NDArray[np.int64], pad_id: int) -> Seen:
+    """How well it expects the next token, over all positions of these rows."""
+    total, looked = 0.0, 0.0
+    sure: list[npt.NDArray[np.float32]] = []
+    right: list[npt.NDArray[np.bool_]] = []
+    started = time.perf_counter()
     for told in read(head, tokens, rows, pad_id):
         following = tokens.ids[tokens.offsets[rows[told.rows]] + told.places + 1].astype(np.int64)
         start = 0
         for logits_PV in head.logits(told.states):
             wanted = torch.from_numpy(following[start : start + len(logits_PV)]).to(logits_PV.device)
-            loss = torch.nn.functional.cross_entropy(logits_PV.float(), wanted, reduction="sum")
-            total, start = total + loss.item(), start + len(logits_PV)
-        positions += len(following)
-    return total / max(positions, 1)
+            said = logits_PV.float().log_softmax(-1)
+            best = said.max(-1)
+            began = time.perf_counter()
+            total -= said.gather(1, wanted[:, None]).sum().item()
+            sure.append(best.values.exp().cpu().numpy())
+            right.append((best.indices == wanted).cpu().numpy())
+            start += len(logits_PV)
+            looked += time.perf_counter() - began
+    seconds = time.perf_counter() - started - looked
+    confidence, correct = np.concatenate(sure), np.concatenate(right)
+    error = binned_error(confidence, correct)
+    return Seen(total / len(correct), float(correct.mean()), error, None, None, len(correct) / seconds)
 
 
 def _behind_the_head(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:

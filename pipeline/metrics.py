@@ -44,11 +44,14 @@ def quality(logits_NC: Logits, labels_N: Labels) -> dict[str, float | None]:
 
 def calibration_error(probability_NC: npt.NDArray[np.floating[Any]], labels_N: Labels) -> float:
     """Expected calibration error (Guo et al. 2017): |accuracy - confidence| over 15 bins of confidence."""
-    confidence_N = probability_NC.max(1)
-    right_N = probability_NC.argmax(1) == labels_N
+    return binned_error(probability_NC.max(1), probability_NC.argmax(1) == labels_N)
+
+
+def binned_error(confidence_N: npt.NDArray[np.floating[Any]], right_N: npt.NDArray[np.bool_]) -> float:
+    """The same from how sure each first choice was, and whether it was right."""
     bin_N = np.minimum((confidence_N * ECE_BINS).astype(int), ECE_BINS - 1)
     gaps = [abs(float((right_N[bin_N == b] - confidence_N[bin_N == b]).sum())) for b in range(ECE_BINS)]
-    return sum(gaps) / len(labels_N)
+    return sum(gaps) / len(right_N)
 
 
 def against_teacher(logits_NC: Logits, teacher_NC: Logits, labels_N: Labels) -> dict[str, float]:

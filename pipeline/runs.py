@@ -1,8 +1,9 @@
 """The train stage: a run is one student and one recipe on one cache, over several seeds.
 
 A run's directory: tokenizer/ (what the student reads with), seed-<n>/ (a student, see students.py),
-training.json. Seeds train side by side in processes of one thread each: small models gain little from more,
-and a result then does not depend on how many run at once. torch is imported by those processes alone.
+training.json. Seeds train side by side in processes of their own. Classifiers have one thread each: small
+models gain little from more, and a result then does not depend on how many run at once. Language models share
+the cores (tuning.py). torch is imported by those processes alone.
 """
 
 import csv
@@ -23,7 +24,7 @@ from pipeline.progress import bars, log
 from pipeline.targets import refuse_truncated
 from pipeline.tokens import TextReader
 from storage import Cache
-from storage.errors import DataError, Mismatch, SpecMismatch, TrainingError
+from storage.errors import ConfigError, DataError, Mismatch, SpecMismatch, TrainingError
 
 if TYPE_CHECKING:
     from pipeline.seeds import Trained
@@ -46,6 +47,7 @@ class Job(NamedTuple):
     """One seed of a run."""
 
     seed: int
+    threads: int  # at most so many
     student: config.Student
     recipe: config.Recipe
     paths: config.RunPaths
@@ -70,12 +72,13 @@ def train(
     """
     _start_importing()
     cache, rows = open_inputs(paths)
-    _refuse_misfit(name, cache, rows, recipe, paths.verified)
+    _refuse_misfit(name, cache, rows, student, recipe, paths.verified)
     if paths.out.exists():
         shutil.rmtree(paths.out)
     make_reader(student, cache, rows, paths.out / "tokenizer")
     at_once = min(len(run.seeds), seeds_at_once or SEEDS_PER_CORE * hardware.num_cores())
-    jobs = [Job(seed, student, recipe, paths) for seed in run.seeds]
+    threads = max(1, hardware.num_cores() // at_once)
+    jobs = [Job(seed, threads, student, recipe, paths) for seed in run.seeds]
     trained = _side_by_side(name, jobs, at_once)
     record = {"seeds": [_seed_record(job, done) for job, done in zip(jobs, trained, strict=True)]}
     write_json(record, paths.out / RECORD)
@@ -116,13 +119,27 @@ def write_curve(record: dict[str, Any], path: Path) -> None:
             writer.writerow([rows, len(points), *(f"{mean:.5f}" for mean in means)])
 
 
-def _refuse_misfit(name: str, cache: Cache, rows: Rows, recipe: config.Recipe, verified: Path) -> None:
+def _refuse_misfit(
+    name: str, cache: Cache, rows: Rows, student: config.Student, recipe: config.Recipe, verified: Path
+) -> None:
     known = json.loads(verified.read_text())["manifest"] if verified.is_file() else "nothing"
     if known != cache.manifest_sha256:
         raise SpecMismatch(
             f"{cache.path} is not the cache that was verified",
             [Mismatch("manifest", cache.manifest_sha256, known)],
             f"Verify it: dvc repro verify@{cache.path.name}",
+        )
+    if (student.kind == "llama") != cache.identity.spec.per_position:
+        needed = "causal-lm" if student.kind == "llama" else "sequence-classification"
+        raise SpecMismatch(
+            f"the cache does not fit the student of runs.{name} ({student.kind})",
+            [Mismatch("spec.task", cache.identity.spec.task, needed)],
+            "Students of kind llama learn from caches of causal-lm teachers, the others from classifiers.",
+        )
+    if student.kind == "llama" and student.tokenizer != "teacher":
+        raise ConfigError(
+            f"the student of runs.{name} has a tokenizer of its own ({student.tokenizer} entries), but "
+            "learns to expect the teacher's tokens.\nWrite tokenizer: teacher."
         )
     if recipe.pool and not len(rows.select(POOL)):
         raise DataError(
@@ -131,6 +148,12 @@ def _refuse_misfit(name: str, cache: Cache, rows: Rows, recipe: config.Recipe, v
         )
     if recipe.alpha < 1:
         refuse_truncated(f"runs.{name}", cache.codec, recipe.divergence, recipe.temperature)
+        if cache.identity.spec.per_position and recipe.temperature != 1:
+            raise SpecMismatch(
+                f"the cache does not fit runs.{name}",
+                [Mismatch("recipe.temperature", recipe.temperature, 1)],
+                "The loss of a language model's head has no temperature. Write temperature: 1.",
+            )
     wanted = rows.row_ids.take(rows.select(*SPLITS, *((POOL,) if recipe.pool else ())))
     cache.check(f"runs.{name}", labels=rows.label_names, row_ids=wanted)
 
@@ -140,6 +163,7 @@ def _seed_record(job: Job, done: "Trained") -> dict[str, Any]:
         "seed": job.seed,
         "teacher_rows_seen": 0 if job.recipe.alpha == 1 else done.fit.rows_seen,
         "cut_rows": done.cut_rows,
+        **done.setup,
         **done.fit._asdict(),
     }
 
@@ -150,7 +174,7 @@ def _side_by_side(name: str, jobs: list[Job], at_once: int) -> list["Trained"]:
     running: dict[Connection[Any, Any], tuple[Job, BaseProcess]] = {}
     trained: dict[int, Trained] = {}
     advance: dict[int, Callable[[int], None]] = {}
-    with bars("rows") as add:
+    with bars("targets") as add:
         try:
             while waiting or running:
                 while waiting and len(running) < at_once:
@@ -172,9 +196,14 @@ def _side_by_side(name: str, jobs: list[Job], at_once: int) -> list["Trained"]:
             for _, process in running.values():
                 process.terminate()
                 process.join()
-    best = sum(done.fit.best_accuracy for done in trained.values()) / len(trained)
-    seconds = sum(done.fit.seconds for done in trained.values()) / len(trained)
-    log(f"{name}: validation accuracy {best:.3f} over {len(trained)} seeds, {seconds:.0f} core-seconds each")
+    fits = [done.fit for done in trained.values()]
+    accuracy = sum(done.best_accuracy for done in fits) / len(fits)
+    loss = sum(done.best_loss for done in fits) / len(fits)
+    seconds = sum(done.seconds for done in fits) / len(fits)
+    log(
+        f"{name}: validation accuracy {accuracy:.3f}, loss {loss:.3f} over {len(fits)} seeds, "
+        f"{seconds:.0f} core-seconds each"
+    )
     return [trained[job.seed] for job in jobs]
 
 

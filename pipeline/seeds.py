@@ -2,20 +2,16 @@
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from pipeline import hardware, students
-from pipeline.batches import CachedRows, DistillBatch
+from pipeline import hardware, lessons, students
 from pipeline.data import POOL
-from pipeline.losses import label_loss, recipe_loss
 from pipeline.runs import Job, open_inputs
 from pipeline.tokens import TextReader
-from pipeline.training import Fit, Settings, Validation, fit
-from storage.spec import Sample, Threshold
-
-EVALUATION_ROWS = 256
+from pipeline.training import Fit, Settings, fit
+from pipeline.tuning import Setup, fastest
 
 
 class Trained(NamedTuple):
@@ -23,85 +19,65 @@ class Trained(NamedTuple):
 
     fit: Fit
     cut_rows: int  # rows that lost tokens to the student's maximum
+    setup: dict[str, Any]  # threads and precision, what was tried for them, padding
 
 
 def train_seed(
-    job: Job, tell: Callable[[int], object] = lambda rows: None, every_seconds: float = 0.5
+    job: Job, tell: Callable[[int], object] = lambda targets: None, every_seconds: float = 0.5
 ) -> Trained:
-    """Train and save one seed, on one thread.
+    """Train and save one seed.
 
-    `tell` hears how many rows there are in all, then how many more are done.
+    `tell` hears how many targets there are in all, then how many more are done.
     Raises TrainingError where it diverges.
     """
     hardware.pin_threads(1)
     torch.manual_seed(job.seed)
     student, recipe = job.student, job.recipe
-    taught_by = ("train", POOL) if recipe.pool else ("train",)
     cache, rows = open_inputs(job.paths)
-    rows = rows.only(*taught_by, "validation")
+    rows = rows.only("train", "validation", *((POOL,) if recipe.pool else ()))
     reader = TextReader(job.paths.out / "tokenizer", student.max_length, "truncate")
-    tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
-    cached = CachedRows(cache, rows, tokens, reader.pad_id, taught_by)
-    held_out = CachedRows(cache, rows, tokens, reader.pad_id, ("validation",))
-    sampled = isinstance(cache.codec, Sample | Threshold)
-    model = students.build(student, reader.num_ids, len(cache.labels))
-    tell(recipe.epochs * cached.num_rows)
+    if cache.identity.spec.per_position:
+        lesson = lessons.of_documents(student, recipe, cache, rows, job.seed)
+        num_ids = lesson.num_outputs
+    else:
+        lesson = lessons.of_rows(student, recipe, cache, rows, reader, job.seed)
+        num_ids = reader.num_ids
+    model = students.build(student, num_ids, lesson.num_outputs)
+    setup = Setup(1, "float32", {})
+    if cache.identity.spec.per_position:
+        setup = fastest(model, lesson, job.threads, recipe.precision)
+        torch.manual_seed(job.seed)
+    hardware.pin_threads(setup.threads)
+    tell(recipe.epochs * lesson.num_targets)
     done = fit(
         model,
-        lambda epoch: cached.epoch(job.seed, epoch, recipe.batch_rows),
-        lambda logits, batch: _loss(job, sampled, logits, batch),
-        lambda trained: _validate(trained, held_out),
+        lesson.batches,
+        lesson.loss,
+        lesson.validate,
         Settings(
             epochs=recipe.epochs,
-            steps_per_epoch=cached.num_batches(recipe.batch_rows),
+            steps=lesson.steps,
             learning_rate=student.learning_rate,
             warmup=recipe.warmup,
             weight_decay=recipe.weight_decay,
             evaluations_per_epoch=recipe.evaluations_per_epoch,
             patience=recipe.patience,
+            bfloat16=setup.precision == "bfloat16",
+            by_loss=lesson.by_loss,
         ),
         _in_gulps(tell, every_seconds),
     )
-    students.save(job.paths.out / f"seed-{job.seed}", model, student, reader.num_ids, len(cache.labels))
-    return Trained(done, tokens.num_cut)
-
-
-def answers(model: torch.nn.Module, cached: CachedRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(student logits [N, C], teacher logits [N, C], labels [N]) of all rows, in one order.
-
-    Entries of a sparse cache count as `SparseTargets.logits` has them.
-    """
-    device = next(model.parameters()).device
-    said, teacher, labels = [], [], []
-    with torch.inference_mode():
-        for batch in cached.in_order(EVALUATION_ROWS):
-            said.append(model(batch.ids_BL.to(device), batch.mask_BL.to(device)).cpu())
-            wanted = batch.teacher
-            teacher.append(wanted if isinstance(wanted, torch.Tensor) else wanted.logits(said[-1].shape[1]))
-            labels.append(batch.labels_B)
-    return torch.cat(said), torch.cat(teacher), torch.cat(labels)
-
-
-def _loss(job: Job, sampled: bool, logits_BC: torch.Tensor, batch: DistillBatch) -> torch.Tensor:
-    recipe = job.recipe
-    return recipe_loss(
-        logits_BC, batch.labels_B, batch.teacher, recipe.alpha, recipe.temperature, recipe.divergence,
-        recipe.skew, sampled,
-    )  # fmt: skip
-
-
-def _validate(model: torch.nn.Module, held_out: CachedRows) -> Validation:
-    logits, _, labels = answers(model, held_out)
-    return Validation((logits.argmax(1) == labels).float().mean().item(), label_loss(logits, labels).item())
+    students.save(job.paths.out / f"seed-{job.seed}", model, student, num_ids, lesson.num_outputs)
+    return Trained(done, lesson.cut_rows, {**setup._asdict(), "padding": lesson.padding})
 
 
 def _in_gulps(tell: Callable[[int], object], every: float) -> Callable[[int], None]:
-    """Rows done, passed on now and then: a message a step would cost more than the step."""
+    """Targets done, passed on now and then: a message a step would cost more than the step."""
     held, last = 0, time.monotonic()
 
-    def advance(rows: int) -> None:
+    def advance(targets: int) -> None:
         nonlocal held, last
-        held += rows
+        held += targets
         if time.monotonic() - last > every:
             tell(held)
             held, last = 0, time.monotonic()

@@ -74,6 +74,15 @@ def sparsify(
     return concatenate(parts)
 
 
+def entropy(logits_PV: torch.Tensor) -> F64:
+    """The entropy of each position's distribution, in nats: [P]."""
+    logits = logits_PV.float().clamp(min=torch.finfo(torch.float32).min)  # 0 times -inf would be no number
+    sums = logits.logsumexp(-1)
+    mean = torch.einsum("pv,pv->p", torch.softmax(logits, -1), logits)
+    found: F64 = (sums - mean).double().cpu().numpy()
+    return found
+
+
 def rounding_noise(codec: SparseCodec, entries: Entries, keys: Keys) -> F64 | None:
     """The random numbers that the compact layout rounds exact entries with; None where it does not."""
     if not isinstance(codec, Threshold):

@@ -147,6 +147,11 @@ class Llama(nn.Module):
         states_BLD: torch.Tensor = self.model(input_ids=ids_BL, use_cache=False).last_hidden_state
         return states_BLD
 
+    def next_logits(self, ids_BL: torch.Tensor) -> torch.Tensor:
+        """The logits of what follows one row of ids [1, L]: [V]."""
+        logits_V: torch.Tensor = self(ids_BL, torch.ones_like(ids_BL).bool())[0, -1] @ self.head.T
+        return logits_V
+
 
 KINDS: dict[str, Any] = {"fc": FC, "bilstm": BiLSTM, "tinybert": TinyBERT, "llama": Llama}
 

@@ -6,7 +6,8 @@ accelerate places the model on the device and, where asked, runs its forward pas
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,19 +24,20 @@ class Settings(NamedTuple):
     """How long and how fast: AdamW, a linear warm-up, then linear decay to 0."""
 
     epochs: int
-    steps_per_epoch: int
+    steps: int  # of all epochs
     learning_rate: float
     warmup: float  # share of all steps
     weight_decay: float
     evaluations_per_epoch: int
     patience: int  # evaluations without improvement before it stops
     bfloat16: bool = False  # the forward pass in bfloat16 autocast; weights stay float32
+    by_loss: bool = False  # the best state is that of the lowest validation loss, not the highest accuracy
 
 
 class Validation(NamedTuple):
     """One look at the validation split."""
 
-    accuracy: float
+    accuracy: float  # share of labels that are the first choice
     loss: float  # cross-entropy to the labels, nats
 
 
@@ -47,22 +49,25 @@ class Fit(NamedTuple):
     rows_seen: int
     best_step: int
     best_accuracy: float  # on validation, of the state that is kept
+    best_loss: float  # likewise
     stopped: str  # "patience" or "epochs"
+    targets_per_second: float  # of training, validation apart, by the clock on the wall
+    waiting: float  # share of that time in which a step waited for its batch
     curve: list[dict[str, float]]  # one entry an evaluation
 
 
 def fit(
     model: torch.nn.Module,
     epoch_batches: Callable[[int], Iterable[DistillBatch]],
-    loss: Callable[[torch.Tensor, DistillBatch], torch.Tensor],
+    loss: Callable[[torch.nn.Module, DistillBatch], torch.Tensor],
     validate: Callable[[torch.nn.Module], Validation],
     settings: Settings,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> Fit:
-    """Train `model` and leave it in its best state by validation accuracy (ties: the lower loss).
+    """Train `model` and leave it in its best state by validation accuracy (ties: the lower loss), or by loss.
 
-    `epoch_batches(epoch)` yields the batches of an epoch; `loss(logits, batch)` is minimised. `advance` is
-    told how many rows each step saw. Raises TrainingError where the loss is not finite.
+    `epoch_batches(epoch)` yields the batches of an epoch; `loss(model, batch)` is minimised. `advance` is
+    told how many targets each step saw. Raises TrainingError where the loss is not finite.
     """
     precision = "bf16" if settings.bfloat16 else "no"
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
@@ -73,59 +78,80 @@ def fit(
         fused=True,
     )
     model, optimizer = accelerator.prepare(model, optimizer)
-    total = settings.epochs * settings.steps_per_epoch
+    total = settings.steps
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: pace(step, total, settings.warmup))
-    every = -(-settings.steps_per_epoch // settings.evaluations_per_epoch)
-    state = _Progress()
+    every = -(-total // (settings.epochs * settings.evaluations_per_epoch))
+    state = _Progress(settings.by_loss)
     started = hardware.compute_seconds()
     for epoch in range(settings.epochs):
         model.train()
-        for batch in epoch_batches(epoch):
+        for batch in state.timed(epoch_batches(epoch)):
             batch = batch.to(accelerator.device)
-            value = loss(model(batch.ids_BL, batch.mask_BL), batch)
+            with accelerator.autocast():
+                value = loss(model, batch)
             accelerator.backward(value)
             accelerator.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
-            state.saw(len(batch.labels_B), float(value.detach()))
-            advance(len(batch.labels_B))
+            state.saw(batch, float(value.detach()))
+            advance(len(batch.labels_T))
             if state.steps % every == 0 or state.steps == total:
-                state.look(model, validate, epoch=state.steps / settings.steps_per_epoch)
+                state.look(model, validate, epoch=settings.epochs * state.steps / total)
                 model.train()
             if state.since_best >= settings.patience:
                 break
         if state.since_best >= settings.patience:
             break
     if not state.curve or state.curve[-1]["step"] != state.steps:
-        state.look(model, validate, epoch=state.steps / settings.steps_per_epoch)
+        state.look(model, validate, epoch=settings.epochs * state.steps / total)
     model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # autocast ends with training
     model.load_state_dict(state.best_state)
     model.eval()
     stopped = "patience" if state.since_best >= settings.patience else "epochs"
     seconds = hardware.compute_seconds() - started
-    return Fit(seconds, state.steps, state.rows, state.best_step, state.best[0], stopped, state.curve)
+    return Fit(
+        seconds, state.steps, state.rows, state.best_step, state.best.accuracy, state.best.loss, stopped,
+        state.targets / max(state.training_seconds, 1e-9),
+        state.waiting_seconds / max(state.training_seconds, 1e-9), state.curve,
+    )  # fmt: skip
 
 
 class _Progress:
     """Where training stands, and the best state so far."""
 
-    def __init__(self) -> None:
-        self.steps = self.rows = self.since_best = self.best_step = 0
+    def __init__(self, by_loss: bool) -> None:
+        self.steps = self.rows = self.targets = self.since_best = self.best_step = 0
+        self.training_seconds = self.waiting_seconds = 0.0
         self.curve: list[dict[str, float]] = []
         self.best_state: dict[str, Any] = {}
-        self.best = (-1.0, 0.0)
+        self.best = Validation(-1.0, math.inf)
         self._losses: list[float] = []
+        self._by_loss = by_loss
+        self._looking_seconds = 0.0
 
-    def saw(self, rows: int, loss: float) -> None:
+    def timed(self, batches: Iterable[DistillBatch]) -> Iterator[DistillBatch]:
+        """The same batches; counts the time of the steps, and that of waiting for batches."""
+        started = time.perf_counter()
+        for batch in batches:
+            ready = time.perf_counter()
+            self.waiting_seconds += ready - started
+            self._looking_seconds = 0.0
+            yield batch
+            self.training_seconds += time.perf_counter() - started - self._looking_seconds
+            started = time.perf_counter()
+
+    def saw(self, batch: DistillBatch, loss: float) -> None:
         self.steps += 1
-        self.rows += rows
+        self.rows += len(batch.ids_BL)
+        self.targets += len(batch.labels_T)
         self._losses.append(loss)
         _refuse_nonfinite("training", loss, self.steps)
 
     def look(
         self, model: torch.nn.Module, validate: Callable[[torch.nn.Module], Validation], epoch: float
     ) -> None:
+        started = time.perf_counter()
         model.eval()
         seen = validate(model)
         _refuse_nonfinite("validation", seen.loss, self.steps)
@@ -141,9 +167,13 @@ class _Progress:
         )
         self._losses = []
         self.since_best += 1
-        if (seen.accuracy, -seen.loss) > self.best:
-            self.best, self.best_step, self.since_best = (seen.accuracy, -seen.loss), self.steps, 0
+        if self._rank(seen) > self._rank(self.best):
+            self.best, self.best_step, self.since_best = seen, self.steps, 0
             self.best_state = copy.deepcopy(model.state_dict())
+        self._looking_seconds += time.perf_counter() - started
+
+    def _rank(self, seen: Validation) -> tuple[float, float]:
+        return (-seen.loss, seen.accuracy) if self._by_loss else (seen.accuracy, -seen.loss)
 
 
 def _refuse_nonfinite(which: str, loss: float, step: int) -> None:

@@ -15,7 +15,7 @@ from storage.errors import FormatTooNew, ManifestInvalid, NoManifest
 from storage.spec import Count, Identity, Sha256, Strict, canonical_json, sha256_json
 
 FORMAT = "stillroom-cache"
-FORMAT_VERSION = 2  # of sparse targets; dense ones are written as version 1, which says all they need
+FORMAT_VERSION = 3  # of targets a token; others are written as version 1 or 2, which say all they need
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 2**30  # refuse to load more: the manifest of a billion rows stays far below
 
@@ -111,6 +111,8 @@ class Manifest(Strict):
 
 def needed_version(identity: Identity) -> int:
     """The lowest format version that can hold targets of this identity: an old reader reads what it can."""
+    if identity.spec.per_position:
+        return 3
     return 1 if identity.spec.codec == "dense" else 2
 
 

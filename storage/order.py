@@ -48,3 +48,25 @@ def batches(
         cut += [part[first : first + batch_rows] for first in range(0, len(part), batch_rows)]
     for index in permutation(len(cut), 2, *key):
         yield cut[index]
+
+
+def token_batches(
+    lengths: Sequence[int] | Indices, batch_tokens: int, bucket_batches: int, *key: int
+) -> Iterator[Indices]:
+    """As `batches`, but cut so that rows times the longest of them stays within `batch_tokens`.
+
+    A row that is longer is a batch of its own.
+    """
+    lengths_N = np.asarray(lengths, np.int64)
+    rows = permutation(len(lengths_N), 1, *key)
+    bucket_of_row = np.cumsum(lengths_N[rows]) // (batch_tokens * bucket_batches)
+    cut: list[Indices] = []
+    for part in np.split(rows, np.flatnonzero(np.diff(bucket_of_row)) + 1):
+        part = part[np.argsort(lengths_N[part], kind="stable")]
+        start = 0
+        for end in range(1, len(part) + 1):
+            if end == len(part) or (end + 1 - start) * lengths_N[part[end]] > batch_tokens:
+                cut.append(part[start:end])
+                start = end
+    for index in permutation(len(cut), 2, *key):
+        yield cut[index]

@@ -119,7 +119,16 @@ class Cache:
 
     def row_ids(self) -> pa.StringArray:
         """The ids of all rows, in cache order."""
-        return pa.concat_arrays([self.read(shard).row_ids for shard in self.shards])
+        return self.index()[0]
+
+    def index(self) -> tuple[pa.StringArray, npt.NDArray[np.int32]]:
+        """(ids, numbers of tokens) of all rows, in cache order, without decoding a target."""
+        parts = [self._index(shard) for shard in self.shards]
+        return pa.concat_arrays([ids for ids, _ in parts]), np.concatenate([lengths for _, lengths in parts])
+
+    def _index(self, shard: ShardEntry) -> tuple[pa.StringArray, npt.NDArray[np.int32]]:
+        self._check(shard.logits_path, [file for file in shard.files if file.path == shard.logits_path])
+        return records.read_index(self.path / shard.logits_path)
 
     def check(
         self,

@@ -58,19 +58,22 @@ class EntryRows(NamedTuple):
     num_tokens: npt.NDArray[np.int32]  # N, tokens
     num_positions: npt.NDArray[np.int32]  # N, positions that the entries are of
     entries: Entries  # P positions, row after row
-    token_ids: npt.NDArray[np.int32] | None = None  # what the teacher read, where it has a target a token
+    # Where there is a target a token: what the teacher read, and the entropy of its answers.
+    token_ids: npt.NDArray[np.int32] | None = None
+    entropy: npt.NDArray[np.float32] | None = None  # N, nats, summed over the row's targets
 
     def take(self, rows: npt.NDArray[np.int64]) -> "EntryRows":
         """These rows, in this order."""
         first = ends(self.num_positions)
         positions = ranges(first[rows], self.num_positions[rows].astype(np.int64))
-        tokens = None
-        if self.token_ids is not None:
+        tokens = entropy = None
+        if self.token_ids is not None and self.entropy is not None:
+            entropy = self.entropy[rows]
             lengths = self.num_tokens[rows].astype(np.int64)
             tokens = self.token_ids[ranges(ends(self.num_tokens)[rows], lengths)]
         return EntryRows(
             self.row_ids.take(pa.array(rows)), self.input_hashes.take(pa.array(rows)), self.num_tokens[rows],
-            self.num_positions[rows], self.entries.take(positions), tokens,
+            self.num_positions[rows], self.entries.take(positions), tokens, entropy,
         )  # fmt: skip
 
 
@@ -80,7 +83,10 @@ def schema(num_classes: int, labels: tuple[str, ...] = ()) -> pa.Schema:
 
 
 def sparse_schema(codec: SparseCodec, labels: tuple[str, ...] = (), tokens: bool = False) -> pa.Schema:
-    """The Arrow schema of a shard of sparse targets: lists of small numbers, after the token ids if kept."""
+    """The Arrow schema of a shard of sparse targets: lists of small numbers.
+
+    With `tokens`, for targets a token, `entropy` and `token_ids` stand before them.
+    """
     if codec.layout == "compact":
         columns = COMPACT[codec.name]
     else:
@@ -90,7 +96,8 @@ def sparse_schema(codec: SparseCodec, labels: tuple[str, ...] = (), tokens: bool
         if isinstance(codec, TopK):
             columns["log_tail"] = pa.float32()
     columns = {"token_ids": pa.int32(), **columns} if tokens else columns
-    return _schema({name: pa.list_(_element(kind)) for name, kind in columns.items()}, labels)
+    lists = {name: pa.list_(_element(kind)) for name, kind in columns.items()}
+    return _schema({"entropy": pa.float32(), **lists} if tokens else lists, labels)
 
 
 def write(path: Path, rows: LogitRows, labels: tuple[str, ...]) -> None:
@@ -113,6 +120,8 @@ def write_sparse(
         values["token_ids"] = rows.token_ids
     columns = [rows.row_ids, rows.input_hashes, pa.array(rows.num_tokens, pa.int32())]
     first = ends(rows.num_positions)
+    if rows.entropy is not None:
+        columns.append(pa.array(rows.entropy, pa.float32()))
     for field in layout:
         if not pa.types.is_list(field.type):
             continue
@@ -154,9 +163,24 @@ def read_sparse(path: Path, codec: SparseCodec, ranks: Ranks, tokens: bool = Fal
     num_tokens = columns["num_tokens"].to_numpy()
     if tokens and (columns["token_ids"].value_lengths().to_numpy() != num_tokens).any():
         raise ShardCorrupt(f"{path} has rows with another number of token ids than num_tokens says.")
+    entropy = columns["entropy"].to_numpy() if tokens else None
+    if entropy is not None and not (np.isfinite(entropy) & (entropy >= -0.01)).all():
+        raise ShardCorrupt(f"{path} has rows whose entropy is no entropy.")
     return EntryRows(
-        columns["row_id"], columns["input_hash"], num_tokens, num_positions, entries, values.get("token_ids")
-    )
+        columns["row_id"], columns["input_hash"], num_tokens, num_positions, entries,
+        values.get("token_ids"), entropy,
+    )  # fmt: skip
+
+
+def read_index(path: Path) -> tuple[pa.StringArray, npt.NDArray[np.int32]]:
+    """(row ids, tokens) of the rows of any shard, without its targets. Raises ShardCorrupt."""
+    try:
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        table = file.read(columns=["row_id", "num_tokens"]).combine_chunks()
+        ids, num_tokens = (table.column(name).combine_chunks() for name in ("row_id", "num_tokens"))
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise ShardCorrupt(f"{path} cannot be read as Parquet: {error}") from error
+    return ids, num_tokens.to_numpy()
 
 
 def _schema(targets: dict[str, pa.DataType], labels: tuple[str, ...]) -> pa.Schema:

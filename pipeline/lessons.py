@@ -1,0 +1,141 @@
+"""What a student of a task is trained with: its batches, its loss, and how it is looked at on the way.
+
+A lesson is all that `training.fit` needs to know of a task. Rows with one target (classifiers) and rows with
+a target a token (language models) each have one.
+
+Shape letters: B batch, L tokens, C classes, T targets, D width of a state.
+"""
+
+from collections.abc import Callable, Generator
+from typing import NamedTuple, cast
+
+import torch
+
+from pipeline import config, students
+from pipeline.batches import CachedRows, DistillBatch
+from pipeline.data import POOL, Rows
+from pipeline.documents import CachedDocuments
+from pipeline.head_loss import head_loss, mixed
+from pipeline.losses import SparseTargets, label_loss, recipe_loss
+from pipeline.reading import read_held_out
+from pipeline.tokens import TextReader
+from pipeline.training import Validation
+from storage import Cache
+from storage.spec import Sample, Threshold
+
+EVALUATION_ROWS = 256
+VALIDATION_TOKENS = 4096  # a batch
+
+
+class Lesson(NamedTuple):
+    """A task, as the training loop sees it."""
+
+    num_outputs: int  # classes, or ids of the vocabulary
+    num_targets: int  # of an epoch: what `advance` counts to
+    steps: int  # of all epochs
+    batches: Callable[[int], Generator[DistillBatch, None, None]]  # of an epoch
+    loss: Callable[[torch.nn.Module, DistillBatch], torch.Tensor]
+    validate: Callable[[torch.nn.Module], Validation]
+    by_loss: bool  # what the best state is chosen by
+    cut_rows: int  # rows that lost tokens to the student's maximum
+    padding: tuple[float, float] | None  # share of padding, with and without rows sorted by length
+
+
+def taught_by(recipe: config.Recipe) -> tuple[str, ...]:
+    """The splits that a recipe trains on."""
+    return ("train", POOL) if recipe.pool else ("train",)
+
+
+def of_rows(
+    student: config.Student, recipe: config.Recipe, cache: Cache, rows: Rows, reader: TextReader, seed: int
+) -> Lesson:
+    """A classifier's: logits of each row against its label and its cached target."""
+    tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
+    cached = CachedRows(cache, rows, tokens, reader.pad_id, taught_by(recipe))
+    held_out = CachedRows(cache, rows, tokens, reader.pad_id, ("validation",))
+    sampled = isinstance(cache.codec, Sample | Threshold)
+
+    def loss(model: torch.nn.Module, batch: DistillBatch) -> torch.Tensor:
+        return recipe_loss(
+            model(batch.ids_BL, batch.mask_BL), batch.labels_T, batch.teacher, recipe.alpha,
+            recipe.temperature, recipe.divergence, recipe.skew, sampled,
+        )  # fmt: skip
+
+    def validate(model: torch.nn.Module) -> Validation:
+        logits, _, labels = answers(model, held_out)
+        right = (logits.argmax(1) == labels).float().mean().item()
+        return Validation(right, label_loss(logits, labels).item())
+
+    return Lesson(
+        num_outputs=len(cache.labels),
+        num_targets=cached.num_rows,
+        steps=recipe.epochs * cached.num_batches(recipe.batch_rows),
+        batches=lambda epoch: cached.epoch(seed, epoch, recipe.batch_rows),
+        loss=loss,
+        validate=validate,
+        by_loss=False,
+        cut_rows=tokens.num_cut,
+        padding=None,
+    )
+
+
+def of_documents(
+    student: config.Student, recipe: config.Recipe, cache: Cache, rows: Rows, seed: int
+) -> Lesson:
+    """A language model's: states of each token through the head, against the next token and the entries."""
+    cached = CachedDocuments(cache, rows, taught_by(recipe), student.max_length)
+    held_out = CachedDocuments(cache, rows, ("validation",), student.max_length)
+    sampled = isinstance(cache.codec, Sample | Threshold)
+
+    def validate(model: torch.nn.Module) -> Validation:
+        seen = read_held_out(model, held_out.in_order(VALIDATION_TOKENS))
+        return Validation(seen.accuracy, seen.loss)
+
+    return Lesson(
+        num_outputs=cache.identity.spec.num_outputs,
+        num_targets=cached.num_targets,
+        steps=cached.num_steps(seed, recipe.epochs, recipe.batch_tokens),
+        batches=lambda epoch: cached.epoch(seed, epoch, recipe.batch_tokens),
+        loss=lambda model, batch: language_loss(model, batch, recipe.alpha, sampled),
+        validate=validate,
+        by_loss=True,
+        cut_rows=0,
+        padding=cached.padding(seed, recipe.batch_tokens),
+    )
+
+
+def language_loss(model: torch.nn.Module, batch: DistillBatch, alpha: float, sampled: bool) -> torch.Tensor:
+    """alpha CE + (1 - alpha) soft, in nats, mean over tokens; the head runs in the dtype of autocast.
+
+    soft is sum w log(1 / p) on sampled entries, and with a bucket for the rest on top-k: the KL up to a
+    constant of the targets.
+    """
+    assert isinstance(batch.teacher, SparseTargets)  # documents have no others
+    states_TD = model(batch.ids_BL, batch.mask_BL)[batch.mask_BL]
+    head_VD = cast(students.Llama, getattr(model, "module", model)).head
+    if torch.is_autocast_enabled(states_TD.device.type):  # the kernel computes in what it is given
+        states_TD, head_VD = states_TD.bfloat16(), head_VD.bfloat16()
+    if sampled or alpha == 1:
+        loss = head_loss(states_TD, head_VD, mixed(batch.labels_T, batch.teacher, alpha))
+    else:
+        loss = (1 - alpha) * head_loss(states_TD, head_VD, batch.teacher, bucket=True)
+        if alpha > 0:
+            labels = mixed(batch.labels_T, batch.teacher, 1.0)
+            loss = loss + alpha * head_loss(states_TD, head_VD, labels)
+    return loss / len(states_TD)
+
+
+def answers(model: torch.nn.Module, cached: CachedRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(student logits [N, C], teacher logits [N, C], labels [N]) of all rows, in one order.
+
+    Entries of a sparse cache count as `SparseTargets.logits` has them.
+    """
+    device = next(model.parameters()).device
+    said, teacher, labels = [], [], []
+    with torch.inference_mode():
+        for batch in cached.in_order(EVALUATION_ROWS):
+            said.append(model(batch.ids_BL.to(device), batch.mask_BL.to(device)).cpu())
+            wanted = batch.teacher
+            teacher.append(wanted if isinstance(wanted, torch.Tensor) else wanted.logits(said[-1].shape[1]))
+            labels.append(batch.labels_T)
+    return torch.cat(said), torch.cat(teacher), torch.cat(labels)
