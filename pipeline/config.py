@@ -163,7 +163,8 @@ class Teacher(Section):
     """A model, taken as it is or fine-tuned on a dataset."""
 
     model: Annotated[str, Field(min_length=1)]
-    """A directory with config.json, *.safetensors and tokenizer files: local, or below assets/."""
+    """A directory with config.json, *.safetensors and tokenizer files: local, or below assets/. A language
+    model may also be a GGUF file, or a directory with one."""
     dataset: Name
     """The dataset that it is trained on (with `train`) and scored on."""
     labels: Annotated[tuple[str, ...], Field(strict=False), AfterValidator(distinct)] | None = None

@@ -215,6 +215,15 @@ def test_a_directory_without_a_model_and_training_are_refused(prose: Prose, tmp_
         prose.make_teacher(train={})
 
 
+def test_a_model_that_lacks_its_head_is_refused(prose: Prose) -> None:
+    path = prose.teacher / "model.safetensors"
+    path.unlink()
+    model = load_file(prose.root / "model" / "model.safetensors")
+    save_file({k: v for k, v in model.items() if k != "lm_head.weight"}, path, metadata={"format": "pt"})
+    with pytest.raises(TeacherError, match=r"lacks lm_head\.weight"):
+        teachers.load_language(prose.teacher, "float32")
+
+
 def test_a_teacher_takes_a_perplexity_and_not_an_accuracy(prose: Prose) -> None:
     record = prose.make_teacher()
     rows, reader = data.load_rows(prose.dataset), teachers.reader(prose.teacher)
