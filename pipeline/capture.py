@@ -24,10 +24,10 @@ from pipeline.data import load_rows
 from pipeline.progress import bar, log
 from pipeline.tokens import FILES
 from storage import compact
-from storage.errors import TeacherError
+from storage.errors import ShardUnwritten, StoreFull, TeacherError
 from storage.manifest import Manifest
 from storage.records import EntryRows
-from storage.spec import HiddenSpec, Identity, Sha256, Spec, sha256_json
+from storage.spec import HiddenSpec, Identity, Sha256, Spec, sha256_json, shard_key
 from storage.writer import Store, StoredShard, seal
 
 if TYPE_CHECKING:
@@ -175,7 +175,8 @@ def ask_and_write(
 ) -> list[StoredShard]:
     """Ask the teacher about the rows of each shard, and write it while the next one is asked about.
 
-    One shard at most waits to be written. A writer's error ends the work; what was written stays.
+    One shard at most waits to be written. A writer's error ends the work and names its shard; what was
+    written stays. Raises StoreFull or ShardUnwritten.
     """
     written: list[StoredShard] = []
     teaching.load()
@@ -194,12 +195,23 @@ def ask_and_write(
 
 
 def _put(store: Store, who: Identity, said: Answer, ranks: Indices | None, seconds: float) -> StoredShard:
-    """Pack and write one shard."""
-    packed = None
-    if ranks is not None and isinstance(said.kept, EntryRows) and who.spec.codec != "dense":
-        order = compact.Ranks(ranks, who.spec.num_outputs)
-        packed = compact.pack(who.spec.codec, said.kept.entries, order, said.noise)
-    return store.put(who, said.kept, said.hidden, seconds, packed)
+    """Pack and write one shard. Any error says which one."""
+    try:
+        packed = None
+        if ranks is not None and isinstance(said.kept, EntryRows) and who.spec.codec != "dense":
+            order = compact.Ranks(ranks, who.spec.num_outputs)
+            packed = compact.pack(who.spec.codec, said.kept.entries, order, said.noise)
+        return store.put(who, said.kept, said.hidden, seconds, packed)
+    except Exception as error:
+        rows, inputs = said.kept.row_ids.to_pylist(), said.kept.input_hashes.to_pylist()
+        key = shard_key(who, rows, inputs)
+        shard = f"shard {key[:12]} ({len(rows):,} rows, {rows[0]} to {rows[-1]})"
+        if isinstance(error, StoreFull):
+            raise StoreFull(f"{error}\nNot written: {shard}.") from error
+        raise ShardUnwritten(
+            f"{shard} could not be written: {type(error).__name__}: {error}\n"
+            "Finished shards are kept. Mend the cause and run the same command again: it goes on from there."
+        ) from error
 
 
 def _refuse_other_labels(name: str, teacher: tuple[str, ...], dataset: tuple[str, ...]) -> None:

@@ -21,6 +21,7 @@ from pydantic import (
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from pipeline.blocks import Blocks
 from pipeline.faults import faults, nearest
 from pipeline.section import Fraction, Name, Positive, Section, distinct
 from pipeline.targets import Dense, Targets
@@ -105,7 +106,9 @@ class Dataset(Section):
     ] = ()
     """Class names in order. The label column holds these names, or their positions from 0."""
     rows: Positive | None = None
-    """How many rows to keep, chosen by a stable hash; null: all."""
+    """How many rows to keep, chosen by a stable hash; null: all. Documents count before they are cut."""
+    blocks: Blocks | None = None
+    """How documents are cut; null: each is a row as it is. All pieces of a document are in its split."""
     split: Annotated[
         Annotated[Split, Tag("shares")] | Annotated[str, Tag("column")],
         Discriminator(lambda value: "column" if isinstance(value, str) else "shares"),
@@ -124,6 +127,13 @@ class Dataset(Section):
         elif len(labels) < 2:
             raise ValueError("a classifier needs two labels at least")
         return labels
+
+    @field_validator("blocks")
+    @classmethod
+    def _blocks_of_documents(cls, blocks: Blocks | None, info: ValidationInfo) -> Blocks | None:
+        if blocks is not None and info.data.get("task") != "causal-lm":
+            raise ValueError("rows with a label stay whole: remove it, or write task: causal-lm")
+        return blocks
 
 
 class TeacherTraining(Section):
@@ -153,7 +163,8 @@ class Teacher(Section):
     """A model, taken as it is or fine-tuned on a dataset."""
 
     model: Annotated[str, Field(min_length=1)]
-    """A directory with config.json, *.safetensors and tokenizer files: local, or below assets/."""
+    """A directory with config.json, *.safetensors and tokenizer files: local, or below assets/. A language
+    model may also be a GGUF file, or a directory with one."""
     dataset: Name
     """The dataset that it is trained on (with `train`) and scored on."""
     labels: Annotated[tuple[str, ...], Field(strict=False), AfterValidator(distinct)] | None = None

@@ -2,7 +2,7 @@
 
 A prepared dataset is a directory with two files:
     rows.parquet   row_id, text, label (position in `labels`, -1 for none), split (one of SPLITS, or POOL)
-    summary.json   label names, counts of what was kept, dropped or repeated, the content's fingerprint
+    summary.json   label names, counts of what was kept, cut, dropped or repeated, the content's fingerprint
 Tokens are not in it: every teacher and student reads the same rows with a tokenizer of its own.
 """
 
@@ -22,6 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.blocks import SENTENCE_END, cut
 from pipeline.config import Dataset, Pool, Split
 from pipeline.progress import tracked
 from storage.errors import DataError
@@ -39,7 +40,6 @@ BUILDERS = {
     ".txt": "text",
     ".arrow": "arrow",
 }
-SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+")
 MARKUP = re.compile(r"<[^>]+>")
 
 
@@ -117,17 +117,23 @@ def prepare(name: str, config: Dataset, out: Path) -> dict[str, Any]:
         labels = _labels(name, config, raw.columns[label_column], raw.class_names.get(label_column))
     if config.rows is not None:
         texts = sorted(sorted(texts, key=lambda row: row_id(name, row[1]))[: config.rows])
-    for index, text in texts:
-        if isinstance(config.split, Split):
-            split = share(text, config.split)
-        else:
-            split = _named_split(name, raw.columns[config.split], index)
-        keep(name, text, labels[index], split)
+    splits = [
+        share(text, config.split) if isinstance(config.split, Split)
+        else _named_split(name, raw.columns[config.split], index)
+        for index, text in texts
+    ]  # fmt: skip
+    if config.blocks is None:
+        for split, (index, text) in zip(splits, texts, strict=True):
+            keep(name, text, labels[index], split)
+    else:
+        for split, text in cut(zip(splits, (text for _, text in texts), strict=True), config.blocks):
+            keep(name, text, NO_LABEL, split)
+        counts["repeated blocks"] = len(columns["text"]) - len(set(columns["text"]))
     if config.pool is not None:
-        known = set(columns["text"])
+        known = {*columns["text"], *(text for _, text in texts)}
         for text in _pool(name, config, config.pool, known, counts):
             keep(f"{name}/{POOL}", text, NO_LABEL, POOL)
-    return _write(name, config, columns, counts, out)
+    return _write(name, config, columns, counts, len(texts), out)
 
 
 def share(text: str, split: Split) -> str:
@@ -303,7 +309,12 @@ def _pool(name: str, config: Dataset, pool: Pool, labelled: set[str], counts: Co
 
 
 def _write(
-    name: str, config: Dataset, columns: dict[str, list[Any]], counts: Counter[str], out: Path
+    name: str,
+    config: Dataset,
+    columns: dict[str, list[Any]],
+    counts: Counter[str],
+    num_documents: int,
+    out: Path,
 ) -> dict[str, Any]:
     rows = Counter(columns["split"])
     if empty := [split for split in SPLITS if not rows[split]]:
@@ -313,13 +324,15 @@ def _write(
             "where that names a column, rows that say so."
         )
     classes = Counter(zip(columns["split"], columns["label"], strict=True))
-    summary = {
+    summary: dict[str, Any] = {
         "labels": list(config.labels),
         "rows": {split: rows[split] for split in (*SPLITS, POOL)},
         "rows_per_label": {s: {n: classes[s, i] for i, n in enumerate(config.labels)} for s in SPLITS},
         "left_out_or_repeated": dict(sorted(counts.items())),
         "content": content_fingerprint(columns["row_id"]),
     }
+    if config.blocks is not None:
+        summary |= {"documents": num_documents, "blocks": sum(rows[split] for split in SPLITS)}
     out.mkdir(parents=True, exist_ok=True)
     schema = pa.schema(
         [pa.field("row_id", pa.string()), pa.field("text", pa.string()), pa.field("label", pa.int32()),

@@ -78,10 +78,14 @@ def _take_language_model(
     if entry.train:
         raise TeacherError(f"teachers.{name}.train: language models are taken as they are; remove it.")
     packed = [source] if source.suffix == ".gguf" else sorted(source.glob("*.gguf"))
-    if len(packed) != 1 and not (source / "config.json").is_file():
+    has_config = (source / "config.json").is_file()
+    if has_config and any(source.glob("*.safetensors")):
+        packed = []  # quantised copies of what is taken
+    if len(packed) > 1 or not (packed or has_config):
         raise AssetError(
             f"teachers.{name}.model: {source} holds neither a config.json nor one *.gguf "
-            f"(found {len(packed)} of these)."
+            f"(found {len(packed)} of these).\n"
+            f"Name the directory of a model, or a file: {source}/NAME.gguf."
         )
     hardware.pin_threads(hardware.num_cores())
     shutil.rmtree(out, ignore_errors=True)
@@ -219,7 +223,7 @@ def _save_tokenizer(source: Path, out: Path) -> None:
 
 def _only_tokenizer_and_weights(out: Path) -> None:
     for extra in out.iterdir():
-        if extra.name not in (*FILES, "config.json") and extra.suffix != ".safetensors":
+        if extra.name not in (*FILES, "config.json") and ".safetensors" not in extra.name:
             extra.unlink()
 
 

@@ -8,14 +8,15 @@ remote code is run.
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from pipeline import hardware
+from pipeline.progress import tracked
 from pipeline.tokens import TextReader
 from storage.errors import AssetError, TeacherError
 from storage.spec import TeacherIdentity, sha256_json
@@ -97,39 +98,54 @@ def load_language(directory: Path, precision: str) -> "PreTrainedModel":
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=getattr(torch, precision), use_safetensors=True, local_files_only=True
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=getattr(torch, precision),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise TeacherError(
             f"the model in {directory} cannot be loaded as a language model: {error}"
         ) from error
+    _refuse_missing(directory, loaded["missing_keys"])
     return model.to(hardware.device()).eval()
 
 
 def from_gguf(file: Path, out: Path) -> None:
     """Write the model and tokenizer of a GGUF file into `out` as safetensors in bfloat16.
 
-    Quantised weights are dequantised. Raises TeacherError where transformers cannot read it.
+    Quantised weights are dequantised. Raises TeacherError where transformers cannot read it, or where tensors
+    are missing.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, logging
+    from transformers import modeling_gguf_pytorch_utils as gguf_loader
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # The loader's own bar does not know that switch: it shows ours.
+    gguf_loader.tqdm = lambda tensors, **_: tracked(f"reading {file.name}", tensors, "tensors")
     options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    plain = {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
     try:
         AutoTokenizer.from_pretrained(file.parent, **options).save_pretrained(out)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **options)
-    except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            file.parent, output_loading_info=True, **plain, **options
+        )
+    except Exception as error:  # a damaged header can raise anything
         raise TeacherError(f"{file} cannot be loaded as a GGUF file: {error}") from error
-    # save_pretrained refuses models that were quantised once; these are plain tensors now. Tied ones go once.
-    tensors: dict[int, tuple[str, torch.Tensor]] = {}
-    for name, tensor in model.state_dict().items():
-        tensors.setdefault(tensor.data_ptr(), (name, tensor.contiguous()))
-    save_file(dict(tensors.values()), out / "model.safetensors", metadata={"format": "pt"})
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.config.save_pretrained(out)
+    _refuse_missing(file, loaded["missing_keys"])
+    model.save_pretrained(out)
+
+
+def _refuse_missing(where: Path, names: Collection[str]) -> None:
+    """transformers fills what is missing with random numbers."""
+    if names:
+        raise TeacherError(
+            f"{where} holds no whole language model: it lacks {', '.join(sorted(names)[:4])} "
+            f"({len(names)} of its tensors).\nTake a complete one, with its vocabulary head."
+        )
 
 
 def _weights_digest(directory: Path) -> str:

@@ -8,6 +8,7 @@ StillroomError: what a person can mend; the message says what, where, found, exp
 ├── TrainingError    (ArithmeticError)  a student's training left the numbers
 ├── TeacherElsewhere (RuntimeError)     a teacher would start here that has done its work on another machine
 ├── StoreFull        (OSError)          the disk ran full; finished shards are kept
+├── ShardUnwritten   (OSError)          a shard could not be written otherwise; finished shards are kept
 └── CacheError                          a cache that must not be read
     ├── NoManifest       (FileNotFoundError)  not a cache, or one that was never sealed
     ├── ManifestInvalid  (ValueError)         the manifest is damaged, or was edited
@@ -55,6 +56,10 @@ class TeacherElsewhere(StillroomError, RuntimeError):
 
 class StoreFull(StillroomError, OSError):
     """The disk ran full; finished shards are kept."""
+
+
+class ShardUnwritten(StillroomError, OSError):
+    """A shard could not be written otherwise; finished shards are kept."""
 
 
 class CacheError(StillroomError):

@@ -1,8 +1,10 @@
 """A capture asks each row once, whatever was interrupted, appended or changed; a replay catches forgeries."""
 
+import importlib
 import json
 import pickle
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import capture, config, data, engine, finetune, teachers
 from storage import Cache, errors
-from storage.errors import SpecMismatch, StillroomError, TeacherError
+from storage.errors import ShardUnwritten, SpecMismatch, StillroomError, StoreFull, TeacherError
 from storage.writer import seal
 from tests import toy
 from tests.pipeline.conftest import World
@@ -45,6 +47,50 @@ def append_rows(own: World, num: int) -> None:
         file.writelines(f"{text},{toy.label(text)},labelled\n" for text in toy.texts(num, seed=99))
     entry = own.params.datasets["toy"].model_copy(update={"path": str(own.root / "more.csv")})
     data.prepare("toy", entry, own.dataset)
+
+
+FULL = OSError(28, "No space left on device"), StoreFull, "no space left while writing"
+BROKEN = OSError(5, "Input/output error"), ShardUnwritten, "OSError: [Errno 5] Input/output error"
+WRONG = ValueError("what is this?"), ShardUnwritten, "ValueError: what is this?"
+WriterError = tuple[Exception, type[StillroomError], str]
+
+
+def check_that_a_writers_error_names_its_shard(
+    again: Callable[[], capture.Captured], store: Path, writer: str, fault: WriterError
+) -> None:
+    """Capture from nothing; `writer`, which is called once a shard, fails at the second one."""
+    cause, kind, said = fault
+    module, name = writer.rsplit(".", 1)
+    write, calls = getattr(importlib.import_module(module), name), []
+
+    def fail_once(*args: object, **named: object) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise cause
+        return write(*args, **named)
+
+    shutil.rmtree(store)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(writer, fail_once)
+        with pytest.raises(kind) as refused:
+            again()
+    message = str(refused.value)
+    assert said in message
+    assert "Finished shards are kept" in message
+    assert len(calls) == 2, "it ends the capture"
+    assert len(list(store.rglob("shard.json"))) == 1, "what was written stays"
+    named = re.search(r"shard ([0-9a-f]{12}) \((\d+) rows, ([0-9a-f]{32}) to ([0-9a-f]{32})\)", message)
+    assert named
+    again()
+    (shard,) = [path for path in store.rglob("*.parquet") if path.name.startswith(named[1])]
+    rows = pq.read_table(shard).column("row_id").to_pylist()
+    assert [str(len(rows)), rows[0], rows[-1]] == list(named.groups()[1:])
+
+
+@pytest.mark.parametrize("fault", [FULL, BROKEN], ids=["full", "broken"])
+def test_a_writers_error_stops_the_capture(own: World, fault: WriterError) -> None:
+    writer = "storage.records.write"
+    check_that_a_writers_error_names_its_shard(own.capture, own.store.root, writer, fault)
 
 
 def test_a_cache_holds_every_row_and_what_the_live_teacher_says(world: World) -> None:

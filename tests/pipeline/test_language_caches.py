@@ -19,7 +19,14 @@ from storage.errors import AssetError, SpecMismatch, TeacherError
 from storage.records import EntryRows
 from storage.writer import Store
 from tests import toy
-from tests.pipeline.test_capture import content, no_teacher
+from tests.pipeline.test_capture import (
+    FULL,
+    WRONG,
+    WriterError,
+    check_that_a_writers_error_names_its_shard,
+    content,
+    no_teacher,
+)
 
 V = 100
 
@@ -201,14 +208,13 @@ def test_logits_that_are_no_numbers_name_row_and_token(prose: Prose) -> None:
         prose.capture()
 
 
-def test_a_writers_error_stops_the_capture(prose: Prose, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    shutil.rmtree(prose.root / "store")
-    monkeypatch.setattr("storage.records.write_sparse", full)
-    with pytest.raises(OSError, match="no space left while writing"):
-        prose.capture()
+@pytest.mark.parametrize(
+    ("writer", "fault"),
+    [("storage.records.write_sparse", FULL), ("storage.compact.pack", WRONG)],
+    ids=["full", "wrong"],
+)
+def test_a_writers_error_stops_the_capture(prose: Prose, writer: str, fault: WriterError) -> None:
+    check_that_a_writers_error_names_its_shard(prose.capture, prose.root / "store", writer, fault)
 
 
 def test_a_directory_without_a_model_and_training_are_refused(prose: Prose, tmp_path: Path) -> None:
@@ -216,6 +222,15 @@ def test_a_directory_without_a_model_and_training_are_refused(prose: Prose, tmp_
         prose.make_teacher(model=str(tmp_path))
     with pytest.raises(TeacherError, match="taken as they are"):
         prose.make_teacher(train={})
+
+
+def test_a_model_that_lacks_its_head_is_refused(prose: Prose) -> None:
+    path = prose.teacher / "model.safetensors"
+    path.unlink()
+    model = load_file(prose.root / "model" / "model.safetensors")
+    save_file({k: v for k, v in model.items() if k != "lm_head.weight"}, path, metadata={"format": "pt"})
+    with pytest.raises(TeacherError, match=r"lacks lm_head\.weight"):
+        teachers.load_language(prose.teacher, "float32")
 
 
 def test_a_teacher_takes_a_perplexity_and_not_an_accuracy(prose: Prose) -> None:
