@@ -66,8 +66,11 @@ class Palette:
         return self._markers.get(student, "o") if student else "*"
 
 
-def scatter(points: Sequence[Point], x_label: str, palette: Palette) -> str:
-    """Accuracy against a cost on a logarithmic axis; names beside the points, bars for the spread."""
+def scatter(points: Sequence[Point], x_label: str, palette: Palette, y_label: str, percent: bool) -> str:
+    """Quality against a cost on a logarithmic axis; names beside the points, bars for the spread.
+
+    `percent`: shares; else numbers on a logarithmic axis.
+    """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 4.0))
         axes = figure.add_subplot()
@@ -80,15 +83,25 @@ def scatter(points: Sequence[Point], x_label: str, palette: Palette) -> str:
         axes.set_xscale("log")
         axes.margins(x=0.25, y=0.12)
         axes.set_xlabel(x_label)
-        axes.set_ylabel("accuracy")
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_ylabel(y_label)
+        if percent:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        else:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
         _names_beside(axes, points, palette)
         return _svg(figure)
 
 
-def curves(panels: Sequence[tuple[str, Sequence[tuple[str, Line, Sequence[Line]]]]], palette: Palette) -> str:
+def curves(
+    panels: Sequence[tuple[str, Sequence[tuple[str, Line, Sequence[Line]]]]],
+    palette: Palette,
+    y_label: str,
+    percent: bool,
+) -> str:
     """A panel a student: (student, [(recipe, mean line, lines of the seeds)])."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(max(4.2, 3.4 * len(panels)), 3.1))
@@ -102,10 +115,11 @@ def curves(panels: Sequence[tuple[str, Sequence[tuple[str, Line, Sequence[Line]]
             axes.set_title(student, fontsize=10)
             axes.set_xlabel("rows seen")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k"))
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-            axes.legend(loc="lower right")
+            if percent:
+                axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axes.legend(loc="lower right" if percent else "upper right")
             if place == 0:
-                axes.set_ylabel("validation accuracy")
+                axes.set_ylabel(y_label)
         return _svg(figure)
 
 
@@ -183,7 +197,7 @@ def break_even(without: Sequence[float], with_cache: Sequence[float], at: int | 
 
 
 def _names_beside(axes: Axes, points: Sequence[Point], palette: Palette) -> None:
-    """Name each point on its right; names that would overlap are moved up, least accurate first."""
+    """Name each point on its right; names that would overlap are moved up, the lowest first."""
     axes.figure.canvas.draw()
     taken: list[tuple[float, float]] = []
     for point in sorted(points, key=lambda p: p.y):

@@ -12,26 +12,11 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, StrictUndefined
 
 from pipeline import plots
+from pipeline.findings import Row, View, headline, mean, teacher_of, view
 from storage.errors import AssetError
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
-Row = dict[str, Any]  # one file of results/eval: what it is about, and its metrics
 
-COLUMNS = (  # metric, heading, kind, whether more is better (None: neither is marked)
-    ("accuracy", "accuracy", "percent", True),
-    ("over_labels", "points over labels alone", "points", True),
-    ("of_teacher", "of the teacher's", "percent", True),
-    ("roc_auc", "ROC AUC", "plain", True),
-    ("macro_f1", "macro F1", "plain", True),
-    ("agreement", "agreement", "percent", True),
-    ("kl_to_teacher", "KL to teacher (nats)", "plain", False),
-    ("ece", "ECE", "plain", False),
-    ("parameters", "parameters", "count", None),
-    ("bytes", "MB on disk", "megabytes", False),
-    ("latency_ms_batch_1", "ms, batch 1", "milliseconds", False),
-    ("latency_ms_batch_32", "ms, batch 32", "milliseconds", False),
-    ("train_seconds", "training (core-s)", "seconds", None),
-)
 AGREEMENT = (
     ("both_right", "both right", "#3d8b57"),
     ("only_teacher_right", "only the teacher", "#2f6fb0"),
@@ -64,31 +49,34 @@ def build(eval_dir: Path, capture_dir: Path, models_dir: Path, out: Path) -> Non
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    page = environment.from_string(TEMPLATE.read_text()).render(sections=sections, columns=COLUMNS)
+    page = environment.from_string(TEMPLATE.read_text()).render(sections=sections)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page)
 
 
 def section(rows: Sequence[Row], captures: Sequence[Row], training: dict[str, Row]) -> dict[str, Any]:
     """Everything that the page says about one dataset."""
+    shown = view(rows)
     teachers = [row for row in rows if row["kind"] == "teacher"]
     runs = sorted((row for row in rows if row["kind"] == "run"), key=lambda r: (r["student"], r["recipe"]))
     runs = [{**row, "distilled": _teacher_rows(training[row["name"]]) > 0} for row in runs]
-    runs = [_compared(row, runs, teachers) for row in runs]
+    runs = [_compared(row, runs, teachers, shown) for row in runs]
     used = [c for c in captures if c["cache"] in {row["cache"] for row in runs}]
     palette = plots.Palette(_distinct(runs, "student"), _distinct(runs, "recipe"))
     saved = break_even(runs, used, training)
-    scored = [row for row in [*teachers, *runs] if _mean(row, "accuracy") is not None]
+    scored = [row for row in [*teachers, *runs] if mean(row, shown.metric) is not None]
     return {
         "dataset": rows[0]["dataset"],
-        "headline": headline(runs, teachers),
-        "table": table(teachers, runs),
-        "size": plots.scatter(_points(scored, "bytes", 1e-6), "MB on disk", palette),
-        "latency": plots.scatter(
-            _points(scored, "latency_ms_batch_1", 1.0), "milliseconds a row (batch 1, one thread)", palette
-        ),
-        "curves": plots.curves(_panels(runs, training), palette) if runs else "",
-        "agreement": _agreement(runs),
+        "headline": headline(runs, teachers, shown),
+        "shown": shown,
+        "table": table(teachers, runs, shown),
+        "size": _scatter(scored, "bytes", 1e-6, "MB on disk", shown, palette),
+        "speed": _scatter(scored, shown.speed, 1.0, shown.speed_axis, shown, palette),
+        "curves": plots.curves(_panels(runs, training, shown), palette, shown.curve_axis, shown.percent)
+        if runs
+        else "",
+        "agreement": _agreement(runs) if shown.percent else "",
+        "lines": [row for row in [*teachers, *runs] if row.get("lines")],
         "time": _time(used, runs),
         "saved": saved,
         "break_even": plots.break_even(saved.without, saved.with_cache, saved.after) if saved else "",
@@ -98,39 +86,6 @@ def section(rows: Sequence[Row], captures: Sequence[Row], training: dict[str, Ro
         "split": rows[0]["split"],
         "rows": rows[0]["rows"],
     }
-
-
-def headline(runs: Sequence[Row], teachers: Sequence[Row]) -> str:
-    """The finding in a sentence or two, computed from the numbers, also where distillation did not help."""
-    scored = [row for row in runs if _mean(row, "accuracy") is not None]
-    if not scored:
-        return "No student has been evaluated yet."
-    best = max(scored, key=lambda row: _mean(row, "accuracy"))
-    text = (
-        f"{best['name']} is right on {_mean(best, 'accuracy'):.1%} of {best['rows']:,} {best['split']} rows"
-    )
-    teacher = _teacher_of(best, teachers)
-    if teacher is not None:
-        text += f", {_mean(best, 'of_teacher'):.1%} of the teacher's accuracy"
-        smaller = _mean(teacher, "bytes") / _mean(best, "bytes")
-        faster = _mean(teacher, "latency_ms_batch_1") / _mean(best, "latency_ms_batch_1")
-        text += f", in a file {_times(smaller, 'smaller', 'larger')}, {_times(faster, 'faster', 'slower')}"
-    if not best["distilled"]:
-        text += ". It learned from labels alone"
-        distilled = max(
-            (r for r in scored if r["distilled"]), key=lambda r: _mean(r, "accuracy"), default=None
-        )
-        if distilled is None:
-            return text + "."
-        behind = 100 * (_mean(best, "accuracy") - _mean(distilled, "accuracy"))
-        return (
-            f"{text}: distillation did not help here. "
-            f"The best distilled run, {distilled['name']}, is {behind:.1f} points behind."
-        )
-    gain = _mean(best, "over_labels")
-    return text + (
-        "." if gain is None else f". That is {gain:+.1f} points over the same student on labels alone."
-    )
 
 
 def break_even(runs: Sequence[Row], captures: Sequence[Row], training: dict[str, Row]) -> BreakEven | None:
@@ -148,18 +103,18 @@ def break_even(runs: Sequence[Row], captures: Sequence[Row], training: dict[str,
     return BreakEven(without, [paid] * len(without), after)
 
 
-def table(teachers: Sequence[Row], runs: Sequence[Row]) -> list[dict[str, Any]]:
+def table(teachers: Sequence[Row], runs: Sequence[Row], shown: View) -> list[dict[str, Any]]:
     """The rows of the table as text; the best student of each column is marked."""
     best = {}
-    for name, _, kind, more in COLUMNS:
-        means = [m for row in runs if (m := _mean(row, name)) is not None]
+    for name, _, kind, more in shown.columns:
+        means = [m for row in runs if (m := mean(row, name)) is not None]
         if means and more is not None and len(runs) > 1:
             best[name] = _text(max(means) if more else min(means), kind)
     lines = []
     for row in [*teachers, *runs]:
         cells = []
-        for name, _, kind, _ in COLUMNS:
-            text = _text(_mean(row, name), kind)
+        for name, _, kind, _ in shown.columns:
+            text = _text(mean(row, name), kind)
             spread = (
                 _text(row["metrics"].get(name, {}).get("std"), kind)
                 if name not in ("parameters", "bytes")
@@ -173,46 +128,45 @@ def table(teachers: Sequence[Row], runs: Sequence[Row]) -> list[dict[str, Any]]:
     return lines
 
 
-def _compared(row: Row, runs: Sequence[Row], teachers: Sequence[Row]) -> Row:
-    """The row with two more metrics: points over the same student on labels alone, paired by seed; share of
-    its teacher's accuracy.
+def _compared(row: Row, runs: Sequence[Row], teachers: Sequence[Row], shown: View) -> Row:
+    """The row with more metrics: points over (or nats below) the same student on labels alone, paired by
+    seed; for classifiers also the share of its teacher's accuracy.
     """
     metrics = dict(row["metrics"])
-    if _mean(row, "accuracy") is None:
+    name, scale = ("accuracy", 100) if shown.percent else ("lm_loss", -1)
+    if mean(row, name) is None:
         return row
-    accuracy = dict(zip(row["seeds"], metrics["accuracy"]["values"], strict=True))
+    found = dict(zip(row["seeds"], metrics[name]["values"], strict=True))
     plain = next((r for r in runs if r["student"] == row["student"] and not r["distilled"]), None)
-    if plain is not None and plain["name"] != row["name"] and _mean(plain, "accuracy") is not None:
-        base = dict(zip(plain["seeds"], plain["metrics"]["accuracy"]["values"], strict=True))
-        pairs = [100 * (accuracy[seed] - base[seed]) for seed in accuracy if seed in base]
+    if plain is not None and plain["name"] != row["name"] and mean(plain, name) is not None:
+        base = dict(zip(plain["seeds"], plain["metrics"][name]["values"], strict=True))
+        pairs = [scale * (found[seed] - base[seed]) for seed in found if seed in base]
         if pairs:
             metrics["over_labels"] = _spread(pairs)
-    teacher = _teacher_of(row, teachers)
-    if teacher is not None:
-        metrics["of_teacher"] = _spread([value / _mean(teacher, "accuracy") for value in accuracy.values()])
+    teacher = teacher_of(row, teachers)
+    if teacher is not None and shown.percent:
+        metrics["of_teacher"] = _spread([value / mean(teacher, "accuracy") for value in found.values()])
     return {**row, "metrics": metrics}
-
-
-def _teacher_of(run: Row, teachers: Sequence[Row]) -> Row | None:
-    """The row of the teacher that made the run's cache, where it was scored."""
-    return next((t for t in teachers if t["teacher"] == run["teacher"] and _mean(t, "accuracy")), None)
 
 
 def _teacher_rows(training: Row) -> int:
     return sum(seed["teacher_rows_seen"] for seed in training["seeds"])
 
 
-def _points(rows: Sequence[Row], cost: str, scale: float) -> list[plots.Point]:
-    return [
+def _scatter(
+    rows: Sequence[Row], cost: str, scale: float, label: str, shown: View, palette: plots.Palette
+) -> str:
+    points = [
         plots.Point(
-            row["name"], row["student"], row["recipe"], _mean(row, cost) * scale, _mean(row, "accuracy"),
-            row["metrics"]["accuracy"].get("std"),
+            row["name"], row["student"], row["recipe"], mean(row, cost) * scale, mean(row, shown.metric),
+            row["metrics"][shown.metric].get("std"),
         )
         for row in rows
     ]  # fmt: skip
+    return plots.scatter(points, label, palette, shown.axis, shown.percent)
 
 
-def _panels(runs: Sequence[Row], training: dict[str, Row]) -> list[Any]:
+def _panels(runs: Sequence[Row], training: dict[str, Row], shown: View) -> list[Any]:
     panels = []
     for student in _distinct(runs, "student"):
         lines = []
@@ -221,7 +175,7 @@ def _panels(runs: Sequence[Row], training: dict[str, Row]) -> list[Any]:
                 plots.Line(
                     str(s["seed"]),
                     [p["rows"] for p in s["curve"]],
-                    [p["validation_accuracy"] for p in s["curve"]],
+                    [p[shown.curve] for p in s["curve"]],
                 )
                 for s in training[row["name"]]["seeds"]
             ]
@@ -235,8 +189,8 @@ def _panels(runs: Sequence[Row], training: dict[str, Row]) -> list[Any]:
 def _agreement(runs: Sequence[Row]) -> str:
     if not runs:
         return ""
-    ranked = sorted(runs, key=lambda row: -_mean(row, "both_right"))
-    parts = [(label, [_mean(row, name) for row in ranked], colour) for name, label, colour in AGREEMENT]
+    ranked = sorted(runs, key=lambda row: -mean(row, "both_right"))
+    parts = [(label, [mean(row, name) for row in ranked], colour) for name, label, colour in AGREEMENT]
     return plots.shares([row["name"] for row in ranked], parts)
 
 
@@ -244,7 +198,7 @@ def _time(captures: Sequence[Row], runs: Sequence[Row]) -> str:
     tuned = {c["teacher"]: c["teacher_train_seconds"] for c in captures if c["teacher_train_seconds"]}
     items = [(f"fine-tuning {teacher}", seconds, "#111") for teacher, seconds in tuned.items()]
     items += [(f"capturing {c['cache']}", c["seconds"], "#2f6fb0") for c in captures]
-    items += [(f"training {r['name']}", _mean(r, "train_seconds") * len(r["seeds"]), "#b8912f") for r in runs]
+    items += [(f"training {r['name']}", mean(r, "train_seconds") * len(r["seeds"]), "#b8912f") for r in runs]
     names, values, colours = zip(*items, strict=True) if items else ((), (), ())
     return plots.bars(names, values, colours, "core-seconds, all seeds") if items else ""
 
@@ -255,20 +209,14 @@ def _text(value: float | None, kind: str) -> str:
     return {
         "percent": f"{100 * value:.1f} %",
         "points": f"{value:+.1f}",
+        "nats": f"{value:+.3f}",
+        "perplexity": f"{value:,.1f}",
         "plain": f"{value:.3f}",
         "count": f"{value / 1e6:,.2f} M",
         "megabytes": f"{value / 1e6:,.1f}",
         "milliseconds": f"{value:.2f}",
         "seconds": f"{value:,.0f}",
     }[kind]
-
-
-def _times(ratio: float, more: str, less: str) -> str:
-    return f"{ratio:.1f} times {more}" if ratio >= 1 else f"{1 / ratio:.1f} times {less}"
-
-
-def _mean(row: Row, metric: str) -> Any:
-    return row["metrics"].get(metric, {}).get("mean")
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:

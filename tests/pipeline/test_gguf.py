@@ -193,7 +193,7 @@ def test_a_file_or_a_directory_with_one_is_a_teacher(prose: Prose, named: str) -
     record = prose.make_teacher(model=str(prose.root / named))
     assert record["task"] == "causal-lm"
     assert record["vocab_size"] == 300
-    assert 1 < record["perplexity"]["test"] < 1e5
+    assert 0 < record["reading"]["test"]["loss"] < 12
     assert {path.name for path in prose.teacher.iterdir()} == {
         "config.json", "model.safetensors", "teacher.json", "tokenizer.json", "tokenizer_config.json"
     }  # fmt: skip

@@ -12,7 +12,14 @@ import pytest
 from pipeline import plots, report
 from storage.errors import AssetError
 
-ABOUT = {"dataset": "reviews", "split": "test", "rows": 200, "machine": "a machine", "threads": 1}
+ABOUT = {
+    "task": "sequence-classification",
+    "dataset": "reviews",
+    "split": "test",
+    "rows": 200,
+    "machine": "a machine",
+    "threads": 1,
+}
 FIELDS = [
     *(
         "roc_auc",
@@ -173,18 +180,6 @@ def test_a_metric_that_could_not_be_had_is_a_dash_and_not_a_crash(world: World) 
     assert world.finding().endswith("It learned from labels alone.")
 
 
-def test_a_language_model_without_students_has_a_row_of_dashes(tmp_path: Path) -> None:
-    world = World(tmp_path)
-    world.teacher("lm", 0.5)
-    path = world.root / "eval" / "teacher-lm.json"
-    content = json.loads(path.read_text())
-    one = {"mean": 12.0, "std": None, "values": [12.0]}
-    kept = {"perplexity": one, "parameters": one, "accuracy": {"mean": None, "std": None, "values": [None]}}
-    path.write_text(json.dumps({**kept, "about": content["about"]}))
-    assert world.cells("teacher-lm")["accuracy"] == "–"
-    assert world.finding() == "No student has been evaluated yet."
-
-
 def test_the_best_student_of_a_column_is_marked_and_a_teacher_never_is(world: World) -> None:
     page = world.page()
     marked = {
@@ -262,7 +257,7 @@ def test_no_results_at_all_is_one_message(tmp_path: Path) -> None:
 
 def test_names_of_points_that_would_overlap_are_moved_apart() -> None:
     points = [plots.Point(f"run-{i}", "s", "r", 10.0, 0.8, None) for i in range(4)]
-    drawn = plots.scatter(points, "MB", plots.Palette(["s"], ["r"]))
+    drawn = plots.scatter(points, "MB", plots.Palette(["s"], ["r"]), "accuracy", percent=True)
     heights = sorted(float(y) for y in re.findall(r' y="([\d.]+)"[^>]*>run-\d', drawn))
     assert len(heights) == 4
     assert min(b - a for a, b in itertools.pairwise(heights)) > 8

@@ -1,0 +1,136 @@
+"""What the report says of a dataset, by its task: which columns, ranked by what, and the finding in words."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]  # one file of results/eval: what it is about, and its metrics
+Column = tuple[str, str, str, bool | None]  # metric, heading, kind, whether more is better (None: not marked)
+
+
+class View(NamedTuple):
+    """How results of a task are shown."""
+
+    columns: tuple[Column, ...]
+    metric: str  # what runs are ranked by
+    more: bool  # whether more of it is better
+    axis: str  # its name beside a plot
+    percent: bool
+    speed: str  # the metric of the second plot
+    speed_axis: str
+    curve: str  # of a learning curve's points
+    curve_axis: str
+
+
+CLASSIFIERS = View(
+    (
+        ("accuracy", "accuracy", "percent", True),
+        ("over_labels", "points over labels alone", "points", True),
+        ("of_teacher", "of the teacher's", "percent", True),
+        ("roc_auc", "ROC AUC", "plain", True),
+        ("macro_f1", "macro F1", "plain", True),
+        ("agreement", "agreement", "percent", True),
+        ("kl_to_teacher", "KL to teacher (nats)", "plain", False),
+        ("ece", "ECE", "plain", False),
+        ("parameters", "parameters", "count", None),
+        ("bytes", "MB on disk", "megabytes", False),
+        ("latency_ms_batch_1", "ms, batch 1", "milliseconds", False),
+        ("latency_ms_batch_32", "ms, batch 32", "milliseconds", False),
+        ("train_seconds", "training (core-s)", "seconds", None),
+    ),
+    "accuracy", True, "accuracy", True, "latency_ms_batch_1", "milliseconds a row (batch 1, one thread)",
+    "validation_accuracy", "validation accuracy",
+)  # fmt: skip
+LANGUAGE_MODELS = View(
+    (
+        ("perplexity", "perplexity", "perplexity", False),
+        ("lm_loss", "loss (nats a token)", "plain", False),
+        ("over_labels", "nats below labels alone", "nats", True),
+        ("kl_to_teacher", "KL to teacher (nats)", "plain", False),
+        ("agreement", "agreement", "percent", True),
+        ("accuracy", "next token right", "percent", True),
+        ("ece", "ECE", "plain", False),
+        ("parameters", "parameters", "count", None),
+        ("bytes", "MB on disk", "megabytes", False),
+        ("tokens_per_second", "tokens/s read", "seconds", True),
+        ("train_tokens_per_second", "tokens/s trained", "seconds", None),
+        ("train_seconds", "training (core-s)", "seconds", None),
+    ),
+    "perplexity", False, "perplexity", False, "tokens_per_second", "tokens a second (reading, all cores)",
+    "validation_loss", "validation loss",
+)  # fmt: skip
+
+
+def view(rows: Sequence[Row]) -> View:
+    """The one of these rows' task."""
+    return LANGUAGE_MODELS if rows[0]["task"] == "causal-lm" else CLASSIFIERS
+
+
+def mean(row: Row, metric: str) -> Any:
+    """The mean over seeds, None where it could not be had."""
+    return row["metrics"].get(metric, {}).get("mean")
+
+
+def best(rows: Sequence[Row], shown: View) -> Row:
+    """The row that is ranked first."""
+    return (max if shown.more else min)(rows, key=lambda row: mean(row, shown.metric))
+
+
+def teacher_of(run: Row, teachers: Sequence[Row]) -> Row | None:
+    """The row of the teacher that made the run's cache, where it was scored."""
+    return next((t for t in teachers if t["teacher"] == run["teacher"] and mean(t, "accuracy")), None)
+
+
+def headline(runs: Sequence[Row], teachers: Sequence[Row], shown: View) -> str:
+    """The finding in a sentence or two, computed from the numbers, also where distillation did not help."""
+    scored = [row for row in runs if mean(row, shown.metric) is not None]
+    if not scored:
+        return "No student has been evaluated yet."
+    first = best(scored, shown)
+    text = _is_good(first, shown)
+    teacher = teacher_of(first, teachers)
+    if teacher is not None:
+        text += _beside_teacher(first, teacher, shown)
+    if first["distilled"]:
+        gain = mean(first, "over_labels")
+        return text + (
+            "." if gain is None else f". That is {_gain(gain, shown)} the same student on labels alone."
+        )
+    text += ". It learned from labels alone"
+    distilled = [row for row in scored if row["distilled"]]
+    if not distilled:
+        return text + "."
+    second = best(distilled, shown)
+    behind = abs(mean(first, shown.metric) - mean(second, shown.metric))
+    apart = f"{100 * behind:.1f} points" if shown.percent else f"{behind:.1f} in {shown.axis}"
+    return (
+        f"{text}: distillation did not help here. "
+        f"The best distilled run, {second['name']}, is {apart} behind."
+    )
+
+
+def _is_good(row: Row, shown: View) -> str:
+    on = f"{row['rows']:,} {row['split']} {'rows' if shown.percent else 'documents'}"
+    if shown.percent:
+        return f"{row['name']} is right on {mean(row, shown.metric):.1%} of {on}"
+    return f"{row['name']} has a perplexity of {mean(row, shown.metric):,.1f} on {on}"
+
+
+def _beside_teacher(row: Row, teacher: Row, shown: View) -> str:
+    smaller = _times(mean(teacher, "bytes") / mean(row, "bytes"), "smaller", "larger")
+    if shown.percent:
+        faster = mean(teacher, "latency_ms_batch_1") / mean(row, "latency_ms_batch_1")
+        share = f", {mean(row, 'of_teacher'):.1%} of the teacher's accuracy"
+        return f"{share}, in a file {smaller}, {_times(faster, 'faster', 'slower')}"
+    faster = mean(row, "tokens_per_second") / mean(teacher, "tokens_per_second")
+    share = f" (its teacher: {mean(teacher, shown.metric):,.1f})"
+    return f"{share}, in a file {smaller}, {_times(faster, 'faster', 'slower')} to read"
+
+
+def _gain(value: float, shown: View) -> str:
+    if shown.percent:
+        return f"{value:+.1f} points over"
+    return f"{abs(value):.3f} nats a token {'below' if value >= 0 else 'above'}"
+
+
+def _times(ratio: float, more: str, less: str) -> str:
+    return f"{ratio:.1f} times {more}" if ratio >= 1 else f"{1 / ratio:.1f} times {less}"
