@@ -279,6 +279,7 @@ def test_evenly_takes_the_middles_of_equal_parts() -> None:
             ("kv_heads", "1, for 3 heads each", "at most 2 heads for"),
         ),
         ({"inner": 25}, ("inner", "25", "at most 24")),
+        ({"inner": None}, ("inner", "88", "Write inner: 24, or less.")),
     ],
 )
 def test_a_student_of_sizes_that_do_not_fit_is_refused_with_those_that_do(

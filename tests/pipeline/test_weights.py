@@ -196,24 +196,6 @@ def test_a_run_is_refused_before_training_where_the_cache_lacks_a_layer(prose: P
     assert not (prose.root / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("changes", "field", "expected"),
-    [
-        ({"width": 32, "heads": 4}, "width", "at most 16"),
-        ({"width": 16, "heads": 4}, "width / heads", "8"),
-        ({"width": 24, "heads": 3}, "heads", "at most 2"),
-        ({"inner": 25}, "inner", "at most 24"),
-        ({"inner": None, "width": 16, "heads": 2}, "inner", "at most 24"),
-    ],
-)
-def test_sizes_that_do_not_fit_are_refused_with_those_that_do(
-    prose: Prose, changes: dict[str, object], field: str, expected: str
-) -> None:
-    with pytest.raises(SpecMismatch, match="cannot start from") as refused:
-        refuse_misfit("it", student(**changes), prose.teacher, (0, 1))
-    assert {fault.field: str(fault.expected) for fault in refused.value.mismatches}[field] == expected
-
-
 def test_a_golden_cache_with_weights_stays_readable_and_is_made_the_same_today(tmp_path: Path) -> None:
     cache = Cache.open(GOLDEN)
     verify(cache)
