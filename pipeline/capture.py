@@ -10,6 +10,7 @@ import json
 import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline import config, hardware, targets, teachers
+from pipeline import config, decoders, hardware, targets, teachers, weights
 from pipeline.asking import Answer, Asker, Questions, asker
 from pipeline.data import load_rows
 from pipeline.progress import bar, log
@@ -28,7 +29,7 @@ from storage.errors import ShardUnwritten, StoreFull, TeacherError
 from storage.manifest import Manifest
 from storage.records import EntryRows
 from storage.spec import HiddenSpec, Identity, Sha256, Spec, sha256_json, shard_key
-from storage.writer import Store, StoredShard, seal
+from storage.writer import Store, StoredShard, Weights, seal
 
 if TYPE_CHECKING:
     pass
@@ -115,6 +116,7 @@ def capture(
     rows = load_rows(dataset)
     who = identity(entry, teacher)
     _refuse_other_labels(name, who.spec.labels, rows.label_names)
+    carried = _carried(name, entry.weights, teacher)
     hardware.pin_threads(hardware.num_cores())  # also where nothing is missing: provenance tells it
     reader = teachers.reader(teacher)
     tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
@@ -139,7 +141,7 @@ def capture(
     taken.sort(key=lambda shard: place[shard.row_ids()[0].as_py()])
     files = {file: (teacher / file).read_bytes() for file in FILES if (teacher / file).is_file()}
     table = None if ranks is None else ranks.tolist()
-    sealed = seal(out, who, taken, files, _provenance(entry, teacher), table)
+    sealed = seal(out, who, taken, files, _provenance(entry, teacher), table, carried)
     return Captured(sealed, todo, sum(shard.seconds for shard in taken), tokens.num_cut)
 
 
@@ -222,6 +224,14 @@ def _refuse_other_labels(name: str, teacher: tuple[str, ...], dataset: tuple[str
             f"  teacher {list(teacher)}\n  dataset {list(dataset)}\n"
             "Write the dataset's labels in the teacher's order, or fine-tune the teacher on this dataset."
         )
+
+
+def _carried(name: str, entry: decoders.Weights | None, teacher: Path) -> Weights | None:
+    """What the cache is to carry, looked for before the teacher is run."""
+    if entry is None:
+        return None
+    found = weights.find(name, teacher, entry.layers)
+    return Weights(entry.layers, partial(weights.write, found, teacher))
 
 
 def _hidden_spec(hidden: config.Hidden | None, teacher: Path) -> HiddenSpec | None:

@@ -22,6 +22,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from pipeline.blocks import Blocks
+from pipeline.decoders import Decoder, Weights
 from pipeline.faults import faults, nearest
 from pipeline.section import Fraction, Name, Positive, Section, distinct
 from pipeline.targets import Dense, Targets
@@ -200,6 +201,7 @@ class CacheEntry(Section):
     """Of the teacher's arithmetic. auto: bfloat16 where the hardware computes in it, else float32."""
     shard_rows: Positive = 4096
     """Rows a shard: what is written, verified and retried as one."""
+    weights: Weights | None = None
 
 
 class _Student(Section):
@@ -246,25 +248,19 @@ class TinyBERT(_Student):
         return self
 
 
-class Llama(_Student):
+class Llama(_Student, Decoder):
     """A Llama of any small size over the teacher's vocabulary, its head tied to its embeddings."""
 
     kind: Literal["llama"]
-    layers: Positive = 4
-    width: Positive = 192
-    heads: Positive = 3
-    """Attention heads; they divide the width into even parts."""
-    inner: Positive | None = None
-    """Width inside the feed-forward blocks; null: 8/3 of the width."""
     max_length: Positive = 512
     """The most tokens that it reads at a time. Longer rows are read in pieces, one after the other."""
     dropout: Fraction = 0.0
     """Of attention weights."""
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> "Llama":
-        if self.width % (2 * self.heads):
-            raise ValueError(f"width {self.width} is not an even multiple of heads {self.heads}")
+    def _init_needs_the_tokenizer(self) -> "Llama":
+        if self.init and self.tokenizer != "teacher":
+            raise ValueError("init takes the teacher's embeddings, and so needs its tokenizer: teacher")
         return self
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline import capture, config, hardware, teachers
+from pipeline import capture, config, hardware, teachers, weights
 from pipeline.asking import Questions, asker
 from pipeline.data import Rows, load_rows
 from pipeline.progress import bar
@@ -50,6 +50,7 @@ def check(name: str, cache: Cache, entry: config.CacheEntry, dataset: Path, teac
         whole=True,
         advice=advice,
     )
+    weights.refuse_other(name, cache, entry.weights, teacher)
     with bar(f"verifying {name}", cache.num_rows, "rows") as advance:
         counts = verify(cache, advance)
     replayed = replay(cache, rows, teacher)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline import config, hardware
 from pipeline.data import POOL, SPLITS, Rows, load_rows
+from pipeline.decoders import refuse_misfit
 from pipeline.progress import bars, log
 from pipeline.targets import refuse_truncated
 from pipeline.tokens import TextReader
@@ -73,6 +74,7 @@ def train(
     _start_importing()
     cache, rows = open_inputs(paths)
     _refuse_misfit(name, cache, rows, student, recipe, paths.verified)
+    _refuse_start(name, cache, student)
     if paths.out.exists():
         shutil.rmtree(paths.out)
     make_reader(student, cache, rows, paths.out / "tokenizer")
@@ -156,6 +158,11 @@ def _refuse_misfit(
             )
     wanted = rows.row_ids.take(rows.select(*SPLITS, *((POOL,) if recipe.pool else ())))
     cache.check(f"runs.{name}", labels=rows.label_names, row_ids=wanted)
+
+
+def _refuse_start(name: str, cache: Cache, student: config.Student) -> None:
+    if isinstance(student, config.Llama) and student.init:
+        refuse_misfit(f"the student of runs.{name}", student, cache.weights_dir, cache.weights_layers)
 
 
 def _seed_record(job: Job, done: "Trained") -> dict[str, Any]:

@@ -11,7 +11,7 @@ Shape letters: B batch, L tokens, C classes, E embedding width, H hidden units.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import TypeAdapter
@@ -20,6 +20,9 @@ from torch import nn
 
 from pipeline import config
 from storage.errors import AssetError
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 EMBEDDING_STD = 0.1  # wide enough for the mean of embeddings to carry a signal from the first step
 
@@ -117,16 +120,16 @@ class Llama(nn.Module):
 
     def __init__(self, entry: config.Llama, vocab_size: int, num_labels: int = 0) -> None:
         super().__init__()
-        from transformers import LlamaConfig, LlamaModel
+        from transformers import LlamaConfig
 
-        inner = entry.inner or 8 * (-(-entry.width // 3))
-        self.model = LlamaModel(
+        self.rebuild(
             LlamaConfig(
                 vocab_size=vocab_size,
                 hidden_size=entry.width,
-                intermediate_size=inner,
+                intermediate_size=entry.inner_width,
                 num_hidden_layers=entry.layers,
                 num_attention_heads=entry.heads,
+                num_key_value_heads=entry.num_kv_heads,
                 max_position_embeddings=entry.max_length,
                 attention_dropout=entry.dropout,
                 tie_word_embeddings=True,
@@ -135,6 +138,12 @@ class Llama(nn.Module):
                 eos_token_id=None,
             )
         )
+
+    def rebuild(self, settings: "LlamaConfig") -> None:
+        """Have random weights, of these settings."""
+        from transformers import LlamaModel
+
+        self.model = LlamaModel(settings)
 
     @property
     def head(self) -> torch.Tensor:
@@ -184,6 +193,12 @@ def load(directory: Path) -> nn.Module:
     facts = json.loads((directory / "student.json").read_text())
     entry: config.Student = TypeAdapter(config.Student).validate_python(facts["student"])
     model = build(entry, facts["vocab_size"], facts["num_labels"])
+    if isinstance(
+        model, Llama
+    ):  # a teacher that it started from may have settled what its entry does not say
+        from transformers import LlamaConfig
+
+        model.rebuild(LlamaConfig.from_pretrained(directory))
     model.load_state_dict(load_file(directory / "model.safetensors"))
     return model.eval()
 

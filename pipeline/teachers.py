@@ -68,7 +68,7 @@ def load(directory: Path, num_labels: int | None = None, **config: Any) -> "PreT
     """
     from transformers import AutoModelForSequenceClassification, logging
 
-    _weight_files(directory)
+    weight_files(directory)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     extra = {"num_labels": num_labels} if num_labels else {}
@@ -94,7 +94,7 @@ def load_language(directory: Path, precision: str) -> "PreTrainedModel":
     """
     from transformers import AutoModelForCausalLM, logging
 
-    _weight_files(directory)
+    weight_files(directory)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -151,7 +151,7 @@ def _refuse_missing(where: Path, names: Collection[str]) -> None:
 def _weights_digest(directory: Path) -> str:
     digest = hashlib.sha256()
     tensors: dict[str, tuple[Path, int, dict[str, Any]]] = {}
-    for path in _weight_files(directory):
+    for path in weight_files(directory):
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(header_bytes))
@@ -166,7 +166,8 @@ def _weights_digest(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
+    """The *.safetensors of a teacher, sorted. Raises AssetError where there are none."""
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise AssetError(

@@ -15,8 +15,10 @@ from storage.errors import FormatTooNew, ManifestInvalid, NoManifest
 from storage.spec import Count, Identity, Sha256, Strict, canonical_json, sha256_json
 
 FORMAT = "stillroom-cache"
-FORMAT_VERSION = 3  # of targets a token; others are written as version 1 or 2, which say all they need
+FORMAT_VERSION = 3  # the highest; each cache is written as the lowest that can hold it: needed_version
 MANIFEST_NAME = "manifest.json"
+OPTIONAL = ("ranks", "weights")  # fields that are left out where there is nothing to say
+WEIGHTS_FILES = ("weights/config.json", "weights/model.safetensors")
 MAX_MANIFEST_BYTES = 2**30  # refuse to load more: the manifest of a billion rows stays far below
 
 # Relative, forward slashes, no empty, "." or ".." part: a manifest can never name a file outside its cache.
@@ -56,6 +58,19 @@ class ShardEntry(Strict):
         return f"hidden/{self.key}"
 
 
+class WeightsEntry(Strict):
+    """Weights of the teacher that students may start from."""
+
+    layers: Annotated[tuple[Annotated[int, Field(ge=0, le=10_000)], ...], Field(min_length=1, strict=False)]
+    files: Annotated[tuple[FileEntry, ...], Field(max_length=len(WEIGHTS_FILES), strict=False)]
+
+    @model_validator(mode="after")
+    def _known_files(self) -> Self:
+        if tuple(file.path for file in self.files) != WEIGHTS_FILES:
+            raise ValueError(f"files are not {' and '.join(WEIGHTS_FILES)}")
+        return self
+
+
 class Manifest(Strict):
     """The full description of a sealed cache. Field by field: docs/cache-format.md."""
 
@@ -68,12 +83,13 @@ class Manifest(Strict):
     provenance: dict[str, Any]  # versions, hardware, the teacher's score: for people, part of no fingerprint
     # Compact layouts: the most frequent ids first; their places are the ranks that the shards hold.
     ranks: Annotated[tuple[Count, ...], Field(max_length=MAX_RANKED, strict=False)] | None = None
+    weights: WeightsEntry | None = None
 
     @model_validator(mode="after")
     def _version_and_ranks_fit_the_codec(self) -> Self:
         codec = self.identity.spec.codec
-        if self.format_version != needed_version(self.identity):
-            raise ValueError(f"format_version is {self.format_version}: not that of its codec")
+        if self.format_version != needed_version(self.identity, self.weights):
+            raise ValueError(f"format_version is {self.format_version}: not that of what it holds")
         known = None if codec == "dense" else codec.ranks
         if known != (None if self.ranks is None else sha256_json(list(self.ranks))):
             raise ValueError("ranks are not those that the codec names")
@@ -101,7 +117,8 @@ class Manifest(Strict):
     @property
     def files(self) -> tuple[FileEntry, ...]:
         """Every file of the cache but the manifest itself."""
-        return tuple(file for shard in self.shards for file in shard.files) + self.tokenizer_files
+        own = self.tokenizer_files + (self.weights.files if self.weights else ())
+        return tuple(file for shard in self.shards for file in shard.files) + own
 
     @property
     def num_rows(self) -> int:
@@ -109,19 +126,20 @@ class Manifest(Strict):
         return sum(shard.rows for shard in self.shards)
 
 
-def needed_version(identity: Identity) -> int:
-    """The lowest format version that can hold targets of this identity: an old reader reads what it can."""
-    if identity.spec.per_position:
-        return 3
-    return 1 if identity.spec.codec == "dense" else 2
+def needed_version(identity: Identity, weights: WeightsEntry | None) -> int:
+    """The lowest format version that can hold all this: an old reader reads what it can."""
+    needed = [1]
+    if identity.spec.codec != "dense":
+        needed.append(2)
+    if weights is not None or identity.spec.per_position:
+        needed.append(3)
+    return max(needed)
 
 
 def fields(manifest: Manifest) -> dict[str, Any]:
-    """Everything that the checksum covers. `ranks` is there only where there are some."""
+    """Everything that the checksum covers. `ranks` and `weights` are there only where there are some."""
     body = manifest.model_dump(mode="json")
-    if manifest.ranks is None:
-        del body["ranks"]
-    return body
+    return {key: value for key, value in body.items() if value is not None or key not in OPTIONAL}
 
 
 def render(manifest: Manifest) -> bytes:

@@ -68,6 +68,24 @@ class Cache:
         return self.path / "tokenizer"
 
     @property
+    def weights_layers(self) -> tuple[int, ...]:
+        """The teacher's layers whose weights the cache carries (0 = the first); empty where it has none."""
+        return self.manifest.weights.layers if self.manifest.weights else ()
+
+    @property
+    def weights_dir(self) -> Path:
+        """The directory of the teacher's weights, checked. Raises SpecMismatch where the cache has none."""
+        if self.manifest.weights is None:
+            raise SpecMismatch(
+                f"{self.path} carries no weights of its teacher",
+                [Mismatch("weights", "none", "some layers")],
+                f"Write weights: {{layers: [...]}} under caches.{self.path.name} in params.yaml and run "
+                f"`dvc repro cache@{self.path.name}`: the teacher is not asked again.",
+            )
+        self._check("weights", self.manifest.weights.files)
+        return self.path / "weights"
+
+    @property
     def manifest_sha256(self) -> str:
         """sha256 hex of manifest.json: it stands for every byte of the cache."""
         return sha256_json(manifest.fields(self.manifest))

@@ -78,6 +78,8 @@ def verify(cache: "Cache", on_shard: Callable[[int], None] = lambda rows: None) 
             f"{cache.path / stray[0]} is not part of this cache ({len(stray)} such): remove it."
         )
     check_files(cache.path, cache.manifest.tokenizer_files)
+    if cache.manifest.weights is not None:
+        check_files(cache.path, cache.manifest.weights.files)
     seen: set[str] = set()
     positions = 0
     for shard in cache.shards:

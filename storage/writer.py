@@ -22,7 +22,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from storage import hidden, manifest, records
 from storage.compact import Columns
 from storage.errors import CacheError, StoreFull
-from storage.manifest import FileEntry, Manifest, ShardEntry
+from storage.manifest import FileEntry, Manifest, ShardEntry, WeightsEntry
 from storage.spec import Identity, canonical_json, content_fingerprint, sha256_json, shard_key
 from storage.verify import check_files, file_entry
 
@@ -53,6 +53,13 @@ class StoredShard(NamedTuple):
         """The ids of its rows, in order."""
         column = pq.read_table(self.root / self.entry.logits_path, columns=["row_id"]).column(0)
         return column.combine_chunks()
+
+
+class Weights(NamedTuple):
+    """Weights of the teacher for a cache to carry."""
+
+    layers: tuple[int, ...]
+    write: Callable[[Path], None]  # puts config.json and model.safetensors into a directory
 
 
 class Store:
@@ -169,11 +176,13 @@ def seal(
     tokenizer_files: Mapping[str, bytes],
     provenance: Mapping[str, Any],
     ranks: Sequence[int] | None = None,
+    weights: Weights | None = None,
 ) -> Manifest:
     """Link finished shards into `cache`, in this order, and write its manifest. Replaces what was there.
 
     `tokenizer_files` maps a file name to its content: a student that reads with the teacher's tokenizer finds
-    it in the cache. The result depends on the arguments alone: no time, no path, no worker.
+    it in the cache; one that starts from the teacher's weights finds them there too. The result depends on
+    the arguments alone: no time, no path, no worker.
     """
     aside = cache.parent / f".{cache.name}.{_host()}.{os.getpid()}"
     for stale in cache.parent.glob(f".{cache.name}.*"):
@@ -183,6 +192,11 @@ def seal(
         for name, content in tokenizer_files.items():
             (aside / "tokenizer" / name).write_bytes(content)
         tokenizer = _entries(aside)
+        carried = None
+        if weights is not None:
+            (aside / "weights").mkdir()
+            weights.write(aside / "weights")
+            carried = WeightsEntry(layers=weights.layers, files=_entries(aside, "weights"))
         row_ids: list[str] = []
         for shard in shards:
             row_ids.extend(shard.row_ids().to_pylist())
@@ -191,13 +205,14 @@ def seal(
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _link(shard.root / file.path, target)
         sealed = Manifest(
-            format_version=manifest.needed_version(identity),
+            format_version=manifest.needed_version(identity, carried),
             identity=identity,
             dataset=content_fingerprint(row_ids),
             shards=tuple(shard.entry for shard in shards),
             tokenizer_files=tokenizer,
             provenance=dict(provenance),
             ranks=None if ranks is None else tuple(int(rank) for rank in ranks),
+            weights=carried,
         )
         (aside / manifest.MANIFEST_NAME).write_bytes(manifest.render(sealed))
         _fsync_tree(aside)
@@ -208,8 +223,8 @@ def seal(
     return sealed
 
 
-def _entries(root: Path) -> tuple[FileEntry, ...]:
-    files = sorted(path for path in root.rglob("*") if path.is_file())
+def _entries(root: Path, below: str = "") -> tuple[FileEntry, ...]:
+    files = sorted(path for path in (root / below).rglob("*") if path.is_file())
     return tuple(file_entry(root, path.relative_to(root).as_posix()) for path in files)
 
 

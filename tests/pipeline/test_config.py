@@ -130,6 +130,7 @@ def test_a_word_outside_its_choices_is_refused_with_the_choices(
         (lambda p: p["datasets"]["toy"]["pool"].update(words=[9, 3]), "datasets.toy.pool"),
         (lambda p: p["datasets"]["toy"].update(blocks={}), "datasets.toy.blocks: rows with a label stay"),
         (lambda p: p["caches"]["toy"]["hidden"].update(layers=[1, 1]), "caches.toy.hidden.layers"),
+        (lambda p: p["caches"]["toy"].update(weights={"layers": []}), "caches.toy.weights.layers"),
         (lambda p: p["runs"]["fc-ce"].update(seeds=[]), "runs.fc-ce.seeds"),
         (lambda p: p["runs"]["fc-ce"].update(seeds=[3, 3]), "runs.fc-ce.seeds"),
         (lambda p: p["students"].update({"Bad Name": p["students"]["fc"]}), "students.Bad Name"),
@@ -141,6 +142,27 @@ def test_a_value_of_the_wrong_type_or_range_is_refused_with_its_place(
     tmp_path: Path, change: Change, place: str
 ) -> None:
     assert place in refusal(tmp_path, change)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({"width": 24, "heads": 5}, "width 24 is not an even multiple of heads 5"),
+        ({"width": 24, "heads": 4, "kv_heads": 3}, "heads 4 is not a multiple of kv_heads 3"),
+        ({"layers": 3, "init": {"layers": [0, 1]}}, "init names 2 layers of the teacher for 3"),
+        ({"layers": 2, "init": {"layers": [1, 1]}}, "students.small.init.layers: 1 stands there twice"),
+        (
+            {"layers": 1, "init": {"layer": [1]}},
+            "students.small.init.layer: unknown key; did you mean 'layers'?",
+        ),
+        ({"layers": 1, "init": {"layers": [1]}, "tokenizer": 900}, "so needs its tokenizer: teacher"),
+    ],
+)
+def test_a_decoder_whose_parts_do_not_fit_each_other_is_refused(
+    tmp_path: Path, sizes: dict[str, Any], reason: str
+) -> None:
+    message = refusal(tmp_path, lambda p: p["students"].update(small={"kind": "llama", **sizes}))
+    assert reason in message
 
 
 def test_the_pool_with_labels_only_is_refused_with_what_to_do(tmp_path: Path) -> None:

@@ -146,6 +146,7 @@ def test_the_page_of_the_format_says_what_the_code_does() -> None:
         manifest.Manifest,
         manifest.ShardEntry,
         manifest.FileEntry,
+        manifest.WeightsEntry,
         type(IDENTITY),
         type(IDENTITY.spec),
     ):
