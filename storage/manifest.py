@@ -15,7 +15,7 @@ from storage.errors import FormatTooNew, ManifestInvalid, NoManifest
 from storage.spec import Count, Identity, Sha256, Strict, canonical_json, sha256_json
 
 FORMAT = "stillroom-cache"
-FORMAT_VERSION = 2  # of sparse targets; dense ones are written as version 1, which says all they need
+FORMAT_VERSION = 3  # the newest; a cache is written as the lowest that can hold it, see needed_version
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 2**30  # refuse to load more: the manifest of a billion rows stays far below
 
@@ -73,7 +73,7 @@ class Manifest(Strict):
     def _version_and_ranks_fit_the_codec(self) -> Self:
         codec = self.identity.spec.codec
         if self.format_version != needed_version(self.identity):
-            raise ValueError(f"format_version is {self.format_version}: not that of its codec")
+            raise ValueError(f"format_version is {self.format_version}: not that of its task and codec")
         known = None if codec == "dense" else codec.ranks
         if known != (None if self.ranks is None else sha256_json(list(self.ranks))):
             raise ValueError("ranks are not those that the codec names")
@@ -111,6 +111,8 @@ class Manifest(Strict):
 
 def needed_version(identity: Identity) -> int:
     """The lowest format version that can hold targets of this identity: an old reader reads what it can."""
+    if identity.spec.task in ("token-classification", "masked-lm"):
+        return 3
     return 1 if identity.spec.codec == "dense" else 2
 
 
