@@ -23,8 +23,9 @@ from ruamel.yaml.error import YAMLError
 
 from pipeline.faults import faults, nearest
 from pipeline.section import Fraction, Name, Positive, Section, distinct
-from pipeline.targets import Dense, Targets
+from pipeline.targets import Dense, MaskedShare, Targets, misfits
 from storage.errors import ConfigError
+from storage.spec import Task
 
 PARAMS = Path("params.yaml")
 Entry = TypeVar("Entry")
@@ -47,7 +48,9 @@ class Columns(Section):
     """Which columns hold what."""
 
     text: str = "text"
+    """Texts; for token-classification lists of words, or texts that white space cuts into words."""
     label: str = "label"
+    """Labels; for token-classification lists of tags, one a word."""
 
 
 class Split(Section):
@@ -88,8 +91,9 @@ class Pool(Section):
 class Dataset(Section):
     """Raw rows, and how to read them."""
 
-    task: Literal["sequence-classification", "causal-lm"] = "sequence-classification"
-    """What its text is for: rows with a label each, or documents to continue, which need no label."""
+    task: Task = "sequence-classification"
+    """What its text is for: rows with a label each (sequence-classification), words with a tag each
+    (token-classification), or text without labels, to continue (causal-lm) or to fill in (masked-lm)."""
     path: Annotated[str, Field(min_length=1)]
     """A file or directory: local, or below assets/. DVC watches it."""
     files: str = ""
@@ -118,9 +122,9 @@ class Dataset(Section):
     @field_validator("labels")
     @classmethod
     def _labels_fit_the_task(cls, labels: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        if info.data.get("task") == "causal-lm":
+        if (task := info.data.get("task")) in ("causal-lm", "masked-lm"):
             if labels:
-                raise ValueError("documents of a causal-lm dataset have no labels: remove them")
+                raise ValueError(f"documents of a {task} dataset have no labels: remove them")
         elif len(labels) < 2:
             raise ValueError("a classifier needs two labels at least")
         return labels
@@ -184,6 +188,8 @@ class CacheEntry(Section):
     teacher: Name
     targets: Targets = Dense(codec="dense")
     """The codec, and its settings: dense (few classes), or one of the sparse ones (vocabularies)."""
+    mask: MaskedShare | None = None
+    """Only of a masked language model: what is hidden from it; null: the default settings."""
     hidden: Hidden | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the teacher's arithmetic. auto: bfloat16 where the hardware computes in it, else float32."""
@@ -340,6 +346,8 @@ def load(path: Path = PARAMS) -> Params:
             for r in unknown
         ]
         raise ConfigError(f"{path} names things that are not on the shelf:\n" + "\n".join(lines))
+    if wrong := list(misfits(params)):
+        raise ConfigError(f"{path} asks teachers for what they cannot give:\n  " + "\n  ".join(wrong))
     return params
 
 
