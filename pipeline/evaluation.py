@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from pipeline import config, engine, hardware, metrics, students, teachers
+from pipeline import config, hardware, metrics, students, teachers
 from pipeline.batches import CachedRows
 from pipeline.data import load_rows
 from pipeline.runs import RECORD, open_inputs
 from pipeline.seeds import answers
+from pipeline.tagging import where_labelled
 from pipeline.tokens import TextReader
 
 SPLIT = "test"
@@ -53,18 +54,16 @@ def evaluate_teacher(name: str, entry: config.Teacher, dataset: Path, teacher: P
     rows, reader, record = load_rows(dataset).only(SPLIT), teachers.reader(teacher), teachers.record(teacher)
     names = {"cache": None, "student": None, "recipe": None, "seeds": [0]}
     size = float(sum(file.stat().st_size for file in teacher.glob("*.safetensors")))
-    if record["task"] == "causal-lm":  # measured when it was taken: it needs no label
+    if "perplexity" in record:  # measured when it was taken: it needs no label
         told = {"perplexity": record["perplexity"][SPLIT], "parameters": float(record["parameters"])}
         values = {**told, "bytes": size, "accuracy": None}
         return _row("teacher", f"teacher-{name}", name, entry.dataset, names, len(rows.row_ids), [values])
     hardware.pin_threads(hardware.num_cores())
-    model = teachers.load(teacher, pad_token_id=reader.pad_id)
-    tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
+    model = teachers.load(teacher, task=record["task"], pad_token_id=reader.pad_id)
+    tokens = reader.read(rows.texts.to_pylist(), rows.row_ids, rows.tags is not None)
     chosen = rows.select(SPLIT)
-    row_ids = rows.row_ids.to_pylist()
-    logits = engine.infer(model, tokens, chosen, reader.pad_id, "float32", names=row_ids).logits
+    logits, labels = where_labelled(model, rows, tokens, chosen, reader.pad_id)
     logits = logits[:, [record["labels"].index(label) for label in rows.label_names]]
-    labels = rows.labels[chosen]
     model.cpu()  # latency is that of one thread of a CPU, for teachers as for students
 
     def answer(ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> object:

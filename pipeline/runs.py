@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pipeline import config, hardware
 from pipeline.data import POOL, SPLITS, Rows, load_rows
 from pipeline.progress import bars, log
-from pipeline.targets import refuse_truncated
+from pipeline.targets import refuse_task, refuse_truncated
 from pipeline.tokens import TextReader
 from storage import Cache
 from storage.errors import DataError, Mismatch, SpecMismatch, TrainingError
@@ -124,6 +124,7 @@ def _refuse_misfit(name: str, cache: Cache, rows: Rows, recipe: config.Recipe, v
             [Mismatch("manifest", cache.manifest_sha256, known)],
             f"Verify it: dvc repro verify@{cache.path.name}",
         )
+    refuse_task(f"runs.{name}", cache.identity.spec.task)
     if recipe.pool and not len(rows.select(POOL)):
         raise DataError(
             f"runs.{name}: its recipe trains on the pool, and the dataset has none.\n"

@@ -26,7 +26,7 @@ from storage.errors import ShardCorrupt
 from storage.spec import SparseCodec, Threshold, TopK, canonical_json
 
 ROW_GROUP_ROWS = 16_384  # about 1 MB encoded for a handful of classes; never read single rows
-ROW_GROUP_POSITIONS = 2**18  # 4 MB encoded at 15 bytes a position
+ROW_GROUP_POSITIONS = 2**18  # 4 MB encoded at 15 bytes a position; of dense targets so many numbers
 COMPACT: dict[str, dict[str, pa.DataType]] = {
     "topk": {"num_ids": pa.uint16(), "gaps": pa.uint32(), "codes": pa.uint8(), "tail_code": pa.uint16()},
     "sample": {"num_ids": pa.uint16(), "gaps": pa.uint32(), "draws": pa.uint16()},
@@ -135,7 +135,7 @@ def write(path: Path, rows: LogitRows, labels: tuple[str, ...]) -> None:
             first, pa.array(rows.token_ids, pa.int32()), type=layout.field("token_ids").type
         )
         columns[3:] = [read, pa.ListArray.from_arrays(first, logits, type=targets)]
-        a_group = _rows_a_group(len(rows.row_ids), len(rows.logits))
+        a_group = _rows_a_group(len(rows.row_ids), rows.logits.size)
     _write(path, pa.Table.from_arrays(columns, schema=layout), level=3, row_group_rows=a_group)
 
 
