@@ -88,6 +88,7 @@ def test_names_that_the_file_brings_count_more_than_its_numbers(tmp_path: Path) 
         (WORDS, changed(GIVEN, 7, [*GIVEN[7], "O"]), r"row 7 has \d+ words and \d+ tags"),
         (WORDS, changed(GIVEN, 7, None), r"row 7 has \d+ words and 0 tags"),
         (WORDS, [" ".join(own) for own in GIVEN], r"row 0 has \d+ words and 'O.*' for tags"),
+        (WORDS, ["O" * len(own) for own in GIVEN], r"row 0 has \d+ words and 'OO+' for tags"),
         (WORDS, changed(GIVEN, 7, ["?", *GIVEN[7][1:-1], "?"]), r"label .\?. is outside the set \(1 rows "
          r"are, the first is row 7\)"),
         (changed(WORDS, 7, ["New York", *WORDS[7][1:]]), GIVEN, "row 7 has 'New York' for a word"),

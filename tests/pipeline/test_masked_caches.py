@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from pipeline import capture, config, evaluation, hardware, language, report, runs, teachers
+from pipeline import asking, capture, config, evaluation, hardware, language, report, runs, teachers
 from pipeline.config import Teacher
 from storage import Cache, manifest
 from storage.errors import SpecMismatch, TeacherError
@@ -139,6 +139,14 @@ def test_another_mask_is_another_cache_and_found_by_the_replay_where_that_is_for
     disguise(own, lambda body: body["identity"]["spec"]["mask"].update(seed=0))
     with pytest.raises(SpecMismatch, match="token ids"):
         own.check(targets=TOPK)
+
+
+def test_frequent_ids_are_told_by_as_many_targets_as_of_other_language_models(made: Project) -> None:
+    rows, spec = made.rows(), Cache.open(made.cache).identity.spec
+    texts, reader = rows.texts.to_pylist(), teachers.reader(made.teacher)
+    about = asking.questions(made.teacher, spec, reader, texts, rows.row_ids)
+    assert about.prompts.asked.sum() > 60
+    assert 15 < asking.asker(about).mass(20).sum() < 40, "about so many"
 
 
 def change_weights(own: Project) -> None:

@@ -17,6 +17,7 @@ from pipeline import capture, config, data, evaluation, hardware, metrics, repor
 from pipeline.config import Teacher
 from pipeline.data import NO_LABEL, POOL
 from pipeline.tagging import token_labels
+from pipeline.tokens import Tokens
 from storage import Cache
 from storage.errors import DataError, SpecMismatch, TeacherError
 from storage.records import LogitRows
@@ -166,6 +167,13 @@ def test_labels_stand_at_first_tokens_and_nowhere_else(made: Project) -> None:
         pieces = [reader.tokenizer.id_to_token(int(token)) for token in tokens.ids[part]]
         inside = [piece.startswith("##") or piece in ("[CLS]", "[SEP]") for piece in pieces]
         assert (found[part] == NO_LABEL).tolist() == inside
+
+
+def test_rows_of_one_word_without_special_tokens_between_them_have_a_label_each(made: Project) -> None:
+    rows = made.rows()._replace(row_ids=pa.array(["a", "b", "c"]), tags=pa.array([[1], [2, 0], [1]]))
+    words = np.array([0, 0, 0, 1, 0], np.int32)
+    tokens = Tokens(np.arange(5, dtype=np.int32), np.array([0, 1, 4, 5]), 0, words)
+    assert token_labels(rows, tokens).tolist() == [1, 2, NO_LABEL, 0, 1]
 
 
 def test_rows_of_a_pool_and_words_that_were_cut_off_have_no_label(made: Project) -> None:
