@@ -19,6 +19,7 @@ import torch
 
 from pipeline import asking, capture, config, hardware, teachers
 from pipeline.asking import Questions
+from pipeline.prompts import prompts
 from pipeline.tokens import Tokens
 from storage import compact
 from storage.spec import row_id
@@ -40,7 +41,8 @@ def questions() -> Questions:
     lengths = np.full(DOCUMENTS, documents.shape[1])
     tokens = Tokens(documents.reshape(-1).astype(np.int32), np.concatenate([[0], np.cumsum(lengths)]), 0)
     names = pa.array([row_id("bench", str(number)) for number in range(DOCUMENTS)])
-    return Questions(teacher, capture.identity(ENTRY, teacher).spec, tokens, names, 0)
+    spec = capture.identity(ENTRY, teacher).spec
+    return Questions(teacher, spec, prompts(spec.task, None, tokens, names, {}), names, 0)
 
 
 def bare(known: Questions) -> None:

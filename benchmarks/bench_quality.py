@@ -25,7 +25,7 @@ import numpy.typing as npt
 import taught
 import torch
 
-from pipeline import config, hardware, students
+from pipeline import hardware, kinds, students
 from pipeline.head_loss import head_loss
 from pipeline.losses import SparseTargets
 from pipeline.metrics import binned_error
@@ -43,7 +43,7 @@ ARMS = {  # arm -> the codec that its targets come from
     "threshold 7": "threshold 7",
 }
 HELD_OUT = 64  # pieces
-ENTRY = config.Llama(kind="llama", layers=4, width=128, heads=2, max_length=taught.LENGTH)
+ENTRY = kinds.Llama(kind="llama", layers=4, width=128, heads=2, max_length=taught.LENGTH)
 LEARNING_RATE, WARMUP, WEIGHT_DECAY = 2e-3, 0.05, 0.01
 CHUNK = 128
 

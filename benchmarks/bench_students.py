@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from pipeline import config, hardware, students
+from pipeline import hardware, kinds, students
 
 VOCAB, BATCH, LENGTH = 30_522, 64, 26
-ENTRY = config.BiLSTM(kind="bilstm", embedding=128, hidden=128)
+ENTRY = kinds.BiLSTM(kind="bilstm", embedding=128, hidden=128)
 
 
 class Packed(nn.Module):

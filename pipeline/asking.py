@@ -1,9 +1,9 @@
-"""A teacher, asked about rows: classifiers give one target a row, language models one a token.
+"""A teacher, asked about rows: classifiers give logits of a row or of each token, language models entries.
 
 Both are loaded when they are first asked, so that a capture with nothing missing loads none.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -14,8 +14,10 @@ import pyarrow as pa
 import torch
 
 from pipeline import draws, engine, language, teachers
+from pipeline.prompts import Prompts, prompts
 from pipeline.sparsify import Keys, rounding_noise, sparsify
-from pipeline.tokens import Tokens
+from pipeline.tokens import TextReader, Tokens
+from storage.entries import ranges
 from storage.records import EntryRows, LogitRows
 from storage.spec import Spec
 
@@ -39,10 +41,19 @@ class Questions(NamedTuple):
 
     teacher: Path
     spec: Spec
-    tokens: Tokens
+    prompts: Prompts
     row_ids: pa.StringArray
     pad_id: int
     before_loading: Callable[[], None] = lambda: None
+
+    @property
+    def tokens(self) -> Tokens:
+        """What it reads."""
+        return self.prompts.tokens
+
+    def read(self, part: Indices) -> npt.NDArray[np.int32]:
+        """The token ids of these rows, end to end."""
+        return self.tokens.ids[ranges(self.tokens.offsets[part], self.tokens.lengths[part])]
 
 
 class Asker(Protocol):
@@ -58,9 +69,23 @@ class Asker(Protocol):
         """What is to be kept of these rows. `advance` is told how many are done."""
 
 
-def asker(questions: Questions) -> Asker:
+def questions(
+    teacher: Path,
+    spec: Spec,
+    reader: TextReader,
+    texts: Iterable[str],
+    row_ids: pa.StringArray,
+    before_loading: Callable[[], None] = lambda: None,
+) -> Questions:
+    """Read texts as the teacher of this spec reads them. Raises DataError for rows that are too long."""
+    tokens = reader.read(texts, row_ids)
+    read = prompts(spec.task, spec.mask, tokens, row_ids, reader.special)
+    return Questions(teacher, spec, read, row_ids, reader.pad_id, before_loading)
+
+
+def asker(about: Questions) -> Asker:
     """The one that fits the task."""
-    return _Language(questions) if questions.spec.per_position else _Classifier(questions)
+    return _Classifier(about) if about.spec.labels else _Language(about)
 
 
 class _Classifier:
@@ -70,7 +95,7 @@ class _Classifier:
     @cached_property
     def _model(self) -> "PreTrainedModel":
         self._q.before_loading()
-        return teachers.load(self._q.teacher, pad_token_id=self._q.pad_id)
+        return teachers.load(self._q.teacher, task=self._q.spec.task, pad_token_id=self._q.pad_id)
 
     def load(self) -> None:
         _ = self._model
@@ -83,9 +108,15 @@ class _Classifier:
         return found
 
     def ask(self, part: Indices, advance: Advance = lambda rows: None) -> Answer:
-        q, said = self._q, self._infer(part, advance)
-        row_ids = q.row_ids.take(pa.array(part))
+        q, row_ids = self._q, self._q.row_ids.take(pa.array(part))
         inputs, lengths = q.tokens.hashes(part), q.tokens.lengths[part].astype(np.int32)
+        if q.spec.per_position:
+            names = q.row_ids.to_pylist()
+            logits = engine.infer_tokens(
+                self._model, q.tokens, part, q.pad_id, q.spec.precision, names, advance
+            )
+            return Answer(LogitRows(row_ids, inputs, lengths, logits, q.read(part)), None, {})
+        said = self._infer(part, advance)
         if q.spec.codec == "dense":
             return Answer(LogitRows(row_ids, inputs, lengths, said.logits), None, said.hidden)
         keys = Keys(draws.row_words(row_ids.to_pylist()), np.zeros(len(part), np.int64))
@@ -108,7 +139,7 @@ class _Language:
     @cached_property
     def _head(self) -> language.LanguageHead:
         self._q.before_loading()
-        model = teachers.load_language(self._q.teacher, self._q.spec.precision)
+        model = teachers.load_language(self._q.teacher, self._q.spec.precision, self._q.spec.task)
         head = language.LanguageHead(model, self._q.spec.num_outputs)
         shortest = np.array([self._q.tokens.lengths.argmin()])
         head.check(*(torch.from_numpy(array) for array in self._q.tokens.padded(shortest, self._q.pad_id)))
@@ -118,19 +149,20 @@ class _Language:
         _ = self._head
 
     def mass(self, num_targets: int) -> npt.NDArray[np.float64]:
-        enough = int(np.searchsorted(self._q.tokens.offsets, num_targets)) + 1
-        first = np.arange(min(enough, len(self._q.row_ids)))
-        return language.mass(self._head, self._q.tokens, first, self._q.pad_id)
+        q = self._q
+        share = 1.0 if q.spec.mask is None else q.spec.mask.share  # of tokens that have a target
+        enough = int(np.searchsorted(q.tokens.offsets, num_targets / share)) + 1
+        first = np.arange(min(enough, len(q.row_ids)))
+        return language.mass(self._head, q.prompts, first, q.pad_id)
 
     def ask(self, part: Indices, advance: Advance = lambda rows: None) -> Answer:
         q, codec = self._q, self._q.spec.codec
         assert codec != "dense"  # the spec of a language model never is
         names, lengths = q.row_ids.to_pylist(), q.tokens.lengths[part]
-        entries, entropy = language.infer(self._head, q.tokens, part, q.pad_id, codec, names, advance)
+        entries, entropy = language.infer(self._head, q.prompts, part, q.pad_id, codec, names, advance)
         row_ids = q.row_ids.take(pa.array(part))
         words = np.repeat(draws.row_words(row_ids.to_pylist()), lengths, axis=0)
         keys = Keys(words, np.concatenate([np.arange(length) for length in lengths]))
-        read = np.concatenate([q.tokens.row(row) for row in part])
         short = lengths.astype(np.int32)
-        kept = EntryRows(row_ids, q.tokens.hashes(part), short, short, entries, read, entropy)
+        kept = EntryRows(row_ids, q.tokens.hashes(part), short, short, entries, q.read(part), entropy)
         return Answer(kept, rounding_noise(codec, entries, keys), {})

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline import config, decoders, hardware, targets, teachers, weights
-from pipeline.asking import Answer, Asker, Questions, asker
+from pipeline.asking import Answer, Asker, asker, questions
 from pipeline.data import load_rows
 from pipeline.progress import bar, log
 from pipeline.tokens import FILES
@@ -69,6 +69,7 @@ def identity(entry: config.CacheEntry, teacher: Path, ranks: Sha256 | None = Non
         too_long=record["too_long"],
         precision=hardware.precision(entry.precision),
         hidden=_hidden_spec(entry.hidden, teacher),
+        mask=targets.mask(record["task"], entry.mask),
     )
     return Identity(
         capture_version=CAPTURE_VERSION,
@@ -119,12 +120,10 @@ def capture(
     carried = _carried(name, entry.weights, teacher)
     hardware.pin_threads(hardware.num_cores())  # also where nothing is missing: provenance tells it
     reader = teachers.reader(teacher)
-    tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
+    asked = questions(teacher, who.spec, reader, rows.texts.to_pylist(), rows.row_ids, before_teacher)
+    teaching = asker(asked)
     store.sweep()
     row_ids = rows.row_ids.to_pylist()
-
-    questions = Questions(teacher, who.spec, tokens, rows.row_ids, reader.pad_id, before_teacher)
-    teaching = asker(questions)
     ranks = None
     if who.spec.codec != "dense" and who.spec.codec.layout == "compact":
         ranks = store.ranks(who)
@@ -142,7 +141,7 @@ def capture(
     files = {file: (teacher / file).read_bytes() for file in FILES if (teacher / file).is_file()}
     table = None if ranks is None else ranks.tolist()
     sealed = seal(out, who, taken, files, _provenance(entry, teacher), table, carried)
-    return Captured(sealed, todo, sum(shard.seconds for shard in taken), tokens.num_cut)
+    return Captured(sealed, todo, sum(shard.seconds for shard in taken), asked.tokens.num_cut)
 
 
 def summary(name: str, entry: config.CacheEntry, captured: Captured, teacher: Path) -> dict[str, Any]:
@@ -237,8 +236,11 @@ def _carried(name: str, entry: decoders.Weights | None, teacher: Path) -> Weight
 def _hidden_spec(hidden: config.Hidden | None, teacher: Path) -> HiddenSpec | None:
     if hidden is None:
         return None
-    if not teachers.record(teacher)["labels"]:
-        raise TeacherError("hidden: states of a language model's positions are not kept yet; leave it out.")
+    task = teachers.record(teacher)["task"]
+    if task != "sequence-classification":
+        raise TeacherError(
+            f"hidden: states of each position are not kept, and {task} has no others; leave it out."
+        )
     model = json.loads((teacher / "config.json").read_text())
     layers = next((model[key] for key in LAYERS_KEYS if model.get(key)), None)
     width = next((model[key] for key in WIDTH_KEYS if model.get(key)), None)

@@ -22,11 +22,13 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from pipeline.blocks import Blocks
-from pipeline.decoders import Decoder, Weights
+from pipeline.decoders import Weights
 from pipeline.faults import faults, nearest
+from pipeline.kinds import Student
 from pipeline.section import Fraction, Name, Positive, Section, distinct
-from pipeline.targets import Dense, Targets
+from pipeline.targets import Dense, MaskedShare, Targets, misfits
 from storage.errors import ConfigError
+from storage.spec import Task
 
 PARAMS = Path("params.yaml")
 Entry = TypeVar("Entry")
@@ -49,7 +51,9 @@ class Columns(Section):
     """Which columns hold what."""
 
     text: str = "text"
+    """Texts; for token-classification lists of words, or texts that white space cuts into words."""
     label: str = "label"
+    """Labels; for token-classification lists of tags, one a word."""
 
 
 class Split(Section):
@@ -90,8 +94,9 @@ class Pool(Section):
 class Dataset(Section):
     """Raw rows, and how to read them."""
 
-    task: Literal["sequence-classification", "causal-lm"] = "sequence-classification"
-    """What its text is for: rows with a label each, or documents to continue, which need no label."""
+    task: Task = "sequence-classification"
+    """What its text is for: rows with a label each (sequence-classification), words with a tag each
+    (token-classification), or text without labels, to continue (causal-lm) or to fill in (masked-lm)."""
     path: Annotated[str, Field(min_length=1)]
     """A file or directory: local, or below assets/. DVC watches it."""
     files: str = ""
@@ -122,9 +127,9 @@ class Dataset(Section):
     @field_validator("labels")
     @classmethod
     def _labels_fit_the_task(cls, labels: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        if info.data.get("task") == "causal-lm":
+        if (task := info.data.get("task")) in ("causal-lm", "masked-lm"):
             if labels:
-                raise ValueError("documents of a causal-lm dataset have no labels: remove them")
+                raise ValueError(f"documents of a {task} dataset have no labels: remove them")
         elif len(labels) < 2:
             raise ValueError("a classifier needs two labels at least")
         return labels
@@ -196,75 +201,14 @@ class CacheEntry(Section):
     teacher: Name
     targets: Targets = Dense(codec="dense")
     """The codec, and its settings: dense (few classes), or one of the sparse ones (vocabularies)."""
+    mask: MaskedShare | None = None
+    """Only of a masked language model: what is hidden from it; null: the default settings."""
     hidden: Hidden | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the teacher's arithmetic. auto: bfloat16 where the hardware computes in it, else float32."""
     shard_rows: Positive = 4096
     """Rows a shard: what is written, verified and retried as one."""
     weights: Weights | None = None
-
-
-class _Student(Section):
-    tokenizer: Literal["teacher"] | Positive = "teacher"
-    """`teacher`: the teacher's, from the cache. A number: its own WordPiece of so many entries, learned from
-    the
-    training and pool text."""
-    max_length: Positive = 128
-    """The most tokens that it reads of a row. The rest is cut; the run's record counts the rows."""
-    dropout: Fraction = 0.1
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-
-
-class FC(_Student):
-    """Mean of embeddings, then one hidden layer."""
-
-    kind: Literal["fc"]
-    embedding: Positive = 96
-    hidden: Positive = 128
-
-
-class BiLSTM(_Student):
-    """One bidirectional LSTM; max and mean over the row's tokens, then a linear layer."""
-
-    kind: Literal["bilstm"]
-    embedding: Positive = 96
-    hidden: Positive = 64
-    """Units of each direction."""
-
-
-class TinyBERT(_Student):
-    """A BERT of a few narrow layers, from scratch."""
-
-    kind: Literal["tinybert"]
-    layers: Positive = 2
-    width: Positive = 128
-    heads: Positive = 2
-    """Attention heads; they divide the width."""
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> "TinyBERT":
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        return self
-
-
-class Llama(_Student, Decoder):
-    """A Llama of any small size over the teacher's vocabulary, its head tied to its embeddings."""
-
-    kind: Literal["llama"]
-    max_length: Positive = 512
-    """The most tokens that it reads at a time. Longer rows are read in pieces, one after the other."""
-    dropout: Fraction = 0.0
-    """Of attention weights."""
-
-    @model_validator(mode="after")
-    def _init_needs_the_tokenizer(self) -> "Llama":
-        if self.init and self.tokenizer != "teacher":
-            raise ValueError("init takes the teacher's embeddings, and so needs its tokenizer: teacher")
-        return self
-
-
-Student = Annotated[FC | BiLSTM | TinyBERT | Llama, Field(discriminator="kind")]
 
 
 class Recipe(Section):
@@ -374,6 +318,8 @@ def load(path: Path = PARAMS) -> Params:
             for r in unknown
         ]
         raise ConfigError(f"{path} names things that are not on the shelf:\n" + "\n".join(lines))
+    if wrong := list(misfits(params)):
+        raise ConfigError(f"{path} asks teachers for what they cannot give:\n  " + "\n  ".join(wrong))
     return params
 
 

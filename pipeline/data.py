@@ -1,8 +1,10 @@
 """Raw dataset -> prepared rows: read, cut, split, name.
 
 A prepared dataset is a directory with two files:
-    rows.parquet   row_id, text, label (position in `labels`, -1 for none), split (one of SPLITS, or POOL)
-    summary.json   label names, counts of what was kept, cut, dropped or repeated, the content's fingerprint
+    rows.parquet   row_id, text, label (position in `labels`, -1 for none), split (one of SPLITS, or POOL);
+                   for token classification also tags (positions in `labels`, one a word; none in the pool)
+    summary.json   label names, counts of what was kept, cut, dropped or repeated, the content's fingerprint;
+                   the task, where it is neither of the two that labels tell apart
 Tokens are not in it: every teacher and student reads the same rows with a tokenizer of its own.
 """
 
@@ -13,7 +15,6 @@ import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +25,10 @@ import pyarrow.parquet as pq
 
 from pipeline.blocks import SENTENCE_END, cut
 from pipeline.config import Dataset, Pool, Split
+from pipeline.labels import joined, positions, tags
 from pipeline.progress import tracked
 from storage.errors import DataError
-from storage.spec import content_fingerprint, row_id
+from storage.spec import Task, content_fingerprint, row_id
 
 SPLITS = ("train", "validation", "test")
 POOL = "pool"
@@ -58,6 +60,8 @@ class Rows(NamedTuple):
     labels: npt.NDArray[np.int32]  # N, position in label_names, NO_LABEL for none
     splits: npt.NDArray[np.str_]  # N
     label_names: tuple[str, ...]
+    task: Task = "sequence-classification"
+    tags: pa.ListArray | None = None  # N lists of positions in label_names, one a word; token classification
 
     def select(self, *splits: str) -> npt.NDArray[np.int64]:
         """Positions of the rows of these splits, in order."""
@@ -66,12 +70,12 @@ class Rows(NamedTuple):
     def only(self, *splits: str) -> "Rows":
         """The rows of these splits alone, in order."""
         chosen = self.select(*splits)
-        return Rows(
-            self.row_ids.take(chosen),
-            self.texts.take(chosen),
-            self.labels[chosen],
-            self.splits[chosen],
-            self.label_names,
+        return self._replace(
+            row_ids=self.row_ids.take(chosen),
+            texts=self.texts.take(chosen),
+            labels=self.labels[chosen],
+            splits=self.splits[chosen],
+            tags=None if self.tags is None else self.tags.take(chosen),
         )
 
 
@@ -85,12 +89,15 @@ def load_rows(directory: Path) -> Rows:
         )
     table = pq.read_table(path).combine_chunks()
     columns = {name: table.column(name).combine_chunks() for name in table.column_names}
+    about = json.loads(summary.read_text())
     return Rows(
         columns["row_id"],
         columns["text"],
         columns["label"].to_numpy(),
         np.array(columns["split"].to_pylist(), dtype=np.str_),
-        tuple(json.loads(summary.read_text())["labels"]),
+        tuple(about["labels"]),
+        about.get("task") or ("sequence-classification" if about["labels"] else "causal-lm"),
+        columns.get("tags"),
     )
 
 
@@ -100,21 +107,25 @@ def prepare(name: str, config: Dataset, out: Path) -> dict[str, Any]:
     Raises DataError for a missing path or column, an unknown label, an empty split, or rows without text.
     """
     text_column, label_column = config.columns.text, config.columns.label
-    labelled = config.task != "causal-lm"
-    needed = [text_column, *([label_column] if labelled else [])]
+    needed = [text_column, *([label_column] if config.labels else [])]
     needed += [config.split] if isinstance(config.split, str) else []
     raw = _read(name, config, name, config.files, config.where, needed)
     counts: Counter[str] = Counter()
-    columns: dict[str, list[Any]] = {"row_id": [], "text": [], "label": [], "split": []}
+    columns: dict[str, list[Any]] = {"row_id": [], "text": [], "label": [], "split": [], "tags": []}
 
-    def keep(source: str, text: str, label: int, split: str) -> None:
-        for column, value in zip(columns.values(), (row_id(source, text), text, label, split), strict=True):
+    def keep(source: str, text: str, label: int, split: str, own: list[int]) -> None:
+        values = (row_id(source, text), text, label, split, own)
+        for column, value in zip(columns.values(), values, strict=True):
             column.append(value)
 
-    texts = _texts(name, config, raw.columns[text_column], counts)
-    labels = [NO_LABEL] * len(raw.columns[text_column])
-    if labelled:
-        labels = _labels(name, config, raw.columns[label_column], raw.class_names.get(label_column))
+    column, names = raw.columns[text_column], raw.class_names.get(label_column)
+    labels, tagged = [NO_LABEL] * len(column), [list[int]()] * len(column)
+    if config.task == "token-classification":
+        column = joined(name, column)
+        tagged = tags(name, config, column, raw.columns[label_column], names)
+    texts = _texts(name, config, column, counts)
+    if config.task == "sequence-classification":
+        labels = positions(name, config, raw.columns[label_column], names)
     if config.rows is not None:
         texts = sorted(sorted(texts, key=lambda row: row_id(name, row[1]))[: config.rows])
     splits = [
@@ -124,15 +135,15 @@ def prepare(name: str, config: Dataset, out: Path) -> dict[str, Any]:
     ]  # fmt: skip
     if config.blocks is None:
         for split, (index, text) in zip(splits, texts, strict=True):
-            keep(name, text, labels[index], split)
+            keep(name, text, labels[index], split, tagged[index])
     else:
         for split, text in cut(zip(splits, (text for _, text in texts), strict=True), config.blocks):
-            keep(name, text, NO_LABEL, split)
+            keep(name, text, NO_LABEL, split, [])
         counts["repeated blocks"] = len(columns["text"]) - len(set(columns["text"]))
     if config.pool is not None:
         known = {*columns["text"], *(text for _, text in texts)}
         for text in _pool(name, config, config.pool, known, counts):
-            keep(f"{name}/{POOL}", text, NO_LABEL, POOL)
+            keep(f"{name}/{POOL}", text, NO_LABEL, POOL, [])
     return _write(name, config, columns, counts, len(texts), out)
 
 
@@ -186,8 +197,8 @@ def _read(
         columns = {key: [cells[index] for index in kept] for key, cells in columns.items()}
     if not columns[needed[0]]:
         raise DataError(f"datasets.{name}: no row of {found[0]} has {where}.")
-    features = rows.features.items()
-    return Raw(columns, {key: f.names for key, f in features if isinstance(f, datasets.ClassLabel)})
+    features = {key: getattr(f, "feature", f) for key, f in rows.features.items()}  # of lists: their elements
+    return Raw(columns, {key: f.names for key, f in features.items() if isinstance(f, datasets.ClassLabel)})
 
 
 def _builder(name: str, asked: str, found: list[Path]) -> tuple[str, dict[str, Any]]:
@@ -241,35 +252,6 @@ def _texts(name: str, config: Dataset, column: list[Any], counts: Counter[str]) 
     return kept
 
 
-def _labels(name: str, config: Dataset, column: list[Any], class_names: list[str] | None) -> list[int]:
-    """Every label as a position in `config.labels`; positions and names are both understood.
-
-    Where all names are whole numbers ("1" to "5"), numbers in the column are names. Where the file names its
-    numbers with these same labels, those names count: its order may be another.
-    """
-    if class_names and set(class_names) == set(config.labels):
-        column = [class_names[value] if isinstance(value, int) and value >= 0 else value for value in column]
-    known: dict[Any, int] = {label: position for position, label in enumerate(config.labels)}
-    if all(re.fullmatch(r"-?\d+", label) for label in config.labels):
-        known |= {int(label): position for label, position in list(known.items())}
-    else:
-        known |= {position: position for position in range(len(config.labels))}
-    places = [
-        known.get(value) if isinstance(value, str | Real) and not isinstance(value, bool) else None
-        for value in column
-    ]
-    if None in places:
-        first = places.index(None)
-        raise DataError(
-            f"datasets.{name}: label {column[first]!r} is outside the set "
-            f"({places.count(None):,} rows are, the first is row {first}).\n"
-            f"  found    {sorted({repr(value) for value in column})[:20]}\n"
-            f"  expected {list(config.labels)} or their positions 0 to {len(config.labels) - 1}\n"
-            f"Mend datasets.{name}.labels, or the data."
-        )
-    return [place for place in places if place is not None]
-
-
 def _named_split(name: str, column: list[Any], index: int) -> str:
     if column[index] not in SPLITS:
         raise DataError(
@@ -287,7 +269,10 @@ def _pool(name: str, config: Dataset, pool: Pool, labelled: set[str], counts: Co
     raw = _read(name, config, f"{name}.pool", pool.files or config.files, pool.where, [column])
     known = {_folded(text) for text in labelled}
     texts: dict[str, None] = {}
-    for value in tracked(f"reading the pool of {name}", raw.columns[column], "texts"):
+    found = raw.columns[column]
+    if config.task == "token-classification":
+        found = joined(f"{name}.pool", found)
+    for value in tracked(f"reading the pool of {name}", found, "texts"):
         whole = unicodedata.normalize("NFC", str(value or ""))
         for text in sentences(whole) if pool.cut == "sentences" else [whole.strip()]:
             words = len(text.split())
@@ -323,21 +308,29 @@ def _write(
             f"Give it a share under datasets.{name}.split (a few rows may hash past a small share), or, "
             "where that names a column, rows that say so."
         )
+    tagged = config.task == "token-classification"
     classes = Counter(zip(columns["split"], columns["label"], strict=True))
+    if tagged:
+        pairs = zip(columns["split"], columns["tags"], strict=True)
+        classes = Counter((split, tag) for split, own in pairs for tag in own)
+    else:
+        del columns["tags"]
+    per_label = {s: {n: classes[s, i] for i, n in enumerate(config.labels)} for s in SPLITS}
     summary: dict[str, Any] = {
         "labels": list(config.labels),
         "rows": {split: rows[split] for split in (*SPLITS, POOL)},
-        "rows_per_label": {s: {n: classes[s, i] for i, n in enumerate(config.labels)} for s in SPLITS},
+        "words_per_label" if tagged else "rows_per_label": per_label,
         "left_out_or_repeated": dict(sorted(counts.items())),
         "content": content_fingerprint(columns["row_id"]),
     }
     if config.blocks is not None:
         summary |= {"documents": num_documents, "blocks": sum(rows[split] for split in SPLITS)}
+    if config.task in ("token-classification", "masked-lm"):
+        summary["task"] = config.task
     out.mkdir(parents=True, exist_ok=True)
-    schema = pa.schema(
-        [pa.field("row_id", pa.string()), pa.field("text", pa.string()), pa.field("label", pa.int32()),
-         pa.field("split", pa.string())]
-    )  # fmt: skip
+    kinds = {"row_id": pa.string(), "text": pa.string(), "label": pa.int32(), "split": pa.string()}
+    kinds["tags"] = pa.list_(pa.int32())
+    schema = pa.schema([(column, kinds[column]) for column in columns])
     pq.write_table(
         pa.table(columns, schema=schema), out / "rows.parquet", compression="zstd", write_page_checksum=True
     )

@@ -1,18 +1,19 @@
 """Batched inference: token rows -> what the teacher says about each.
 
 Rows are sorted by length and cut into batches of a token budget, so little is spent on padding; answers come
-back in the order of the rows. Shape letters: N rows, B batch, L tokens, C classes, W width.
+back in the order of the rows. Shape letters: N rows, B batch, L tokens, P positions, C classes, W width.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from pipeline.tokens import Tokens
+from storage.entries import ends, ranges
 from storage.errors import TeacherError
 from storage.spec import HiddenSpec
 
@@ -44,25 +45,10 @@ def infer(
     many rows are done. Raises TeacherError where the model cannot read a batch, and where an answer is not
     finite: that one names the row.
     """
-    device = next(model.parameters()).device
     logits_NC: npt.NDArray[np.float32] | None = None
     states: dict[int, npt.NDArray[np.float32]] = {}
-    autocast = (
-        torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
-    )
-    with torch.inference_mode(), autocast:
-        for batch in by_length(tokens.lengths[rows], TOKENS_PER_BATCH[device.type]):
-            ids_BL, mask_BL = (torch.from_numpy(a).to(device) for a in tokens.padded(rows[batch], pad_id))
-            try:
-                out = model(
-                    input_ids=ids_BL, attention_mask=mask_BL.long(), output_hidden_states=hidden is not None
-                )
-            except (IndexError, RuntimeError) as error:
-                raise TeacherError(
-                    f"the teacher cannot read rows of {ids_BL.shape[1]} tokens with ids up to "
-                    f"{ids_BL.max()}: {error}\n"
-                    "Lower max_length to its positions, or give it the tokenizer that it was made with."
-                ) from error
+    with torch.inference_mode(), _arithmetic(model, precision):
+        for batch, mask_BL, out in _said(model, tokens, rows, pad_id, hidden is not None):
             answers = {-1: out.logits.float().cpu().numpy()}
             if hidden is not None:
                 for layer in hidden.layers:
@@ -83,6 +69,32 @@ def infer(
     return TeacherOutput(logits_NC, states)
 
 
+def infer_tokens(
+    model: torch.nn.Module,
+    tokens: Tokens,
+    rows: npt.NDArray[np.int64],
+    pad_id: int,
+    precision: str,
+    names: Sequence[str] | None = None,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> npt.NDArray[np.float32]:
+    """The teacher's logits [P, C] for every token of `rows`, row after row. All else is as in `infer`."""
+    lengths = tokens.lengths[rows]
+    first = ends(lengths)
+    logits_PC: npt.NDArray[np.float32] | None = None
+    with torch.inference_mode(), _arithmetic(model, precision):
+        for batch, mask_BL, out in _said(model, tokens, rows, pad_id):
+            answer = out.logits[mask_BL].float().cpu().numpy()
+            _refuse_nonfinite(answer, -1, np.repeat(rows[batch], lengths[batch]), names)
+            if logits_PC is None:
+                logits_PC = np.empty((first[-1], answer.shape[1]), np.float32)
+            logits_PC[ranges(first[batch], lengths[batch])] = answer
+            advance(len(batch))
+    if logits_PC is None:
+        raise ValueError("no rows were given")
+    return logits_PC
+
+
 def by_length(lengths: npt.NDArray[np.int64], tokens_per_batch: int) -> list[npt.NDArray[np.int64]]:
     """Positions of rows, shortest first, cut so that rows x longest stays in the budget (at least one)."""
     order = np.argsort(lengths, kind="stable")
@@ -92,6 +104,37 @@ def by_length(lengths: npt.NDArray[np.int64], tokens_per_batch: int) -> list[npt
             batches.append(order[start:end])
             start = end
     return batches
+
+
+@contextlib.contextmanager
+def readable(ids_BL: torch.Tensor | npt.NDArray[np.int64]) -> Iterator[None]:
+    """Raise TeacherError where the model fails on these ids: too many, or none that it knows."""
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        raise TeacherError(
+            f"the teacher cannot read rows of {ids_BL.shape[1]} tokens with ids up to "
+            f"{ids_BL.max()}: {error}\n"
+            "Lower max_length to its positions, or give it the tokenizer that it was made with."
+        ) from error
+
+
+def _arithmetic(model: torch.nn.Module, precision: str) -> contextlib.AbstractContextManager[Any]:
+    if precision != "bfloat16":
+        return contextlib.nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16)
+
+
+def _said(
+    model: torch.nn.Module, tokens: Tokens, rows: npt.NDArray[np.int64], pad_id: int, hidden: bool = False
+) -> Iterator[tuple[npt.NDArray[np.int64], torch.Tensor, Any]]:
+    """(places in `rows`, mask of true tokens [B, L], what the model says) of each batch of like lengths."""
+    device = next(model.parameters()).device
+    for batch in by_length(tokens.lengths[rows], TOKENS_PER_BATCH[device.type]):
+        ids_BL, mask_BL = (torch.from_numpy(a).to(device) for a in tokens.padded(rows[batch], pad_id))
+        with readable(ids_BL):
+            out = model(input_ids=ids_BL, attention_mask=mask_BL.long(), output_hidden_states=hidden)
+        yield batch, mask_BL, out
 
 
 def _pool(states_BLW: torch.Tensor, mask_BL: torch.Tensor, pool: str) -> torch.Tensor:
@@ -111,6 +154,6 @@ def _refuse_nonfinite(
     what = "logits" if layer < 0 else f"hidden state of layer {layer}"
     raise TeacherError(
         f"the teacher's {what} for row {names[row] if names is not None else row} are not finite "
-        f"({int((~finite).sum())} of the {len(rows)} rows in its batch).\n"
+        f"({len(np.unique(rows[~finite]))} of the {len(np.unique(rows))} rows in its batch).\n"
         "Finished shards are kept. Look at that row; if the arithmetic overflows, set precision: float32."
     )

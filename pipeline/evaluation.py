@@ -8,12 +8,13 @@ from typing import Any, cast
 
 import torch
 
-from pipeline import config, engine, hardware, language, metrics, reading, students, teachers
+from pipeline import config, hardware, kinds, language, metrics, reading, students, teachers
 from pipeline.batches import CachedRows
 from pipeline.data import Rows, load_rows
 from pipeline.documents import CachedDocuments
 from pipeline.lessons import answers
 from pipeline.runs import RECORD, open_inputs
+from pipeline.tagging import where_labelled
 from pipeline.tokens import TextReader
 from storage import Cache
 from storage.spec import Sample, Threshold
@@ -28,7 +29,7 @@ Line = dict[str, str]
 
 
 def evaluate_run(
-    name: str, run: config.Run, student: config.Student, paths: config.RunPaths
+    name: str, run: config.Run, student: kinds.Student, paths: config.RunPaths
 ) -> dict[str, Any]:
     """The run's metrics on the test split, each as {"mean", "std", "values"} over its seeds."""
     cache, rows = open_inputs(paths)
@@ -69,7 +70,7 @@ def _classify(
 
 
 def _read_documents(
-    cache: Cache, rows: Rows, student: config.Student, seeds: list[Any], paths: config.RunPaths,
+    cache: Cache, rows: Rows, student: kinds.Student, seeds: list[Any], paths: config.RunPaths,
     reader: TextReader,
 ) -> tuple[list[Values], list[Line]]:  # fmt: skip
     """(metrics of each seed, how the first one goes on with the beginnings of documents)."""
@@ -114,10 +115,11 @@ def evaluate_teacher(name: str, entry: config.Teacher, dataset: Path, teacher: P
         "bytes": float(sum(file.stat().st_size for file in teacher.glob("*.safetensors"))),
         "train_seconds": record["training"]["seconds"] if record["training"] else None,
     }
-    if record["task"] == "causal-lm":  # it was read when it was taken, and that is dear
-        model = teachers.load_language(teacher, hardware.precision("auto"))
-        head = language.LanguageHead(model, record["vocab_size"])
-        about["lines"] = _lines(head.next_logits, rows, reader)
+    if "reading" in record:  # it was read when it was taken, and that is dear
+        if record["task"] == "causal-lm":
+            model = teachers.load_language(teacher, hardware.precision("auto"))
+            head = language.LanguageHead(model, record["vocab_size"])
+            about["lines"] = _lines(head.next_logits, rows, reader)
         values = {**_seen(reading.Seen(**record["reading"][SPLIT])), **facts}
     else:
         values = {**_classifiers(record, rows, teacher, reader), **facts}
@@ -125,13 +127,11 @@ def evaluate_teacher(name: str, entry: config.Teacher, dataset: Path, teacher: P
 
 
 def _classifiers(record: dict[str, Any], rows: Rows, teacher: Path, reader: TextReader) -> Values:
-    tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
-    model = teachers.load(teacher, pad_token_id=reader.pad_id)
+    tokens = reader.read(rows.texts.to_pylist(), rows.row_ids, rows.tags is not None)
+    model = teachers.load(teacher, task=record["task"], pad_token_id=reader.pad_id)
     chosen = rows.select(SPLIT)
-    row_ids = rows.row_ids.to_pylist()
-    logits = engine.infer(model, tokens, chosen, reader.pad_id, "float32", names=row_ids).logits
+    logits, labels = where_labelled(model, rows, tokens, chosen, reader.pad_id)
     logits = logits[:, [record["labels"].index(label) for label in rows.label_names]]
-    labels = rows.labels[chosen]
     model.cpu()  # latency is that of one thread of a CPU, for teachers as for students
 
     def answer(ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> object:

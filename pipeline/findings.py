@@ -62,7 +62,7 @@ LANGUAGE_MODELS = View(
 
 def view(rows: Sequence[Row]) -> View:
     """The one of these rows' task."""
-    return LANGUAGE_MODELS if rows[0]["task"] == "causal-lm" else CLASSIFIERS
+    return LANGUAGE_MODELS if rows[0]["task"] in ("causal-lm", "masked-lm") else CLASSIFIERS
 
 
 def mean(row: Row, metric: str) -> Any:

@@ -11,11 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline import config, engine, hardware, language, teachers
+from pipeline import config, engine, hardware, language, targets, teachers
 from pipeline.batches import BUCKET_BATCHES, DistillBatch
 from pipeline.data import Rows, load_rows
 from pipeline.losses import label_loss
 from pipeline.progress import bar, log
+from pipeline.prompts import prompts
+from pipeline.tagging import where_labelled
 from pipeline.tokens import FILES, TextReader, Tokens
 from pipeline.training import Fit, Settings, Validation, fit
 from storage import order
@@ -31,6 +33,11 @@ def make_teacher(name: str, entry: config.Teacher, dataset: Path, out: Path) -> 
     source = Path(entry.model)
     if not rows.label_names:
         return _take_language_model(name, entry, rows, source, out)
+    if entry.train and rows.task != "sequence-classification":
+        raise TeacherError(
+            f"teachers.{name}.train: only classifiers of rows are fine-tuned here, and the dataset's task is "
+            f"{rows.task}.\nTake a model that was trained for it, and remove train."
+        )
     if not (source / "config.json").is_file():
         raise AssetError(
             f"teachers.{name}.model: {source} is no directory with a config.json.\n"
@@ -41,24 +48,26 @@ def make_teacher(name: str, entry: config.Teacher, dataset: Path, out: Path) -> 
     out.mkdir(parents=True)
     _save_tokenizer(source, out)
     reader = TextReader(out, entry.max_length, entry.too_long)
-    tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)  # all: too long is said before work starts
+    words = rows.task == "token-classification"
+    # All of them: what is too long is said before work starts.
+    tokens = reader.read(rows.texts.to_pylist(), rows.row_ids, words)
     if entry.train:
         model, done = _fine_tune(name, entry.train, source, rows, tokens, reader.pad_id)
         model.save_pretrained(out)
     else:
-        model, done = teachers.load(source, pad_token_id=reader.pad_id), None
+        model, done = teachers.load(source, task=rows.task, pad_token_id=reader.pad_id), None
         _try_extremes(model, tokens, reader.pad_id)
         for file in [source / "config.json", *sorted(source.glob("*.safetensors*"))]:
             _link(file, out / file.name)
     names = teachers.labels(out, entry.labels, rows.label_names)
     if model.config.num_labels != len(names):
         raise TeacherError(
-            f"teachers.{name}: the model gives {model.config.num_labels} logits a row, and there are "
-            f"{len(names)} labels: {list(names)}.\n"
-            f"Name all its outputs, or fine-tune it: teachers.{name}.train."
+            f"teachers.{name}: the model gives {model.config.num_labels} logits a "
+            f"{'token' if words else 'row'}, and there are {len(names)} labels: {list(names)}.\n"
+            f"Name all its outputs{'' if words else f', or fine-tune it: teachers.{name}.train'}."
         )
     record: dict[str, Any] = {
-        "task": "sequence-classification",
+        "task": rows.task,
         "labels": list(names),
         "max_length": entry.max_length,
         "too_long": entry.too_long,
@@ -67,7 +76,7 @@ def make_teacher(name: str, entry: config.Teacher, dataset: Path, out: Path) -> 
         "training": done._asdict() if done else None,
     }
     (out / teachers.RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    log(f"{name}: {record['accuracy']['test']:.1%} of the test rows right")
+    log(f"{name}: {record['accuracy']['test']:.1%} of the test {'words' if words else 'rows'} right")
     return record
 
 
@@ -99,11 +108,15 @@ def _take_language_model(
             _link(file, out / file.name)
     reader = TextReader(out, entry.max_length, entry.too_long)
     tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
-    model = teachers.load_language(out, hardware.precision("auto"))
+    mask = targets.mask(rows.task, None)
+    read = prompts(rows.task, mask, tokens, rows.row_ids, reader.special)
+    truth = tokens.ids if mask else np.roll(tokens.ids, -1)
+    model = teachers.load_language(out, hardware.precision("auto"), rows.task)
     head = language.LanguageHead(model, min(reader.num_ids, model.config.get_text_config().vocab_size))
-    seen = language.score(head, tokens, rows.select("test"), reader.pad_id)
+    language.mass(head, read, _extremes(tokens), reader.pad_id)
+    seen = language.score(head, read, truth, rows.select("test"), reader.pad_id)
     record: dict[str, Any] = {
-        "task": "causal-lm",
+        "task": rows.task,
         "labels": [],
         "vocab_size": head.vocab_size,
         "max_length": entry.max_length,
@@ -122,14 +135,12 @@ def _fine_tune(
     name: str, train: config.TeacherTraining, source: Path, rows: Rows, tokens: Tokens, pad_id: int
 ) -> "tuple[PreTrainedModel, Fit]":
     torch.manual_seed(train.seed)
-    dropout = {} if train.dropout is None else {
+    changes: dict[str, Any] = {} if train.dropout is None else {
         "hidden_dropout_prob": train.dropout, "attention_probs_dropout_prob": train.dropout
     }  # fmt: skip
-    labels = {
-        "id2label": dict(enumerate(rows.label_names)),
-        "label2id": {n: i for i, n in enumerate(rows.label_names)},
-    }
-    model = teachers.load(source, len(rows.label_names), pad_token_id=pad_id, **dropout, **labels)
+    changes["id2label"] = dict(enumerate(rows.label_names))
+    changes["label2id"] = {n: i for i, n in enumerate(rows.label_names)}
+    model = teachers.load(source, len(rows.label_names), pad_token_id=pad_id, **changes)
     _try_extremes(model, tokens, pad_id)
     if train.frozen_layers is not None:
         _freeze(name, model, train.frozen_layers)
@@ -177,9 +188,14 @@ def _freeze(name: str, model: "PreTrainedModel", num_layers: int) -> None:
 
 
 def _try_extremes(model: "PreTrainedModel", tokens: Tokens, pad_id: int) -> None:
-    """Read the longest row and the one with the largest token id: better refused now than after hours."""
+    infer = engine.infer if tokens.words is None else engine.infer_tokens
+    infer(model, tokens, _extremes(tokens), pad_id, "float32")
+
+
+def _extremes(tokens: Tokens) -> npt.NDArray[np.int64]:
+    """The longest row and the one with the largest token id: better refused now than after hours."""
     largest = int(np.searchsorted(tokens.offsets, tokens.ids.argmax(), side="right")) - 1
-    engine.infer(model, tokens, np.array([int(tokens.lengths.argmax()), largest]), pad_id, "float32")
+    return np.array([int(tokens.lengths.argmax()), largest])
 
 
 class _Classifier(torch.nn.Module):
@@ -205,10 +221,9 @@ def _score(
     model: "PreTrainedModel", rows: Rows, tokens: Tokens, pad_id: int, names: tuple[str, ...], split: str
 ) -> float:
     """Accuracy on a split, by label name: the teacher's order of labels may be another."""
-    chosen = rows.select(split)
-    logits = engine.infer(model, tokens, chosen, pad_id, "float32", names=rows.row_ids.to_pylist()).logits
+    logits, labels = where_labelled(model, rows, tokens, rows.select(split), pad_id)
     said: npt.NDArray[np.str_] = np.array(names)[logits.argmax(1)]
-    return float((said == np.array(rows.label_names)[rows.labels[chosen]]).mean())
+    return float((said == np.array(rows.label_names)[labels]).mean())
 
 
 def _save_tokenizer(source: Path, out: Path) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from pipeline import config, students
+from pipeline import kinds, students
 from pipeline.decoders import (
     BLOCKS,
     EMBEDDINGS,
@@ -44,7 +44,7 @@ ROWS = 8192  # of embeddings, in float64 at a time
 Tensors = dict[str, torch.Tensor]
 
 
-def from_teacher(model: students.Llama, entry: config.Llama, weights: Path) -> None:
+def from_teacher(model: students.Llama, entry: kinds.Llama, weights: Path) -> None:
     """Give `model`, built from `entry`, the teacher's weights that `entry.init` names.
 
     `weights` is a cache's `weights_dir`. Ids of the student past the teacher's keep their random embeddings.
@@ -119,7 +119,7 @@ def project(tensors: Tensors, axes_DW: torch.Tensor, num_layers: int) -> Tensors
     return made
 
 
-def _keep_heads(tensors: Tensors, place: int, entry: config.Llama, weights: Path) -> None:
+def _keep_heads(tensors: Tensors, place: int, entry: kinds.Llama, weights: Path) -> None:
     """Leave the heads that the student takes in a layer's attention."""
     teacher = sizes(weights)
     heads = choose_heads(entry.heads, entry.num_kv_heads, teacher)

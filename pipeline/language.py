@@ -18,11 +18,11 @@ import numpy.typing as npt
 import torch
 
 from pipeline import draws
-from pipeline.engine import TOKENS_PER_BATCH, by_length
+from pipeline.engine import TOKENS_PER_BATCH, by_length, readable
 from pipeline.metrics import binned_error
+from pipeline.prompts import Prompts
 from pipeline.reading import Seen
 from pipeline.sparsify import Keys, NotFinite, entropy, sparsify
-from pipeline.tokens import Tokens
 from storage.entries import Entries, concatenate, ends, ranges
 from storage.errors import TeacherError
 from storage.spec import SparseCodec
@@ -103,7 +103,7 @@ class LanguageHead:
 
 
 class Told(NamedTuple):
-    """Positions of a batch, row after row: those that have a next token."""
+    """Positions of a batch, row after row: those that the model is asked about."""
 
     rows: npt.NDArray[np.int64]  # P, index into the rows that were asked about
     places: npt.NDArray[np.int64]  # P, place in its row
@@ -112,32 +112,31 @@ class Told(NamedTuple):
 
 def read(
     head: LanguageHead,
-    tokens: Tokens,
+    prompts: Prompts,
     rows: npt.NDArray[np.int64],
     pad_id: int,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> Iterator[Told]:
-    """The states of all positions of these rows but each row's last, a batch of like lengths at a time.
+    """The states of the positions of these rows that are asked about, a batch of like lengths at a time.
 
     Rows never see each other: each is a sequence of its own, with positions from 0.
     """
-    device = next(head.model.parameters()).device
+    device, tokens = next(head.model.parameters()).device, prompts.tokens
     for batch in by_length(tokens.lengths[rows], TOKENS_PER_BATCH[device.type]):
-        ids_BL, mask_BL = (torch.from_numpy(a).to(device) for a in tokens.padded(rows[batch], pad_id))
-        states_BLD = head.states(ids_BL, mask_BL)
-        followed = mask_BL.clone()
-        followed[:, :-1] &= mask_BL[:, 1:]
-        followed[:, -1] = False
-        lengths = np.maximum(tokens.lengths[rows[batch]] - 1, 0)
-        places = ranges(np.zeros(len(batch), np.int64), lengths)
-        yield Told(np.repeat(batch, lengths), places, states_BLD[followed])
+        ids_BL, mask_BL = tokens.padded(rows[batch], pad_id)
+        asked_BL = mask_BL.copy()
+        asked_BL[mask_BL] = prompts.asked[ranges(tokens.offsets[rows[batch]], tokens.lengths[rows[batch]])]
+        with readable(ids_BL):
+            states_BLD = head.states(*(torch.from_numpy(a).to(device) for a in (ids_BL, mask_BL)))
+        own, places = np.nonzero(asked_BL)
+        yield Told(batch[own], places, states_BLD[torch.from_numpy(asked_BL).to(device)])
         advance(len(batch))
 
 
 @torch.inference_mode()
 def infer(
     head: LanguageHead,
-    tokens: Tokens,
+    prompts: Prompts,
     rows: npt.NDArray[np.int64],
     pad_id: int,
     codec: SparseCodec,
@@ -146,17 +145,16 @@ def infer(
 ) -> tuple[Entries, npt.NDArray[np.float32]]:
     """(the entries of every token of these rows, row after row; the sum of the entropies of each row, nats).
 
-    A row's last token has no entries.
-    `names` are the ids of all rows of `tokens`. `advance` is told how many rows are done. Raises TeacherError
-    where logits are not finite: it names the row.
+    Tokens that are not asked about have none. `names` are the ids of all rows of `prompts`. `advance` is told
+    how many rows are done. Raises TeacherError where logits are not finite: it names the row.
     """
     words = draws.row_words([names[row] for row in rows])
-    lengths = tokens.lengths[rows]
+    lengths = prompts.tokens.lengths[rows]
     first, asked = ends(lengths), 0
     made: list[Entries] = []
     entropies = np.zeros(len(rows))
     place = np.full(first[-1], -1)  # of each token among the positions asked about
-    for told in read(head, tokens, rows, pad_id, advance):
+    for told in read(head, prompts, rows, pad_id, advance):
         place[first[told.rows] + told.places] = asked + np.arange(len(told.rows))
         asked += len(told.rows)
         keys, start = Keys(words[told.rows], told.places), 0
@@ -182,28 +180,37 @@ def infer(
 
 @torch.inference_mode()
 def mass(
-    head: LanguageHead, tokens: Tokens, rows: npt.NDArray[np.int64], pad_id: int
+    head: LanguageHead, prompts: Prompts, rows: npt.NDArray[np.int64], pad_id: int
 ) -> npt.NDArray[np.float64]:
-    """The probabilities of all positions of these rows, summed: [V]."""
+    """The probabilities of all positions of these rows that are asked about, summed: [V]."""
     total = np.zeros(head.vocab_size)
-    for told in read(head, tokens, rows, pad_id):
+    for told in read(head, prompts, rows, pad_id):
         for logits_PV in head.logits(told.states):
             total += torch.softmax(logits_PV.float(), -1).double().sum(0).cpu().numpy()
     return total
 
 
 @torch.inference_mode()
-def score(head: LanguageHead, tokens: Tokens, rows: npt.NDArray[np.int64], pad_id: int) -> Seen:
-    """How well it expects the next token, over all positions of these rows."""
+def score(
+    head: LanguageHead,
+    prompts: Prompts,
+    truth: npt.NDArray[np.int32],
+    rows: npt.NDArray[np.int64],
+    pad_id: int,
+) -> Seen:
+    """How well it expects what is there, over all positions of these rows that are asked about.
+
+    `truth`: for each token of `prompts`, the id that is right at its position.
+    """
     total, looked = 0.0, 0.0
     sure: list[npt.NDArray[np.float32]] = []
     right: list[npt.NDArray[np.bool_]] = []
     started = time.perf_counter()
-    for told in read(head, tokens, rows, pad_id):
-        following = tokens.ids[tokens.offsets[rows[told.rows]] + told.places + 1].astype(np.int64)
+    for told in read(head, prompts, rows, pad_id):
+        true = truth[prompts.tokens.offsets[rows[told.rows]] + told.places].astype(np.int64)
         start = 0
         for logits_PV in head.logits(told.states):
-            wanted = torch.from_numpy(following[start : start + len(logits_PV)]).to(logits_PV.device)
+            wanted = torch.from_numpy(true[start : start + len(logits_PV)]).to(logits_PV.device)
             said = logits_PV.float().log_softmax(-1)
             best = said.max(-1)
             began = time.perf_counter()

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline import capture, config, hardware, teachers, weights
-from pipeline.asking import Questions, asker
+from pipeline.asking import asker, questions
 from pipeline.data import Rows, load_rows
 from pipeline.progress import bar
 from storage import Cache
@@ -19,7 +19,7 @@ from storage.records import EntryRows, LogitRows
 from storage.verify import verify
 
 REPLAY_ROWS, REPLAY_TOKENS = 256, 8192  # at most so many rows, and no more once there are so many tokens
-# How far a replayed logit may lie from the cached one, relative to the largest logit of its row: rounding of
+# How far a replayed logit may lie from the cached one, relative to the largest of its target: rounding of
 # other batch shapes and processors in float32; two units in the last place of bfloat16 through a dozen
 # layers.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 6e-2}
@@ -74,22 +74,22 @@ def replay(cache: Cache, rows: Rows, teacher: Path) -> int:
     chosen = np.sort(order[:enough])
     reader = teachers.reader(teacher)
     names = [ids[i] for i in chosen]
-    tokens = reader.read([rows.texts[place[name]].as_py() for name in names], names)
+    spec = cache.identity.spec
+    texts = [rows.texts[place[name]].as_py() for name in names]
+    asked = questions(
+        teacher, spec.model_copy(update={"hidden": None}), reader, texts, pa.array(names, pa.string())
+    )
     faults = [
         Mismatch(f"row {ids[i]}: token ids", hashes[i], found)
-        for i, found in zip(chosen, tokens.hashes().to_pylist(), strict=True)
+        for i, found in zip(chosen, asked.tokens.hashes().to_pylist(), strict=True)
         if hashes[i] != found
     ]
-    spec = cache.identity.spec
     hardware.pin_threads(hardware.num_cores())
     if not faults:
-        questions = Questions(
-            teacher, spec.model_copy(update={"hidden": None}), tokens, pa.array(names), reader.pad_id
-        )
-        said = asker(questions).ask(np.arange(len(chosen))).kept
+        said = asker(asked).ask(np.arange(len(chosen))).kept
         held = _rows(cached, chosen)
         if isinstance(said, LogitRows) and isinstance(held, LogitRows):
-            faults += _other_logits(names, held.logits, said.logits, TOLERANCE[spec.precision])
+            faults += _other_logits(held, said, TOLERANCE[spec.precision])
         elif isinstance(said, EntryRows) and isinstance(held, EntryRows):
             faults += _other_entries(held, said, spec.num_outputs, spec.precision)
     if faults:
@@ -104,12 +104,7 @@ def _rows(parts: Sequence[LogitRows | EntryRows], chosen: npt.NDArray[np.int64])
     taken: list[Any] = []
     for part, start, stop in zip(parts, first[:-1], first[1:], strict=True):
         own = chosen[(chosen >= start) & (chosen < stop)] - start
-        if isinstance(part, EntryRows):
-            taken.append(part.take(own))
-        else:
-            at = pa.array(own)
-            ids, inputs = part.row_ids.take(at), part.input_hashes.take(at)
-            taken.append(LogitRows(ids, inputs, part.num_tokens[own], part.logits[own]))
+        taken.append(part.take(own))
     columns = [
         concatenate(list(column)) if isinstance(column[0], Entries)
         else None if column[0] is None
@@ -121,13 +116,16 @@ def _rows(parts: Sequence[LogitRows | EntryRows], chosen: npt.NDArray[np.int64])
     return made
 
 
-def _other_logits(
-    names: list[str], cached: npt.NDArray[np.float32], said: npt.NDArray[np.float32], tolerance: float
-) -> list[Mismatch]:
+def _other_logits(held: LogitRows, again: LogitRows, tolerance: float) -> list[Mismatch]:
+    cached, said = held.logits, again.logits
     scale = np.maximum(np.abs(said).max(axis=1), 1.0)
     error = np.abs(said - cached).max(axis=1) / scale
     wrong = np.flatnonzero(~(error <= tolerance))
-    return [Mismatch(f"row {names[i]}: logits", cached[i].tolist(), said[i].tolist()) for i in wrong]
+    rows = held.row_ids.take(pa.array(held.owners[wrong]))
+    return [
+        Mismatch(f"row {row}: logits", cached[i].tolist(), said[i].tolist())
+        for row, i in zip(rows, wrong, strict=True)
+    ]
 
 
 def _other_entries(held: EntryRows, said: EntryRows, num_outputs: int, precision: str) -> list[Mismatch]:
@@ -139,6 +137,10 @@ def _other_entries(held: EntryRows, said: EntryRows, num_outputs: int, precision
     cached, again = held.entries, said.entries
     if (cached.positions.max(initial=0)) >= len(again.counts):
         return [Mismatch("positions", len(cached.counts), len(again.counts))]
+    owners = np.repeat(np.arange(len(held.row_ids)), held.num_positions)
+    if len(other := np.flatnonzero((cached.counts > 0) != (again.counts > 0))):
+        row = held.row_ids[int(owners[other[0]])]
+        return [Mismatch(f"row {row}: positions with a target", "others", "those of its task and mask")]
     before = cached.positions * num_outputs + cached.ids
     now = again.positions * num_outputs + again.ids
     order = np.argsort(now)
@@ -150,8 +152,7 @@ def _other_entries(held: EntryRows, said: EntryRows, num_outputs: int, precision
     exact = np.arange(len(before)) < np.repeat(cached.offsets[:-1] + cached.num_exact, cached.counts)
     apart = np.abs(np.sqrt(cached.weights) - np.sqrt(again.weights[at])) > ENTRY_STEP + TOLERANCE[precision]
     exact_again = at < (again.offsets[:-1] + again.num_exact)[again.positions[at]]
-    owners = np.repeat(np.arange(len(held.row_ids)), held.num_positions)[cached.positions]
     for entry in np.flatnonzero(there & exact & exact_again & apart):
-        what = f"row {held.row_ids[int(owners[entry])]}: id {cached.ids[entry]}"
+        what = f"row {held.row_ids[int(owners[cached.positions[entry]])]}: id {cached.ids[entry]}"
         faults.append(Mismatch(what, float(cached.weights[entry]), float(again.weights[at[entry]])))
     return faults

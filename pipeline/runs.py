@@ -18,11 +18,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline import config, hardware
+from pipeline import config, hardware, kinds
 from pipeline.data import POOL, SPLITS, Rows, load_rows
 from pipeline.decoders import refuse_misfit
 from pipeline.progress import bars, log
-from pipeline.targets import refuse_truncated
+from pipeline.targets import refuse_task, refuse_truncated
 from pipeline.tokens import TextReader
 from storage import Cache
 from storage.errors import ConfigError, DataError, Mismatch, SpecMismatch, TrainingError
@@ -49,7 +49,7 @@ class Job(NamedTuple):
 
     seed: int
     threads: int  # at most so many
-    student: config.Student
+    student: kinds.Student
     recipe: config.Recipe
     paths: config.RunPaths
 
@@ -62,7 +62,7 @@ def open_inputs(paths: config.RunPaths) -> tuple[Cache, Rows]:
 def train(
     name: str,
     run: config.Run,
-    student: config.Student,
+    student: kinds.Student,
     recipe: config.Recipe,
     seeds_at_once: int | None,
     paths: config.RunPaths,
@@ -87,7 +87,7 @@ def train(
     return record
 
 
-def make_reader(student: config.Student, cache: Cache, rows: Rows, directory: Path) -> None:
+def make_reader(student: kinds.Student, cache: Cache, rows: Rows, directory: Path) -> None:
     """Put what the student reads with into `directory`: the cache's tokenizer, or one learned from the text.
 
     A learned one sees the training and pool text of the dataset, never validation or test.
@@ -122,7 +122,7 @@ def write_curve(record: dict[str, Any], path: Path) -> None:
 
 
 def _refuse_misfit(
-    name: str, cache: Cache, rows: Rows, student: config.Student, recipe: config.Recipe, verified: Path
+    name: str, cache: Cache, rows: Rows, student: kinds.Student, recipe: config.Recipe, verified: Path
 ) -> None:
     known = json.loads(verified.read_text())["manifest"] if verified.is_file() else "nothing"
     if known != cache.manifest_sha256:
@@ -131,13 +131,7 @@ def _refuse_misfit(
             [Mismatch("manifest", cache.manifest_sha256, known)],
             f"Verify it: dvc repro verify@{cache.path.name}",
         )
-    if (student.kind == "llama") != cache.identity.spec.per_position:
-        needed = "causal-lm" if student.kind == "llama" else "sequence-classification"
-        raise SpecMismatch(
-            f"the cache does not fit the student of runs.{name} ({student.kind})",
-            [Mismatch("spec.task", cache.identity.spec.task, needed)],
-            "Students of kind llama learn from caches of causal-lm teachers, the others from classifiers.",
-        )
+    refuse_task(f"runs.{name}", cache.identity.spec.task, student.kind)
     if student.kind == "llama" and student.tokenizer != "teacher":
         raise ConfigError(
             f"the student of runs.{name} has a tokenizer of its own ({student.tokenizer} entries), but "
@@ -160,8 +154,8 @@ def _refuse_misfit(
     cache.check(f"runs.{name}", labels=rows.label_names, row_ids=wanted)
 
 
-def _refuse_start(name: str, cache: Cache, student: config.Student) -> None:
-    if isinstance(student, config.Llama) and student.init:
+def _refuse_start(name: str, cache: Cache, student: kinds.Student) -> None:
+    if isinstance(student, kinds.Llama) and student.init:
         refuse_misfit(f"the student of runs.{name}", student, cache.weights_dir, cache.weights_layers)
 
 

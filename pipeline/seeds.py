@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from pipeline import config, hardware, initialise, lessons, students
+from pipeline import hardware, initialise, kinds, lessons, students
 from pipeline.data import POOL
 from pipeline.runs import Job, open_inputs
 from pipeline.tokens import TextReader
@@ -43,7 +43,7 @@ def train_seed(
         lesson = lessons.of_rows(student, recipe, cache, rows, reader, job.seed)
         num_ids = reader.num_ids
     model = students.build(student, num_ids, lesson.num_outputs)
-    if isinstance(student, config.Llama) and student.init:
+    if isinstance(student, kinds.Llama) and student.init:
         initialise.from_teacher(cast(students.Llama, model), student, cache.weights_dir)
     setup = Setup(1, "float32", {})
     if cache.identity.spec.per_position:

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline import config
+from pipeline import kinds
 from storage.errors import AssetError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ EMBEDDING_STD = 0.1  # wide enough for the mean of embeddings to carry a signal 
 class FC(nn.Module):
     """Mean of embeddings, one hidden layer of ReLUs (a deep averaging network; Iyyer et al. 2015)."""
 
-    def __init__(self, entry: config.FC, vocab_size: int, num_labels: int) -> None:
+    def __init__(self, entry: kinds.FC, vocab_size: int, num_labels: int) -> None:
         super().__init__()
         self.embedding = _embedding(vocab_size, entry.embedding)
         self.head = nn.Sequential(
@@ -56,7 +56,7 @@ class BiLSTM(nn.Module):
     after the row's end, and no packing is needed: on a CPU that is 1.3 times as fast as packed sequences.
     """
 
-    def __init__(self, entry: config.BiLSTM, vocab_size: int, num_labels: int) -> None:
+    def __init__(self, entry: kinds.BiLSTM, vocab_size: int, num_labels: int) -> None:
         super().__init__()
         self.embedding = _embedding(vocab_size, entry.embedding)
         self.forwards = nn.LSTM(entry.embedding, entry.hidden, batch_first=True)
@@ -84,7 +84,7 @@ class BiLSTM(nn.Module):
 class TinyBERT(nn.Module):
     """A BERT of a few narrow layers from random weights (sizes as in Turc et al. 2019)."""
 
-    def __init__(self, entry: config.TinyBERT, vocab_size: int, num_labels: int) -> None:
+    def __init__(self, entry: kinds.TinyBERT, vocab_size: int, num_labels: int) -> None:
         super().__init__()
         from transformers import (
             BertConfig,
@@ -118,7 +118,7 @@ class Llama(nn.Module):
     config.json too: what is saved is a checkpoint that transformers loads.
     """
 
-    def __init__(self, entry: config.Llama, vocab_size: int, num_labels: int = 0) -> None:
+    def __init__(self, entry: kinds.Llama, vocab_size: int, num_labels: int = 0) -> None:
         super().__init__()
         from transformers import LlamaConfig
 
@@ -165,13 +165,13 @@ class Llama(nn.Module):
 KINDS: dict[str, Any] = {"fc": FC, "bilstm": BiLSTM, "tinybert": TinyBERT, "llama": Llama}
 
 
-def build(entry: config.Student, vocab_size: int, num_labels: int) -> nn.Module:
+def build(entry: kinds.Student, vocab_size: int, num_labels: int) -> nn.Module:
     """The student that `entry` describes, with random weights from torch's current seed."""
     student: nn.Module = KINDS[entry.kind](entry, vocab_size, num_labels)
     return student
 
 
-def save(directory: Path, model: nn.Module, entry: config.Student, vocab_size: int, num_labels: int) -> None:
+def save(directory: Path, model: nn.Module, entry: kinds.Student, vocab_size: int, num_labels: int) -> None:
     """Write model.safetensors and student.json."""
     directory.mkdir(parents=True, exist_ok=True)
     save_file(
@@ -191,7 +191,7 @@ def load(directory: Path) -> nn.Module:
             f"there is no student in {directory}: train it with `dvc repro train@{directory.parent.name}`."
         )
     facts = json.loads((directory / "student.json").read_text())
-    entry: config.Student = TypeAdapter(config.Student).validate_python(facts["student"])
+    entry: kinds.Student = TypeAdapter(kinds.Student).validate_python(facts["student"])
     model = build(entry, facts["vocab_size"], facts["num_labels"])
     if isinstance(
         model, Llama

@@ -1,12 +1,22 @@
 """The `targets` of a cache in params.yaml: a codec and its settings. docs/codecs.md says how to choose."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from pipeline.section import Section
 from storage.errors import Mismatch, SpecMismatch
-from storage.spec import Sample, Sha256, SparseCodec, Threshold, TopK
+from storage.spec import Mask, Sample, Sha256, SparseCodec, Task, Threshold, TopK
+
+if TYPE_CHECKING:
+    from pipeline.config import Params
+
+# Which caches each kind of student is trained on.
+STUDENT_TASKS: dict[str, Task] = {
+    "fc": "sequence-classification", "bilstm": "sequence-classification",
+    "tinybert": "sequence-classification", "llama": "causal-lm",
+}  # fmt: skip
 
 
 class Dense(Section):
@@ -44,6 +54,14 @@ class ThresholdTargets(_Sparse):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
+class MaskedShare(Section):
+    """What a masked language model does not see of a row, and is asked about. Chosen once, for ever."""
+
+    share: Annotated[float, Field(gt=0, le=1)] = 0.15
+    """Of the row's tokens that are not special ones; at least one is masked."""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
 def _named(value: Any) -> Any:
     """`targets: threshold` is short for `targets: {codec: threshold}`."""
     return {"codec": value} if isinstance(value, str) else value
@@ -66,6 +84,38 @@ def spec(targets: Targets, ranks: Sha256 | None) -> Literal["dense"] | SparseCod
     if isinstance(targets, SampleTargets):
         return Sample(draws=targets.draws, seed=targets.seed, layout=targets.layout, ranks=table)
     return Threshold(tau=targets.tau, seed=targets.seed, layout=targets.layout, ranks=table)
+
+
+def mask(task: Task, entry: MaskedShare | None) -> Mask | None:
+    """What is hidden from a teacher of this task, as the cache knows it."""
+    return Mask(**(entry or MaskedShare()).model_dump()) if task == "masked-lm" else None
+
+
+def misfits(params: "Params") -> Iterator[str]:
+    """What caches ask for that their teachers' tasks do not have, field by field. Names are known to fit."""
+    for name, entry in params.caches.items():
+        task = params.datasets[params.teachers[entry.teacher].dataset].task
+        dense = isinstance(entry.targets, Dense)
+        if dense and task in ("causal-lm", "masked-lm"):
+            yield f"caches.{name}.targets: dense is for few classes, not {task}; write targets: threshold"
+        if not dense and task == "token-classification":
+            yield f"caches.{name}.targets: {task} keeps all classes; write targets: dense, or leave it out"
+        if entry.mask is not None and task != "masked-lm":
+            yield f"caches.{name}.mask: only masked-lm reads masks, its teacher's task is {task}; remove it"
+
+
+def refuse_task(what: str, task: Task, kind: str) -> None:
+    """Raise SpecMismatch where students of this kind cannot be trained on a cache of this task."""
+    if task != STUDENT_TASKS[kind]:
+        others = [other for other, known in STUDENT_TASKS.items() if known == task]
+        advice = f"Students that learn from a {task} cache: {', '.join(others)}." if others else (
+            f"No student learns from a {task} cache yet: it can be captured, verified and read."
+        )  # fmt: skip
+        raise SpecMismatch(
+            f"the cache does not fit the student of {what} ({kind})",
+            [Mismatch("spec.task", task, STUDENT_TASKS[kind])],
+            advice,
+        )
 
 
 def refuse_truncated(

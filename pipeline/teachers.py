@@ -19,13 +19,20 @@ from pipeline import hardware
 from pipeline.progress import tracked
 from pipeline.tokens import TextReader
 from storage.errors import AssetError, TeacherError
-from storage.spec import TeacherIdentity, sha256_json
+from storage.spec import Task, TeacherIdentity, sha256_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RECORD = "teacher.json"
 # Keys of config.json that say how a checkpoint was saved or where, and nothing about what it computes.
+# How transformers calls the models of each task.
+MODELS = {
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
+}
 VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures"}
 
 
@@ -60,57 +67,52 @@ def labels(directory: Path, override: tuple[str, ...] | None, expected: tuple[st
     return found
 
 
-def load(directory: Path, num_labels: int | None = None, **config: Any) -> "PreTrainedModel":
+def load(
+    directory: Path, num_labels: int | None = None, task: Task = "sequence-classification", **config: Any
+) -> "PreTrainedModel":
     """The classifier in `directory`, in float32 on the best device, ready for inference.
 
     With `num_labels` a head of that size is made where the checkpoint has none. Raises AssetError or
     TeacherError.
     """
-    from transformers import AutoModelForSequenceClassification, logging
-
-    weight_files(directory)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    extra = {"num_labels": num_labels} if num_labels else {}
-    options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
-    try:
-        model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            directory, dtype=torch.float32, **options, **extra, **config
-        )
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise TeacherError(f"the model in {directory} cannot be loaded as a classifier: {error}") from error
-    if num_labels is None and loaded["missing_keys"]:  # transformers would fill them with random numbers
+    if num_labels:
+        config["num_labels"] = num_labels
+    model, missing = _load(directory, task, "classifier", dtype=torch.float32, **config)
+    if num_labels is None and missing:
         raise TeacherError(
-            f"the model in {directory} is no trained classifier: its weights lack "
-            f"{', '.join(sorted(loaded['missing_keys'])[:4])}.\nFine-tune it: teachers.NAME.train."
+            f"the model in {directory} is no trained classifier: its weights lack {missing}.\n"
+            "Take one that is, or fine-tune it on labelled rows: teachers.NAME.train."
         )
-    return model.to(hardware.device()).eval()
+    return model
 
 
-def load_language(directory: Path, precision: str) -> "PreTrainedModel":
+def load_language(directory: Path, precision: str, task: Task = "causal-lm") -> "PreTrainedModel":
     """The language model in `directory`, in this precision on the best device, ready for inference.
 
     Raises AssetError or TeacherError.
     """
-    from transformers import AutoModelForCausalLM, logging
+    model, missing = _load(directory, task, "language model", dtype=getattr(torch, precision))
+    if missing:
+        raise TeacherError(
+            f"the model in {directory} is no trained {task} model: its weights lack {missing}.\n"
+            "Take one that is."
+        )
+    return model
+
+
+def _load(directory: Path, task: Task, kind: str, **options: Any) -> "tuple[PreTrainedModel, str]":
+    """(the model, names of weights that it lacks: transformers fills them with random numbers)."""
+    import transformers
 
     weight_files(directory)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    options |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=getattr(torch, precision),
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        model, loaded = getattr(transformers, MODELS[task]).from_pretrained(directory, **options)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise TeacherError(
-            f"the model in {directory} cannot be loaded as a language model: {error}"
-        ) from error
-    _refuse_missing(directory, loaded["missing_keys"])
-    return model.to(hardware.device()).eval()
+        raise TeacherError(f"the model in {directory} cannot be loaded as a {kind}: {error}") from error
+    return model.to(hardware.device()).eval(), ", ".join(sorted(loaded["missing_keys"])[:4])
 
 
 def from_gguf(file: Path, out: Path) -> None:

@@ -21,6 +21,7 @@ from storage.spec import TokenizerIdentity, input_hash, sha256_json
 FILES = ("tokenizer.json", "tokenizer_config.json")
 SPECIAL = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token", "bos_token", "eos_token")
 BATCH_TEXTS = 4096
+NO_WORD = -1  # of tokens that the tokenizer adds
 
 
 class Tokens(NamedTuple):
@@ -29,6 +30,9 @@ class Tokens(NamedTuple):
     ids: npt.NDArray[np.int32]
     offsets: npt.NDArray[np.int64]  # N + 1
     num_cut: int  # rows that lost tokens to the maximum
+    words: npt.NDArray[np.int32] | None = (
+        None  # of each token, where asked for: the word of its row, or NO_WORD
+    )
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -88,14 +92,24 @@ class TextReader:
             padding_side=self._settings.get("padding_side", "right"),
         )
 
-    def read(self, texts: Iterable[str], row_ids: Sequence[str] | pa.StringArray) -> Tokens:
-        """The token ids of `texts`. Raises DataError for rows past the maximum unless they are to be cut."""
+    def read(
+        self, texts: Iterable[str], row_ids: Sequence[str] | pa.StringArray, words: bool = False
+    ) -> Tokens:
+        """The token ids of `texts`. Raises DataError for rows past the maximum unless they are to be cut.
+
+        With `words`: also which word each token belongs to, where words are what single spaces separate.
+        """
         ids: list[npt.NDArray[np.int32]] = []
+        numbers: list[npt.NDArray[np.int32]] = []
         full: list[int] = []
+        encode = self.tokenizer.encode_batch if words else self.tokenizer.encode_batch_fast  # without offsets
         for batch in _batched(texts):
-            for encoding in self.tokenizer.encode_batch_fast(batch):
+            for text, encoding in zip(batch, encode(batch), strict=True):
                 full.append(len(encoding.ids))
-                ids.append(np.array(_cut(encoding, self.max_length) or [self.pad_id], np.int32))
+                ids.append(_cut(encoding.ids, encoding, self.max_length, self.pad_id))
+                if words:
+                    own = _word_numbers(text, encoding)
+                    numbers.append(_cut(own, encoding, self.max_length, NO_WORD))
         lengths = np.array(full)
         over = np.flatnonzero(lengths > self.max_length)
         if len(over) and self.too_long == "error":
@@ -106,7 +120,8 @@ class TextReader:
                 "Raise max_length, or write too_long: truncate to cut them (they are counted)."
             )
         offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
-        return Tokens(np.concatenate(ids) if ids else np.zeros(0, np.int32), offsets, len(over))
+        ids, numbers = ids or [np.zeros(0, np.int32)], numbers or [np.zeros(0, np.int32)]
+        return Tokens(np.concatenate(ids), offsets, len(over), np.concatenate(numbers) if words else None)
 
     @classmethod
     def learn(cls, texts: Iterable[str], vocab_size: int, directory: Path, max_length: int) -> Self:
@@ -147,15 +162,26 @@ class TextReader:
         return self.tokenizer.token_to_id(text) if text else None
 
 
-def _cut(encoding: Encoding, max_length: int) -> list[int]:
-    """The ids of a row, at most so many. Special tokens that close it stay, as when a tokenizer truncates."""
-    ids: list[int] = encoding.ids
-    if len(ids) <= max_length:
-        return ids
+def _cut(values: list[int], encoding: Encoding, max_length: int, nothing: int) -> npt.NDArray[np.int32]:
+    """What belongs to the tokens of a row, at most so many; `nothing` for a row of none.
+
+    Special tokens that close it stay, as when a tokenizer truncates.
+    """
+    if len(values) <= max_length:
+        return np.array(values or [nothing], np.int32)
     closing = 0
     while closing < max_length and encoding.special_tokens_mask[-1 - closing]:
         closing += 1
-    return ids[: max_length - closing] + ids[len(ids) - closing :]
+    return np.array(values[: max_length - closing] + values[len(values) - closing :], np.int32)
+
+
+def _word_numbers(text: str, encoding: Encoding) -> list[int]:
+    """The word of each token: by where it starts. One that starts with a space belongs to what follows."""
+    spaces = np.cumsum(np.frombuffer(f"{text}.".encode("utf-32-le"), "<u4") == ord(" "))
+    return [
+        NO_WORD if special else int(spaces[start])
+        for (start, _), special in zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
+    ]
 
 
 def _batched(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -102,14 +102,14 @@ class Cache:
         return Ranks(frequent, self.identity.spec.num_outputs)
 
     def read(self, shard: ShardEntry) -> records.LogitRows | records.EntryRows:
-        """The rows of one shard: logits where the codec is dense, entries where it is sparse, whatever their
-        layout. Raises ShardMissing, ShardTruncated or ShardCorrupt.
+        """The rows of one shard: logits where the codec is dense (of each row, or of each token), entries
+        where it is sparse, whatever their layout. Raises ShardMissing, ShardTruncated or ShardCorrupt.
         """
         path = self.path / shard.logits_path
         self._check(shard.logits_path, [file for file in shard.files if file.path == shard.logits_path])
         rows: records.LogitRows | records.EntryRows
         if self.codec == "dense":
-            rows = records.read(path, len(self.labels))
+            rows = records.read(path, len(self.labels), self.identity.spec.per_position)
         else:
             rows = records.read_sparse(path, self.codec, self.ranks, self.identity.spec.per_position)
         found = (len(rows.row_ids), int(rows.num_tokens.sum()), sha256_json(rows.input_hashes.to_pylist()))
@@ -120,7 +120,7 @@ class Cache:
                 f"  rows, positions, inputs expected {(shard.rows, shard.positions, shard.inputs)}\n{AGAIN}"
             )
         if isinstance(rows, records.LogitRows) and not np.isfinite(rows.logits).all():
-            bad = int(np.flatnonzero(~np.isfinite(rows.logits).all(axis=1))[0])
+            bad = int(rows.owners[~np.isfinite(rows.logits).all(axis=1)][0])
             raise ShardCorrupt(f"{self.path}: the logits of row {rows.row_ids[bad]} are not finite.\n{AGAIN}")
         return rows
 

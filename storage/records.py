@@ -4,7 +4,8 @@ One row of the file is one row of the dataset, in dataset order. Every shard has
     row_id      string    32 hex characters, storage.spec.row_id
     input_hash  string    32 hex characters, storage.spec.input_hash of the token ids that the teacher read
     num_tokens  int32     how many token ids it read
-and then what the codec keeps: `logits` float32[C] (dense), or lists over the positions and entries of the row
+then, where targets belong to tokens, `token_ids` int32; and then what the codec keeps: `logits` float32[C]
+(dense; a list of these where they belong to tokens), or lists over the positions and entries of the row
 (sparse; docs/cache-format.md has their columns).
 
 Shape letters: N rows, C classes, P positions of all rows, E entries.
@@ -25,7 +26,7 @@ from storage.errors import ShardCorrupt
 from storage.spec import SparseCodec, Threshold, TopK, canonical_json
 
 ROW_GROUP_ROWS = 16_384  # about 1 MB encoded for a handful of classes; never read single rows
-ROW_GROUP_POSITIONS = 2**18  # 4 MB encoded at 15 bytes a position
+ROW_GROUP_POSITIONS = 2**18  # 4 MB encoded at 15 bytes a position; of dense targets so many numbers
 COMPACT: dict[str, dict[str, pa.DataType]] = {
     "topk": {"num_ids": pa.uint16(), "gaps": pa.uint32(), "codes": pa.uint8(), "tail_code": pa.uint16()},
     "sample": {"num_ids": pa.uint16(), "gaps": pa.uint32(), "draws": pa.uint16()},
@@ -47,7 +48,25 @@ class LogitRows(NamedTuple):
     row_ids: pa.StringArray  # N
     input_hashes: pa.StringArray  # N
     num_tokens: npt.NDArray[np.int32]  # N, tokens
-    logits: npt.NDArray[np.float32]  # N x C, nats before normalisation
+    logits: npt.NDArray[np.float32]  # N x C; P x C, row after row, where each token has a target; nats
+    token_ids: npt.NDArray[np.int32] | None = None  # P, what the teacher read, where each has a target
+
+    @property
+    def owners(self) -> npt.NDArray[np.int64]:
+        """The row that each vector of logits belongs to."""
+        rows = np.arange(len(self.row_ids))
+        return rows if self.token_ids is None else np.repeat(rows, self.num_tokens)
+
+    def take(self, rows: npt.NDArray[np.int64]) -> "LogitRows":
+        """These rows, in this order."""
+        at, read = rows, None
+        if self.token_ids is not None:
+            at = ranges(ends(self.num_tokens)[rows], self.num_tokens[rows].astype(np.int64))
+            read = self.token_ids[at]
+        return LogitRows(
+            self.row_ids.take(pa.array(rows)), self.input_hashes.take(pa.array(rows)), self.num_tokens[rows],
+            self.logits[at], read,
+        )  # fmt: skip
 
 
 class EntryRows(NamedTuple):
@@ -77,9 +96,16 @@ class EntryRows(NamedTuple):
         )  # fmt: skip
 
 
-def schema(num_classes: int, labels: tuple[str, ...] = ()) -> pa.Schema:
-    """The Arrow schema of a shard of dense targets; label names go into the metadata (stillroom.labels)."""
-    return _schema({"logits": pa.list_(_element(pa.float32()), num_classes)}, labels)
+def schema(num_classes: int, labels: tuple[str, ...] = (), tokens: bool = False) -> pa.Schema:
+    """The Arrow schema of a shard of dense targets, one a row or one a token; label names go into the
+    metadata (stillroom.labels).
+    """
+    logits = pa.list_(_element(pa.float32()), num_classes)
+    if not tokens:
+        return _schema({"logits": logits}, labels)
+    return _schema(
+        {"token_ids": pa.list_(_element(pa.int32())), "logits": pa.list_(_element(logits))}, labels
+    )
 
 
 def sparse_schema(codec: SparseCodec, labels: tuple[str, ...] = (), tokens: bool = False) -> pa.Schema:
@@ -102,12 +128,22 @@ def sparse_schema(codec: SparseCodec, labels: tuple[str, ...] = (), tokens: bool
 
 def write(path: Path, rows: LogitRows, labels: tuple[str, ...]) -> None:
     """Write one shard of dense targets. The same rows give the same bytes (for one version of pyarrow)."""
-    layout = schema(rows.logits.shape[1], labels)
+    tokens = rows.token_ids is not None
+    layout, a_group = schema(rows.logits.shape[1], labels, tokens), ROW_GROUP_ROWS
+    targets = layout.field("logits").type
     logits = pa.FixedSizeListArray.from_arrays(
-        pa.array(np.ascontiguousarray(rows.logits).reshape(-1)), type=layout.field("logits").type
+        pa.array(np.ascontiguousarray(rows.logits).reshape(-1)),
+        type=targets.value_type if tokens else targets,
     )
     columns = [rows.row_ids, rows.input_hashes, pa.array(rows.num_tokens, pa.int32()), logits]
-    _write(path, pa.Table.from_arrays(columns, schema=layout), level=3, row_group_rows=ROW_GROUP_ROWS)
+    if tokens:
+        first = pa.array(ends(rows.num_tokens), pa.int32())
+        read = pa.ListArray.from_arrays(
+            first, pa.array(rows.token_ids, pa.int32()), type=layout.field("token_ids").type
+        )
+        columns[3:] = [read, pa.ListArray.from_arrays(first, logits, type=targets)]
+        a_group = _rows_a_group(len(rows.row_ids), rows.logits.size)
+    _write(path, pa.Table.from_arrays(columns, schema=layout), level=3, row_group_rows=a_group)
 
 
 def write_sparse(
@@ -131,16 +167,24 @@ def write_sparse(
             offsets = ends(rows.num_tokens)
         data = pa.array(values[field.name], field.type.value_type)
         columns.append(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), data, type=field.type))
-    a_group = max(1, int(ROW_GROUP_POSITIONS * len(rows.row_ids) / max(first[-1], 1)))
+    a_group = _rows_a_group(len(rows.row_ids), int(first[-1]))
     _write(path, pa.Table.from_arrays(columns, schema=layout), level=1, row_group_rows=a_group)
 
 
-def read(path: Path, num_classes: int) -> LogitRows:
-    """All rows of one dense shard. Raises ShardCorrupt for anything but a file of `schema(num_classes)`."""
-    columns = _read(path, schema(num_classes))
+def read(path: Path, num_classes: int, tokens: bool = False) -> LogitRows:
+    """All rows of one dense shard. Raises ShardCorrupt for anything but a file of `schema`.
+
+    `tokens`: whether each token of a row has a target, and the rows hold the token ids.
+    """
+    columns = _read(path, schema(num_classes, tokens=tokens))
+    num_tokens, logits, read_ids = columns["num_tokens"].to_numpy(), columns["logits"], None
     # flatten() respects slices and offsets; .values would not (a classic wrong-rows bug)
-    logits = columns["logits"].flatten().to_numpy(zero_copy_only=True).reshape(-1, num_classes)
-    return LogitRows(columns["row_id"], columns["input_hash"], columns["num_tokens"].to_numpy(), logits)
+    if tokens:
+        _refuse_other_counts(path, columns, num_tokens, "token_ids", "logits")
+        read_ids = columns["token_ids"].flatten().to_numpy(zero_copy_only=True)
+        logits = logits.flatten()
+    dense = logits.flatten().to_numpy(zero_copy_only=True).reshape(-1, num_classes)
+    return LogitRows(columns["row_id"], columns["input_hash"], num_tokens, dense, read_ids)
 
 
 def read_sparse(path: Path, codec: SparseCodec, ranks: Ranks, tokens: bool = False) -> EntryRows:
@@ -161,8 +205,8 @@ def read_sparse(path: Path, codec: SparseCodec, ranks: Ranks, tokens: bool = Fal
     a_position = next(name for name in lists if name not in ELEMENTS and name != "token_ids")
     num_positions = columns[a_position].value_lengths().to_numpy()
     num_tokens = columns["num_tokens"].to_numpy()
-    if tokens and (columns["token_ids"].value_lengths().to_numpy() != num_tokens).any():
-        raise ShardCorrupt(f"{path} has rows with another number of token ids than num_tokens says.")
+    if tokens:
+        _refuse_other_counts(path, columns, num_tokens, "token_ids")
     entropy = columns["entropy"].to_numpy() if tokens else None
     if entropy is not None and not (np.isfinite(entropy) & (entropy >= -0.01)).all():
         raise ShardCorrupt(f"{path} has rows whose entropy is no entropy.")
@@ -198,7 +242,7 @@ def _element(kind: pa.DataType) -> pa.Field:
 
 
 def _write(path: Path, table: pa.Table, level: int, row_group_rows: int) -> None:
-    lists = [f.name for f in table.schema if pa.types.is_list(f.type) or pa.types.is_fixed_size_list(f.type)]
+    leaves = [_leaf(field.name, field.type) for field in table.schema if pa.types.is_nested(field.type)]
     pq.write_table(
         table,
         path,
@@ -206,11 +250,18 @@ def _write(path: Path, table: pa.Table, level: int, row_group_rows: int) -> None
         compression="zstd",
         compression_level=level,
         use_dictionary=False,
-        column_encoding=dict.fromkeys(
-            ["num_tokens", *(f"{name}.list.element" for name in lists)], "BYTE_STREAM_SPLIT"
-        ),
+        column_encoding=dict.fromkeys(["num_tokens", *leaves], "BYTE_STREAM_SPLIT"),
         write_page_checksum=True,
     )
+
+
+def _leaf(name: str, kind: pa.DataType) -> str:
+    """What Parquet calls the numbers inside lists."""
+    return _leaf(f"{name}.list.element", kind.value_type) if pa.types.is_nested(kind) else name
+
+
+def _rows_a_group(num_rows: int, num_positions: int) -> int:
+    return max(1, int(ROW_GROUP_POSITIONS * num_rows / max(num_positions, 1)))
 
 
 def _read(path: Path, expected: pa.Schema) -> dict[str, pa.Array]:
@@ -246,6 +297,14 @@ def _from_plain(values: Columns) -> Entries:
         ends(counts), values["ids"], np.exp(values["log_probs"]), exact.astype(np.int32),
         np.array(values["log_tail"]) if "log_tail" in values else none,
     )  # fmt: skip
+
+
+def _refuse_other_counts(
+    path: Path, columns: dict[str, pa.Array], num_tokens: npt.NDArray[np.int32], *names: str
+) -> None:
+    for name in names:
+        if (columns[name].value_lengths().to_numpy() != num_tokens).any():
+            raise ShardCorrupt(f"{path} has rows with another number of {name} than num_tokens says.")
 
 
 def _refuse_uneven(values: Columns) -> None:

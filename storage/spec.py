@@ -87,12 +87,20 @@ class Threshold(_Sparse):
 
 
 SparseCodec = TopK | Sample | Threshold
+Task = Literal["sequence-classification", "token-classification", "causal-lm", "masked-lm"]
+
+
+class Mask(Strict):
+    """Which positions of a row are hidden from a masked language model, and asked about."""
+
+    share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]  # of the tokens that are not special
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Spec(Strict):
     """What was asked of the teacher, and how its answers are coded."""
 
-    task: Literal["sequence-classification", "causal-lm"]
+    task: Task
     labels: Annotated[tuple[str, ...], Field(max_length=100_000, strict=False)]  # none: ids of a vocabulary
     vocab_size: Annotated[int, Field(ge=2, le=2**31)] | None = None  # of language models
     codec: Literal["dense"] | Annotated[SparseCodec, Field(discriminator="name")]
@@ -100,21 +108,27 @@ class Spec(Strict):
     too_long: Literal["error", "truncate"]
     precision: Literal["float32", "bfloat16"]
     hidden: HiddenSpec | None
+    mask: Mask | None = None  # of masked language models
 
     @model_validator(mode="after")
     def _classes_or_a_vocabulary(self) -> "Spec":
-        if self.task == "causal-lm":
+        if self.task in ("causal-lm", "masked-lm"):
             if self.labels or self.vocab_size is None or self.codec == "dense":
                 raise ValueError("a language model has a vocab_size and a sparse codec, and no labels")
         elif len(self.labels) < 2 or self.vocab_size is not None:
             raise ValueError("a classifier has labels, at least two, and no vocab_size")
+        if self.task == "token-classification" and (self.codec != "dense" or self.hidden is not None):
+            raise ValueError("a classifier of tokens has the codec dense, and no hidden states")
+        if (self.mask is not None) != (self.task == "masked-lm"):
+            raise ValueError("a masked language model has a mask, and nothing else has one")
         return self
 
     @model_serializer(mode="wrap")
     def _without_what_does_not_apply(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         body: dict[str, Any] = handler(self)
-        if self.vocab_size is None:
-            del body["vocab_size"]
+        for name in ("vocab_size", "mask"):
+            if body[name] is None:
+                del body[name]
         return body
 
     @property
@@ -124,8 +138,8 @@ class Spec(Strict):
 
     @property
     def per_position(self) -> bool:
-        """Whether a row has a target for each of its tokens, and not one in all."""
-        return self.vocab_size is not None
+        """Whether a row's targets belong to its tokens, and not one to all of it."""
+        return self.task != "sequence-classification"
 
 
 class Identity(Strict):

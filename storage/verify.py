@@ -12,10 +12,11 @@ import numpy as np
 
 from storage.errors import ShardCorrupt, ShardMissing, ShardTruncated, ShardUnexpected
 from storage.manifest import MANIFEST_NAME, FileEntry
-from storage.spec import content_fingerprint
+from storage.spec import content_fingerprint, input_hash
 
 if TYPE_CHECKING:
     from storage.reader import Cache
+    from storage.records import EntryRows, LogitRows
 
 AGAIN = (
     "Fetch it again (`dvc checkout --force`, `dvc pull`), or rebuild it: only damaged shards are made again."
@@ -66,7 +67,8 @@ def check_files(root: Path, files: Iterable[FileEntry]) -> None:
 
 
 def verify(cache: "Cache", on_shard: Callable[[int], None] = lambda rows: None) -> Counts:
-    """Read all of `cache` and check it: digests, no stray file, rows unique and covered, every number finite.
+    """Read all of `cache` and check it: digests, no stray file, rows unique and covered, every number finite,
+    token ids those that the row's hash was made of.
 
     `on_shard` is called with the number of rows after each shard, for progress. Raises a CacheError that
     names the first fault; returns what was counted otherwise.
@@ -90,6 +92,8 @@ def verify(cache: "Cache", on_shard: Callable[[int], None] = lambda rows: None) 
             raise ShardCorrupt(f"{cache.path}: row {(twice or row_ids)[0]} is in the cache twice.\n{AGAIN}")
         seen.update(row_ids)
         positions += int(rows.num_tokens.sum())
+        if rows.token_ids is not None:
+            _refuse_other_tokens(cache, rows)
         for layer in cache.hidden_layers:
             states_NW = cache.hidden(shard, layer)
             if not np.isfinite(states_NW).all():
@@ -104,3 +108,14 @@ def verify(cache: "Cache", on_shard: Callable[[int], None] = lambda rows: None) 
         )
     files = cache.manifest.files
     return Counts(len(seen), positions, len(cache.shards), len(files), sum(file.bytes for file in files))
+
+
+def _refuse_other_tokens(cache: "Cache", rows: "LogitRows | EntryRows") -> None:
+    assert rows.token_ids is not None
+    parts = np.split(rows.token_ids, np.cumsum(rows.num_tokens)[:-1])
+    for row, expected, read in zip(rows.row_ids, rows.input_hashes, parts, strict=True):
+        if (found := input_hash(read)) != expected.as_py():
+            raise ShardCorrupt(
+                f"{cache.path}: row {row} holds other token ids than its input hash was made of.\n"
+                f"  found    {found}\n  expected {expected}\n{AGAIN}"
+            )

@@ -42,6 +42,7 @@ def test_the_toy_and_the_demo_are_accepted(tmp_path: Path) -> None:
         (lambda p: p["datasets"]["toy"]["split"].update(tain=0.0), "toy.split.tain", "train"),
         (lambda p: p["teachers"]["tiny"].update(train={"epoch": 1}), "teachers.tiny.train.epoch", "epochs"),
         (lambda p: p["caches"]["toy"]["hidden"].update(layer=[1]), "caches.toy.hidden.layer", "layers"),
+        (lambda p: p["caches"]["toy"].update(mask={"shar": 0.1}), "caches.toy.mask.shar", "share"),
         (lambda p: p["students"]["fc"].update(hiden=3), "students.fc.hiden", "hidden"),
         (
             lambda p: p["students"].update(b={"kind": "bilstm", "embeding": 3}),
@@ -131,6 +132,8 @@ def test_a_word_outside_its_choices_is_refused_with_the_choices(
         (lambda p: p["datasets"]["toy"].update(blocks={}), "datasets.toy.blocks: rows with a label stay"),
         (lambda p: p["caches"]["toy"]["hidden"].update(layers=[1, 1]), "caches.toy.hidden.layers"),
         (lambda p: p["caches"]["toy"].update(weights={"layers": []}), "caches.toy.weights.layers"),
+        (lambda p: p["caches"]["toy"].update(mask={"share": 0.0}), "caches.toy.mask.share"),
+        (lambda p: p["datasets"]["toy"].update(task="masked-lm"), "datasets.toy.labels"),
         (lambda p: p["runs"]["fc-ce"].update(seeds=[]), "runs.fc-ce.seeds"),
         (lambda p: p["runs"]["fc-ce"].update(seeds=[3, 3]), "runs.fc-ce.seeds"),
         (lambda p: p["students"].update({"Bad Name": p["students"]["fc"]}), "students.Bad Name"),
@@ -163,6 +166,44 @@ def test_a_decoder_whose_parts_do_not_fit_each_other_is_refused(
 ) -> None:
     message = refusal(tmp_path, lambda p: p["students"].update(small={"kind": "llama", **sizes}))
     assert reason in message
+
+
+TASKS: dict[str, dict[str, Any]] = {
+    "sequence-classification": {},
+    "token-classification": {"task": "token-classification"},
+    "causal-lm": {"task": "causal-lm", "labels": []},
+    "masked-lm": {"task": "masked-lm", "labels": []},
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "cache", "line"),
+    [
+        ("sequence-classification", {"mask": {}}, "caches.toy.mask: only masked-lm reads masks"),
+        ("token-classification", {"mask": {}}, "caches.toy.mask: only masked-lm reads masks"),
+        ("causal-lm", {"targets": "topk", "mask": {}}, "caches.toy.mask: only masked-lm reads masks"),
+        ("causal-lm", {}, "caches.toy.targets: dense is for few classes"),
+        ("masked-lm", {}, "caches.toy.targets: dense is for few classes"),
+        ("token-classification", {"targets": "topk"}, "caches.toy.targets: token-classification keeps all"),
+        ("sequence-classification", {"targets": "topk"}, None),
+        ("token-classification", {}, None),
+        ("causal-lm", {"targets": "threshold"}, None),
+        ("masked-lm", {"targets": "threshold"}, None),
+        ("masked-lm", {"targets": "threshold", "mask": {"share": 0.3, "seed": 1}}, None),
+    ],
+)
+def test_a_cache_asks_for_what_the_task_of_its_teacher_has(
+    tmp_path: Path, task: str, cache: dict[str, Any], line: str | None
+) -> None:
+    def change(shelves: dict[str, Any]) -> None:
+        shelves["datasets"]["toy"] |= TASKS[task]
+        shelves["caches"]["toy"].pop("hidden")
+        shelves["caches"]["toy"] |= cache
+
+    if line is None:
+        load(tmp_path, change)
+    else:
+        assert line in refusal(tmp_path, change)
 
 
 def test_the_pool_with_labels_only_is_refused_with_what_to_do(tmp_path: Path) -> None:

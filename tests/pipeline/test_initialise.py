@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from pipeline import config, initialise, students
+from pipeline import initialise, kinds, students
 from pipeline.decoders import EMBEDDINGS, NORM, Sizes, choose_heads, evenly
 from storage.errors import SpecMismatch
 
@@ -46,19 +46,19 @@ def carry(model: LlamaForCausalLM, directory: Path) -> Path:
     return directory
 
 
-def entry(*layers: int, **changes: Any) -> config.Llama:
+def entry(*layers: int, **changes: Any) -> kinds.Llama:
     body = {"kind": "llama", **SIZES, "layers": len(layers), "init": {"layers": list(layers)}, **changes}
-    return config.Llama.model_validate(body)
+    return kinds.Llama.model_validate(body)
 
 
-def random(chosen: config.Llama, vocab_size: int = V) -> students.Llama:
+def random(chosen: kinds.Llama, vocab_size: int = V) -> students.Llama:
     torch.manual_seed(1)
     model = students.build(chosen, vocab_size, 0).eval()
     assert isinstance(model, students.Llama)
     return model
 
 
-def start(weights: Path, chosen: config.Llama, vocab_size: int = V) -> students.Llama:
+def start(weights: Path, chosen: kinds.Llama, vocab_size: int = V) -> students.Llama:
     model = random(chosen, vocab_size)
     initialise.from_teacher(model, chosen, weights)
     return model.eval()

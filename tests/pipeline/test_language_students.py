@@ -10,7 +10,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from pipeline import config, data, evaluation, lessons, reading, runs, seeds, students, teachers
+from pipeline import config, data, evaluation, kinds, lessons, reading, runs, seeds, students, teachers
 from pipeline.batches import DistillBatch
 from pipeline.documents import CachedDocuments
 from pipeline.losses import SparseTargets
@@ -32,8 +32,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Prose:
     return prose
 
 
-def student(**changes: Any) -> config.Student:
-    entry: config.Student = TypeAdapter(config.Student).validate_python(STUDENT | changes)
+def student(**changes: Any) -> kinds.Student:
+    entry: kinds.Student = TypeAdapter(kinds.Student).validate_python(STUDENT | changes)
     return entry
 
 
@@ -185,7 +185,7 @@ def test_kl_agreement_loss_and_accuracy_are_those_of_the_live_teacher(
 
 
 def train(
-    prose: Prose, out: Path, entry: config.Student, how: config.Recipe, seed_list: list[int]
+    prose: Prose, out: Path, entry: kinds.Student, how: config.Recipe, seed_list: list[int]
 ) -> dict[str, Any]:
     run = config.Run.model_validate(
         {"dataset": "prose", "cache": "prose", "student": "s", "recipe": "r", "seeds": seed_list}
@@ -253,7 +253,7 @@ def test_the_same_seed_gives_the_same_bits_and_transformers_loads_it(made: Prose
 def test_what_cannot_learn_from_it_is_refused_before_the_first_step(
     made: Prose, tmp_path: Path, entry: dict[str, Any], how: dict[str, Any], error: type[Exception], said: str
 ) -> None:
-    chosen: config.Student = TypeAdapter(config.Student).validate_python(entry)
+    chosen: kinds.Student = TypeAdapter(kinds.Student).validate_python(entry)
     with pytest.raises(error, match=f"(?s){said}"):
         train(made, tmp_path / "run", chosen, recipe(**how), [0])
     assert not (tmp_path / "run").exists()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import config, data, evaluation, metrics, runs, seeds, teachers
+from pipeline import data, evaluation, kinds, metrics, runs, seeds, teachers
 from pipeline.data import POOL
 from pipeline.tokens import TextReader
 from storage import Cache
@@ -134,7 +134,7 @@ def test_a_tokenizer_of_its_own_is_learned_from_training_and_pool_text_alone(
     seen: list[str] = []
     monkeypatch.setattr(TextReader, "learn", lambda texts, *rest: seen.extend(texts))
     rows = world.rows()
-    student = config.FC(kind="fc", tokenizer=50)
+    student = kinds.FC(kind="fc", tokenizer=50)
     runs.make_reader(student, Cache.open(world.cache), rows, tmp_path / "tokenizer")
     held_out = set(rows.texts.take(rows.select("validation", "test")).to_pylist())
     assert len(seen) == len(rows.select("train", POOL))
@@ -144,7 +144,7 @@ def test_a_tokenizer_of_its_own_is_learned_from_training_and_pool_text_alone(
 def test_a_student_with_a_tokenizer_of_its_own_trains_and_counts_what_it_cuts(
     world: World, tmp_path: Path
 ) -> None:
-    student = config.FC(kind="fc", embedding=4, hidden=4, tokenizer=40, max_length=5)
+    student = kinds.FC(kind="fc", embedding=4, hidden=4, tokenizer=40, max_length=5)
     recipe = world.params.recipes["ce"]
     paths = world.run_paths(tmp_path / "out")
     cache, rows = runs.open_inputs(paths)

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from pipeline import config, students
+from pipeline import kinds, students
 from storage.errors import AssetError
 
 ENTRIES: dict[str, dict[str, Any]] = {
@@ -21,8 +21,8 @@ ENTRIES: dict[str, dict[str, Any]] = {
 VOCAB, CLASSES, LENGTHS = 50, 3, (7, 1, 12, 4)
 
 
-def entry(kind: str) -> config.Student:
-    made: config.Student = TypeAdapter(config.Student).validate_python(ENTRIES[kind])
+def entry(kind: str) -> kinds.Student:
+    made: kinds.Student = TypeAdapter(kinds.Student).validate_python(ENTRIES[kind])
     return made
 
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from pipeline.tokens import TextReader, Tokens
+from pipeline.tokens import NO_WORD, TextReader, Tokens
 from storage.errors import AssetError, DataError
 from tests import toy
-from tests.pipeline import decoder
+from tests.pipeline import decoder, encoders
 
 TEXTS = [*toy.texts(20), "good [SEP] film", "words that nobody knows", "Good FILM!", "good"]
 
@@ -130,3 +131,49 @@ def test_a_learned_tokenizer_is_the_same_every_time_and_reads_its_own_text(tmp_p
     again = TextReader(tmp_path / "a", 16, "truncate")
     assert again.identity() == reader.identity()
     assert again.read(texts[:3], texts[:3]).ids.tolist() == tokens.ids.tolist()
+
+
+@pytest.mark.parametrize("max_length", [64, 6, 3])
+def test_words_of_tokens_are_those_of_auto_tokenizer_whole_and_cut(tmp_path: Path, max_length: int) -> None:
+    encoders.write(tmp_path / "model", "token-classification")
+    auto = AutoTokenizer.from_pretrained(tmp_path / "model")
+    texts = [*toy.texts(20), "ending scripts, BRIGHT film", "unknown [SEP] film", "caf\u00e9 \U0001f600 film"]
+    found = TextReader(tmp_path / "model", max_length, "truncate").read(texts, texts, words=True)
+    assert found.words is not None
+    for i, text in enumerate(texts):
+        wanted = auto(text.split(), is_split_into_words=True, truncation=True, max_length=max_length)
+        own = slice(found.offsets[i], found.offsets[i + 1])
+        assert found.ids[own].tolist() == wanted["input_ids"]
+        assert found.words[own].tolist() == [NO_WORD if w is None else w for w in wanted.word_ids()]
+    assert TextReader(tmp_path / "model", 64, "error").read(texts, texts).words is None
+
+
+@pytest.mark.parametrize("kind", ["space before, kept", "space before, trimmed", "underscore"])
+def test_a_token_that_begins_with_a_space_belongs_to_the_word_behind_it(tmp_path: Path, kind: str) -> None:
+    """Byte-level BPE, with and without the space in its offsets, and a sentencepiece-like Unigram."""
+    texts = [*toy.texts(30), "caf\u00e9 \u00fc film", "x good", "a space "]
+    if kind == "underscore":
+        tokenizer, sign = Tokenizer(models.Unigram()), "\u2581"
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=60, unk_token="<unk>", special_tokens=["<unk>"])
+    else:
+        tokenizer, sign = Tokenizer(models.BPE()), "\u0120"
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets="trimmed" in kind)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts[:30], trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    found = TextReader(tmp_path, 64, "error").read(texts, texts, words=True)
+    assert found.words is not None
+    for i, text in enumerate(texts):
+        pieces = tokenizer.encode(text).tokens
+        starts = np.cumsum([place > 0 and piece.startswith(sign) for place, piece in enumerate(pieces)])
+        assert found.words[found.offsets[i] : found.offsets[i + 1]].tolist() == starts.tolist()
+
+
+def test_a_row_of_no_tokens_has_no_word(decoder_dir: Path) -> None:
+    found = TextReader(decoder_dir, 8, "error").read(["", "good"], ["a", "b"], words=True)
+    assert found.words is not None
+    assert found.words[0] == NO_WORD
+    assert len(found.words) == len(found.ids)

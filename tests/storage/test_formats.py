@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage import Cache, errors, manifest, order, records
-from storage.spec import content_fingerprint, input_hash, row_id, shard_key
+from storage.spec import Mask, content_fingerprint, input_hash, row_id, shard_key
 from storage.verify import verify
 from tests.golden import make_cache
 from tests.storage.conftest import IDENTITY, LABELS, make_rows
@@ -140,7 +140,7 @@ def test_the_page_of_the_format_says_what_the_code_does() -> None:
     assert f"Format version: **{manifest.FORMAT_VERSION}**" in page
     for name in [manifest.MANIFEST_NAME, manifest.FORMAT, "c.0.0", "stillroom.labels"]:
         assert f"`{name}`" in page or f'"{name}"' in page, name
-    for field in records.schema(2):
+    for field in [*records.schema(2), *records.schema(2, tokens=True)]:
         assert f"`{field.name}`" in page
     for model in (
         manifest.Manifest,
@@ -149,6 +149,7 @@ def test_the_page_of_the_format_says_what_the_code_does() -> None:
         manifest.WeightsEntry,
         type(IDENTITY),
         type(IDENTITY.spec),
+        Mask,
     ):
         for field in model.model_fields:
             assert f"`{field}`" in page, f"{model.__name__}.{field} is not on the page"
