@@ -37,7 +37,7 @@ def questions() -> Questions:
         teachers.from_gguf(oracle.asset("smollm") / oracle.GGUF, teacher)
         record = {"task": "causal-lm", "labels": [], "vocab_size": 49_152, "max_length": 256}
         (teacher / teachers.RECORD).write_text(json.dumps(record | {"too_long": "error"}))
-    documents = oracle.load().tokens[:DOCUMENTS]
+    documents = oracle.documents()[:DOCUMENTS]
     lengths = np.full(DOCUMENTS, documents.shape[1])
     tokens = Tokens(documents.reshape(-1).astype(np.int32), np.concatenate([[0], np.cumsum(lengths)]), 0)
     names = pa.array([row_id("bench", str(number)) for number in range(DOCUMENTS)])

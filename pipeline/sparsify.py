@@ -24,6 +24,7 @@ CHUNK_BYTES = 8 * 2**20  # of exponentials in memory at a time: what caches hold
 CANDIDATE = 0.6
 # Tail entries stay this far below the step of the walk, so that rounding never lands on one twice.
 MARGIN = 1e-5
+LEAST = torch.finfo(torch.float32).min
 SYSTEMATIC, ROUNDING = 0, 1  # streams of random numbers
 
 F64 = npt.NDArray[np.float64]
@@ -54,33 +55,35 @@ def sparsify(
 ) -> Entries:
     """The entries of every position: what `codec` keeps of softmax(logits) at temperature 1.
 
+    As `sparsify_and_measure`, without the entropies.
+    """
+    return sparsify_and_measure(logits_PV, codec, keys, vocab_size)[0]
+
+
+def sparsify_and_measure(
+    logits_PV: torch.Tensor, codec: SparseCodec, keys: Keys, vocab_size: int | None = None
+) -> tuple[Entries, F64]:
+    """(the entries of every position, the entropy of each position's distribution [P], nats).
+
     Columns from `vocab_size` on are padding: they are never kept and have no mass. Logits of any floating
     dtype on any device. Raises NotFinite for the first position with a NaN or an infinity.
     """
     logits_PV = logits_PV[:, :vocab_size]
     rows = max(1, CHUNK_BYTES // (4 * logits_PV.shape[1]))
-    parts = []
+    parts, entropies = [], [np.zeros(0)]
     for start in range(0, len(logits_PV), rows):
         part = keys.part(start, start + rows)
         blocks = _Blocks(logits_PV[start : start + rows])
         if not np.isfinite(blocks.mass).all():
             raise NotFinite(start + int(np.flatnonzero(~np.isfinite(blocks.mass))[0]))
+        entropies.append(blocks.entropy)
         if isinstance(codec, TopK):
             parts.append(_top(blocks, codec.k))
         elif isinstance(codec, Sample):
             parts.append(_sample(blocks, codec, part))
         else:
             parts.append(_threshold(blocks, codec, part))
-    return concatenate(parts)
-
-
-def entropy(logits_PV: torch.Tensor) -> F64:
-    """The entropy of each position's distribution, in nats: [P]."""
-    logits = logits_PV.float().clamp(min=torch.finfo(torch.float32).min)  # 0 times -inf would be no number
-    sums = logits.logsumexp(-1)
-    mean = torch.einsum("pv,pv->p", torch.softmax(logits, -1), logits)
-    found: F64 = (sums - mean).double().cpu().numpy()
-    return found
+    return concatenate(parts), np.concatenate(entropies)
 
 
 def rounding_noise(codec: SparseCodec, entries: Entries, keys: Keys) -> F64 | None:
@@ -94,7 +97,7 @@ def rounding_noise(codec: SparseCodec, entries: Entries, keys: Keys) -> F64 | No
 
 
 class _Blocks:
-    """Exponentials of a chunk of positions, exp(logit - largest), and their sums by blocks of ids."""
+    """Exponentials of a chunk of positions, exp(logit - largest), their sums by blocks of ids, entropies."""
 
     def __init__(self, logits_PV: torch.Tensor) -> None:
         num, vocab = logits_PV.shape
@@ -103,10 +106,16 @@ class _Blocks:
         self.exps = torch.empty(num, padded, device=logits_PV.device)
         self.exps[:, vocab:] = 0
         largest = logits_PV.amax(1, keepdim=True).float()
-        torch.sub(logits_PV, largest, out=self.exps[:, :vocab]).exp_()
+        shifted = logits_PV - largest
+        torch.exp(shifted, out=self.exps[:, :vocab])
+        energy = torch.einsum("pv,pv->p", self.exps[:, :vocab], shifted)
+        if not torch.isfinite(energy).all():  # 0 times -inf: ids that the model rules out
+            energy = torch.einsum("pv,pv->p", self.exps[:, :vocab], shifted.clamp(min=LEAST))
         self._view = self.exps.view(num, self.num_blocks, BLOCK)
         self.sums: F64 = self._view.sum(-1).double().cpu().numpy()  # P x B
         self.mass: F64 = self.sums.sum(1)  # P
+        with np.errstate(invalid="ignore"):
+            self.entropy: F64 = np.log(self.mass) - energy.double().cpu().numpy() / self.mass
 
     def __len__(self) -> int:
         return len(self.sums)

@@ -18,7 +18,7 @@ import torch
 
 from pipeline.draws import row_words
 from pipeline.prompts import prompts
-from pipeline.sparsify import Keys, entropy, rounding_noise, sparsify
+from pipeline.sparsify import Keys, rounding_noise, sparsify, sparsify_and_measure
 from pipeline.tokens import Tokens
 from storage import compact
 from storage.entries import Entries, concatenate, ends, ranges
@@ -86,7 +86,9 @@ def write(out: Path) -> None:
     tags = LogitRows(IDS, read.hashes(), lengths, logits(len(LABELS)), read.ids)
     hidden = prompts("masked-lm", MASK, read, IDS, SPECIAL)
     kept = entries(hidden.asked)
-    entropies = np.where(hidden.asked, entropy(torch.from_numpy(logits(VOCAB))), 0)
+    every = keys(np.arange(len(LENGTHS)))
+    measured = sparsify_and_measure(torch.from_numpy(logits(VOCAB)), CODEC, every)[1]
+    entropies = np.where(hidden.asked, measured, 0)
     a_row = np.add.reduceat(entropies, ends(LENGTHS)[:-1]).astype(np.float32)
     masked = EntryRows(IDS, hidden.tokens.hashes(), lengths, lengths, kept, hidden.tokens.ids, a_row)
     who = identity(task="token-classification")

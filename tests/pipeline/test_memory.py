@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from pipeline import language
+from pipeline.prompts import Prompts
 from pipeline.tokens import Tokens
 from storage.spec import Threshold
 
@@ -32,11 +33,12 @@ def held(field):
 def growth(rows, length):
     ids = np.random.default_rng(0).integers(0, {V}, rows * length).astype(np.int32)
     tokens = Tokens(ids, np.arange(rows + 1) * length, 0)
+    asked = Prompts(tokens, np.arange(rows * length) % length < length - 1)
     names, codec = [f"{{row:032x}}" for row in range(rows)], Threshold(layout="plain", tau=0.07, seed=0)
     Path("{CLEAR}").write_text("5")
     before = held("VmRSS")
     head.check(*(torch.from_numpy(array) for array in tokens.padded(np.arange(rows), 0)))
-    entries = language.infer(head, tokens, np.arange(rows), 0, codec, names)
+    entries, _ = language.infer(head, asked, np.arange(rows), 0, codec, names)
     return held("VmHWM") - before, int((entries.counts > 0).sum())
 
 torch.manual_seed(0)

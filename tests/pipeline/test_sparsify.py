@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import draws
-from pipeline.sparsify import Keys, sparsify
+from pipeline.sparsify import Keys, NotFinite, sparsify, sparsify_and_measure
 from storage.entries import concatenate
 from storage.spec import Sample, SparseCodec, Threshold, TopK
 from tests.pipeline import oracle
@@ -210,6 +210,21 @@ def test_threshold_holds_for_any_distribution(vocab: int, tau: float, seed: int,
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_entropies_are_those_of_float64_also_where_ids_are_ruled_out(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = (30 + 4 * torch.randn(7, 1000, generator=generator)).to(dtype)
+    logits[2, ::3], logits[3, 1:] = -torch.inf, -torch.inf
+    keys = Keys(draws.row_words(["0" * 32] * 7), np.arange(7))
+    entropy = sparsify_and_measure(logits, Threshold(tau=0.1, seed=0, layout="plain"), keys)[1]
+    expected = torch.special.entr(torch.softmax(logits.double(), 1)).sum(1)
+    assert entropy == pytest.approx(expected.numpy(), abs=1e-4)
+    assert entropy[3] == 0
+    logits[5, 4] = torch.nan
+    with pytest.raises(NotFinite):
+        sparsify_and_measure(logits, Threshold(tau=0.1, seed=0, layout="plain"), keys)
+
+
 def test_equal_logits_and_bfloat16_are_no_special_cases(codec: SparseCodec) -> None:
     for logits in (torch.zeros(4, 300), torch.zeros(4, 256, dtype=torch.bfloat16), torch.full((4, 2), -1e4)):
         entries = oracle.encoded(logits, codec)
