@@ -209,7 +209,6 @@ def test_threshold_holds_for_any_distribution(vocab: int, tau: float, seed: int,
     assert (entries.counts <= vocab).all()
 
 
-@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_entropies_are_those_of_float64_also_where_ids_are_ruled_out(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)
@@ -225,6 +224,7 @@ def test_entropies_are_those_of_float64_also_where_ids_are_ruled_out(dtype: torc
         sparsify_and_measure(logits, Threshold(tau=0.1, seed=0, layout="plain"), keys)
 
 
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
 def test_equal_logits_and_bfloat16_are_no_special_cases(codec: SparseCodec) -> None:
     for logits in (torch.zeros(4, 300), torch.zeros(4, 256, dtype=torch.bfloat16), torch.full((4, 2), -1e4)):
         entries = oracle.encoded(logits, codec)
