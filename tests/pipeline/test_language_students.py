@@ -1,6 +1,7 @@
 """Students of language models, from a cache of entries: what they see, what is lost, what is said of them."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,28 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from pipeline import config, data, evaluation, kinds, lessons, reading, runs, seeds, students, teachers
+from pipeline import (
+    capture,
+    config,
+    data,
+    evaluation,
+    kinds,
+    lessons,
+    reading,
+    replay,
+    runs,
+    seeds,
+    students,
+    teachers,
+)
 from pipeline.batches import DistillBatch
+from pipeline.decoders import Weights
 from pipeline.documents import CachedDocuments
 from pipeline.losses import SparseTargets
 from pipeline.runs import write_json
 from storage import Cache
 from storage.errors import ConfigError, SpecMismatch
+from storage.writer import Store
 from tests.pipeline.test_language_caches import Prose, held
 
 STUDENT = {"kind": "llama", "layers": 1, "width": 16, "heads": 2, "max_length": 9, "learning_rate": 1e-2}
@@ -274,3 +290,24 @@ def test_lines_are_the_same_for_the_same_seed_and_end_where_asked() -> None:
     assert first == reading.go_on(likes_seven, [[1, 2], [3]], 6, seed=0)
     assert [len(line) for line in first] == [6, 6]
     assert Counter(token for line in first for token in line)[7] > 9
+
+
+def test_a_student_that_starts_from_all_of_its_teacher_is_its_teacher(made: Prose, tmp_path: Path) -> None:
+    """Through a run, from the cache alone: the teacher's directory is gone when it trains."""
+    own = Prose.__new__(Prose)
+    own.root = tmp_path / "own"
+    shutil.copytree(made.root, own.root)
+    own.dataset, own.teacher, own.cache = (own.root / name for name in ("data", "teacher", "cache"))
+    entry = own.entry().model_copy(update={"weights": Weights(layers=(0, 1))})
+    capture.capture("prose", entry, own.dataset, own.teacher, own.cache, Store(own.root / "store"))
+    record = replay.check("prose", Cache.open(own.cache), entry, own.dataset, own.teacher)
+    write_json(record, own.root / "verified.json")
+    teacher = teachers.load_language(own.teacher, "float32")
+    shutil.rmtree(own.teacher)
+    start = {"layers": 2, "width": 16, "heads": 2, "inner": 24, "init": {"layers": [0, 1]}}
+    train(own, tmp_path / "run", student(**start, learning_rate=1e-12), recipe(epochs=1), [0])
+    model = students.load(tmp_path / "run" / "seed-0")
+    batch = next(documents(own, "test").in_order(500))
+    with torch.inference_mode():
+        states = teacher.model(batch.ids_BL).last_hidden_state[batch.mask_BL]
+        assert torch.allclose(model(batch.ids_BL, batch.mask_BL)[batch.mask_BL], states, atol=1e-4)
