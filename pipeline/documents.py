@@ -58,6 +58,7 @@ class CachedDocuments:
             for first, held in zip(starts[:-1], self._by_shard, strict=True)
         ]
         self.num_rows = sum(len(held) for held in self._by_shard)
+        self.num_pieces = sum(len(pieces) for pieces in self._pieces)
         self.num_targets = int(sum(pieces.sum() for pieces in self._pieces))
         largest = max(shard.positions for shard in cache.shards)
         self._shards_per_window = max(1, min(SHARDS_PER_WINDOW, WINDOW_TOKENS // max(largest, 1)))

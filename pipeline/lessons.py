@@ -39,6 +39,7 @@ class Lesson(NamedTuple):
     by_loss: bool  # what the best state is chosen by
     cut_rows: int  # rows that lost tokens to the student's maximum
     padding: tuple[float, float] | None  # share of padding, with and without rows sorted by length
+    rows_a_piece: float  # of what a batch has: whole rows, or pieces of longer ones
 
 
 def taught_by(recipe: config.Recipe) -> tuple[str, ...]:
@@ -76,6 +77,7 @@ def of_rows(
         by_loss=False,
         cut_rows=tokens.num_cut,
         padding=None,
+        rows_a_piece=1.0,
     )
 
 
@@ -101,6 +103,7 @@ def of_documents(
         by_loss=True,
         cut_rows=0,
         padding=cached.padding(seed, recipe.batch_tokens),
+        rows_a_piece=cached.num_rows / max(cached.num_pieces, 1),
     )
 
 

@@ -162,7 +162,7 @@ def _refuse_start(name: str, cache: Cache, student: kinds.Student) -> None:
 def _seed_record(job: Job, done: "Trained") -> dict[str, Any]:
     return {
         "seed": job.seed,
-        "teacher_rows_seen": 0 if job.recipe.alpha == 1 else done.fit.rows_seen,
+        "teacher_rows_seen": 0 if job.recipe.alpha == 1 else done.rows_seen,
         "cut_rows": done.cut_rows,
         **done.setup,
         **done.fit._asdict(),

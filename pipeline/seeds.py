@@ -18,6 +18,7 @@ class Trained(NamedTuple):
     """What became of one seed."""
 
     fit: Fit
+    rows_seen: int  # of the cache, each as often as it was seen
     cut_rows: int  # rows that lost tokens to the student's maximum
     setup: dict[str, Any]  # threads and precision, what was tried for them, padding
 
@@ -70,7 +71,8 @@ def train_seed(
         _in_gulps(tell, every_seconds),
     )
     students.save(job.paths.out / f"seed-{job.seed}", model, student, num_ids, lesson.num_outputs)
-    return Trained(done, lesson.cut_rows, {**setup._asdict(), "padding": lesson.padding})
+    rows_seen = round(done.rows_seen * lesson.rows_a_piece)
+    return Trained(done, rows_seen, lesson.cut_rows, {**setup._asdict(), "padding": lesson.padding})
 
 
 def _in_gulps(tell: Callable[[int], object], every: float) -> Callable[[int], None]:

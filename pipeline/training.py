@@ -46,7 +46,7 @@ class Fit(NamedTuple):
 
     seconds: float  # of training and validation: core-seconds on a CPU, seconds on a GPU
     steps: int
-    rows_seen: int
+    rows_seen: int  # rows, or pieces of long ones
     best_step: int
     best_accuracy: float  # on validation, of the state that is kept
     best_loss: float  # likewise

@@ -224,6 +224,8 @@ def test_a_run_trains_is_evaluated_and_says_how_it_was_run(made: Prose, tmp_path
         assert 0 <= seed["waiting"] < 1
         assert seed["targets_per_second"] > 0
         assert seed["padding"][0] <= seed["padding"][1]
+        num_rows = documents(made, "train").num_rows
+        assert seed["teacher_rows_seen"] == 6 * num_rows < seed["rows_seen"], "a long row is seen in pieces"
     run = config.Run(dataset="prose", cache="prose", student="s", recipe="r", seeds=(0, 1))
     paths = config.RunPaths(made.cache, made.dataset, made.root / "verified.json", out)
     row = evaluation.evaluate_run("prose-run", run, student(), paths)
