@@ -207,7 +207,7 @@ class CacheEntry(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the teacher's arithmetic. auto: bfloat16 where the hardware computes in it, else float32."""
     shard_rows: Positive = 4096
-    """Rows a shard: what is written, verified and retried as one. Documents are long: take fewer, 128 or so."""
+    """Rows a shard: what is written, verified and retried as one. Documents are long: take 128 or so."""
     weights: Weights | None = None
 
 
