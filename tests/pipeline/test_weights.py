@@ -11,8 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline import capture, replay, runs, weights
-from pipeline.config import CacheEntry, Llama, Recipe, Run, RunPaths
+from pipeline.config import CacheEntry, Recipe, Run, RunPaths
 from pipeline.decoders import EMBEDDINGS, NORM, PARTS, refuse_misfit, tensor_name
+from pipeline.kinds import Llama
 from storage import Cache
 from storage.errors import AssetError, SpecMismatch, TeacherError
 from storage.verify import verify
