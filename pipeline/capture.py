@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,9 +30,6 @@ from storage.manifest import Manifest
 from storage.records import EntryRows
 from storage.spec import HiddenSpec, Identity, Sha256, Spec, sha256_json, shard_key
 from storage.writer import Store, StoredShard, Weights, seal
-
-if TYPE_CHECKING:
-    pass
 
 STORE = Path(".stillroom")
 CAPTURE_VERSION = int((Path(__file__).parent / "CAPTURE_VERSION").read_text())
