@@ -19,7 +19,8 @@ from storage.entries import Entries, concatenate, ends, ranges
 from storage.spec import Sample, SparseCodec, Threshold, TopK
 
 BLOCK = 256
-CHUNK_BYTES = 8 * 2**20  # of exponentials in memory at a time: what caches hold
+CHUNK_BYTES = 8 * 2**20  # of exponentials in memory at a time
+PASS_BYTES = 2 * 2**20  # of them that one pass after the other goes over, while they are in a core's cache
 # A head entry is above 0.75 tau (its tail's r / m, with m = round(r / tau) >= 2), so none is missed here.
 CANDIDATE = 0.6
 # Tail entries stay this far below the step of the walk, so that rounding never lands on one twice.
@@ -70,10 +71,12 @@ def sparsify_and_measure(
     """
     logits_PV = logits_PV[:, :vocab_size]
     rows = max(1, CHUNK_BYTES // (4 * logits_PV.shape[1]))
+    width = -(-logits_PV.shape[1] // BLOCK) * BLOCK
+    room = torch.empty(min(rows, len(logits_PV)), width, device=logits_PV.device)  # fresh pages are dear
     parts, entropies = [], [np.zeros(0)]
     for start in range(0, len(logits_PV), rows):
         part = keys.part(start, start + rows)
-        blocks = _Blocks(logits_PV[start : start + rows])
+        blocks = _Blocks(logits_PV[start : start + rows], room)
         if not np.isfinite(blocks.mass).all():
             raise NotFinite(start + int(np.flatnonzero(~np.isfinite(blocks.mass))[0]))
         entropies.append(blocks.entropy)
@@ -99,23 +102,27 @@ def rounding_noise(codec: SparseCodec, entries: Entries, keys: Keys) -> F64 | No
 class _Blocks:
     """Exponentials of a chunk of positions, exp(logit - largest), their sums by blocks of ids, entropies."""
 
-    def __init__(self, logits_PV: torch.Tensor) -> None:
+    def __init__(self, logits_PV: torch.Tensor, room: torch.Tensor) -> None:
         num, vocab = logits_PV.shape
-        self.num_blocks = -(-vocab // BLOCK)
-        padded = self.num_blocks * BLOCK
-        self.exps = torch.empty(num, padded, device=logits_PV.device)
+        self.exps = room[:num]
         self.exps[:, vocab:] = 0
-        largest = logits_PV.amax(1, keepdim=True).float()
-        shifted = logits_PV - largest
-        torch.exp(shifted, out=self.exps[:, :vocab])
-        energy = torch.einsum("pv,pv->p", self.exps[:, :vocab], shifted)
-        if not torch.isfinite(energy).all():  # 0 times -inf: ids that the model rules out
-            energy = torch.einsum("pv,pv->p", self.exps[:, :vocab], shifted.clamp(min=LEAST))
+        self.num_blocks = self.exps.shape[1] // BLOCK
         self._view = self.exps.view(num, self.num_blocks, BLOCK)
-        self.sums: F64 = self._view.sum(-1).double().cpu().numpy()  # P x B
+        sums_PB = torch.empty(num, self.num_blocks, device=logits_PV.device)
+        energy_P = torch.empty(num, device=logits_PV.device)
+        rows = max(1, PASS_BYTES // (4 * vocab)) if logits_PV.device.type == "cpu" else num
+        scratch = torch.empty(min(rows, num), vocab, device=logits_PV.device)
+        for start in range(0, num, rows):
+            part = slice(start, start + rows)
+            logits = logits_PV[part]
+            shifted = torch.sub(logits, logits.amax(1, keepdim=True).float(), out=scratch[: len(logits)])
+            exps = torch.exp(shifted, out=self.exps[part, :vocab])
+            torch.sum(self._view[part], -1, out=sums_PB[part])
+            energy_P[part] = shifted.clamp_(min=LEAST).mul_(exps).sum(1)  # no 0 times -inf
+        self.sums: F64 = sums_PB.double().cpu().numpy()
         self.mass: F64 = self.sums.sum(1)  # P
         with np.errstate(invalid="ignore"):
-            self.entropy: F64 = np.log(self.mass) - energy.double().cpu().numpy() / self.mass
+            self.entropy: F64 = np.log(self.mass) - energy_P.double().cpu().numpy() / self.mass
 
     def __len__(self) -> int:
         return len(self.sums)

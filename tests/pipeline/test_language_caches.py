@@ -59,6 +59,15 @@ class Prose:
         write_language_model(root / "model")
         self.prepare()
 
+    @classmethod
+    def copied(cls, root: Path, to: Path) -> "Prose":
+        """The project in `root` somewhere else, to be changed."""
+        shutil.copytree(root, to)
+        own = cls.__new__(cls)
+        own.root = to
+        own.dataset, own.teacher, own.cache = to / "data", to / "teacher", to / "cache"
+        return own
+
     def prepare(self) -> None:
         entry = {"task": "causal-lm", "path": str(self.root / "documents.jsonl")}
         entry |= {"split": {"train": 0.6, "validation": 0.2, "test": 0.2}}
@@ -99,11 +108,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def prose(made: Path, tmp_path: Path) -> Prose:
-    shutil.copytree(made, tmp_path / "own")
-    own = Prose.__new__(Prose)
-    own.root = tmp_path / "own"
-    own.dataset, own.teacher, own.cache = (own.root / name for name in ("data", "teacher", "cache"))
-    return own
+    return Prose.copied(made, tmp_path / "own")
 
 
 def held(cache: Cache) -> dict[str, EntryRows]:

@@ -296,10 +296,7 @@ def test_lines_are_the_same_for_the_same_seed_and_end_where_asked() -> None:
 
 def test_a_student_that_starts_from_all_of_its_teacher_is_its_teacher(made: Prose, tmp_path: Path) -> None:
     """Through a run, from the cache alone: the teacher's directory is gone when it trains."""
-    own = Prose.__new__(Prose)
-    own.root = tmp_path / "own"
-    shutil.copytree(made.root, own.root)
-    own.dataset, own.teacher, own.cache = (own.root / name for name in ("data", "teacher", "cache"))
+    own = Prose.copied(made.root, tmp_path / "own")
     entry = own.entry().model_copy(update={"weights": Weights(layers=(0, 1))})
     capture.capture("prose", entry, own.dataset, own.teacher, own.cache, Store(own.root / "store"))
     record = replay.check("prose", Cache.open(own.cache), entry, own.dataset, own.teacher)

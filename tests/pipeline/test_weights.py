@@ -35,11 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def prose(made: Path, tmp_path: Path) -> Prose:
-    shutil.copytree(made, tmp_path / "own")
-    own = Prose.__new__(Prose)
-    own.root = tmp_path / "own"
-    own.dataset, own.teacher, own.cache = (own.root / name for name in ("data", "teacher", "cache"))
-    return own
+    return Prose.copied(made, tmp_path / "own")
 
 
 def entry(prose: Prose, *layers: int) -> CacheEntry:
