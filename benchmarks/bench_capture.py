@@ -17,7 +17,7 @@ import oracle
 import pyarrow as pa
 import torch
 
-from pipeline import asking, capture, config, hardware, teachers
+from pipeline import asking, capture, config_teachers, hardware, teachers
 from pipeline.asking import Questions
 from pipeline.prompts import prompts
 from pipeline.tokens import Tokens
@@ -26,7 +26,9 @@ from storage.spec import row_id
 from storage.writer import Store
 
 DOCUMENTS, SHARD_ROWS, ROUNDS = 8, 4, 3
-ENTRY = config.CacheEntry.model_validate({"dataset": "prose", "teacher": "smollm", "targets": "threshold"})
+ENTRY = config_teachers.CacheEntry.model_validate(
+    {"dataset": "prose", "teacher": "smollm", "targets": "threshold"}
+)
 
 
 def questions() -> Questions:

@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from pipeline.config import Asset
+from pipeline.config_data import Asset
 from pipeline.progress import log
 from storage.errors import AssetError, ConfigError
 

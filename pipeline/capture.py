@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline import config, decoders, hardware, targets, teachers, weights
+from pipeline import config_teachers, decoders, hardware, targets, teachers, weights
 from pipeline.asking import Answer, Asker, asker, questions
 from pipeline.data import load_rows
 from pipeline.progress import bar, log
@@ -50,7 +50,7 @@ class Captured(NamedTuple):
     cut_rows: int  # rows that lost tokens to the teacher's maximum
 
 
-def identity(entry: config.CacheEntry, teacher: Path, ranks: Sha256 | None = None) -> Identity:
+def identity(entry: config_teachers.CacheEntry, teacher: Path, ranks: Sha256 | None = None) -> Identity:
     """Who will be asked, and what will be kept. Reads the teacher's files, loads no model.
 
     `ranks` is the fingerprint of a compact layout's table of frequent ids.
@@ -100,7 +100,7 @@ def plan(
 
 def capture(
     name: str,
-    entry: config.CacheEntry,
+    entry: config_teachers.CacheEntry,
     dataset: Path,
     teacher: Path,
     out: Path,
@@ -141,7 +141,9 @@ def capture(
     return Captured(sealed, todo, sum(shard.seconds for shard in taken), asked.tokens.num_cut)
 
 
-def summary(name: str, entry: config.CacheEntry, captured: Captured, teacher: Path) -> dict[str, Any]:
+def summary(
+    name: str, entry: config_teachers.CacheEntry, captured: Captured, teacher: Path
+) -> dict[str, Any]:
     """What the capture cost and made, for the report: rows, tokens, bytes, seconds."""
     files = [file for shard in captured.manifest.shards for file in shard.files]
     logit_bytes = sum(file.bytes for file in files if file.path.startswith("logits/"))
@@ -230,7 +232,7 @@ def _carried(name: str, entry: decoders.Weights | None, teacher: Path) -> Weight
     return Weights(entry.layers, partial(weights.write, found, teacher))
 
 
-def _hidden_spec(hidden: config.Hidden | None, teacher: Path) -> HiddenSpec | None:
+def _hidden_spec(hidden: config_teachers.Hidden | None, teacher: Path) -> HiddenSpec | None:
     if hidden is None:
         return None
     task = teachers.record(teacher)["task"]
@@ -253,7 +255,7 @@ def _hidden_spec(hidden: config.Hidden | None, teacher: Path) -> HiddenSpec | No
     return HiddenSpec(layers=hidden.layers, pool=hidden.pool, width=width, dtype=hidden.dtype)
 
 
-def _provenance(entry: config.CacheEntry, teacher: Path) -> dict[str, Any]:
+def _provenance(entry: config_teachers.CacheEntry, teacher: Path) -> dict[str, Any]:
     """For people: versions, machine, how good the teacher is. No time of day: bytes must not hold one."""
     packages = ("torch", "transformers", "tokenizers", "pyarrow", "zarr", "numpy")
     return {

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.blocks import SENTENCE_END, cut
-from pipeline.config import Dataset, Pool, Split
+from pipeline.config_data import Dataset, Pool, Split
 from pipeline.labels import joined, positions, tags
 from pipeline.progress import tracked
 from storage.errors import DataError

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from pipeline import config, hardware, kinds, language, metrics, reading, students, teachers
+from pipeline import config, config_teachers, hardware, kinds, language, metrics, reading, students, teachers
 from pipeline.batches import CachedRows
 from pipeline.data import Rows, load_rows
 from pipeline.documents import CachedDocuments
@@ -98,7 +98,9 @@ def _load(paths: config.RunPaths, seed: dict[str, Any]) -> tuple[torch.nn.Module
     }
 
 
-def evaluate_teacher(name: str, entry: config.Teacher, dataset: Path, teacher: Path) -> dict[str, Any]:
+def evaluate_teacher(
+    name: str, entry: config_teachers.Teacher, dataset: Path, teacher: Path
+) -> dict[str, Any]:
     """The teacher's row of the results table."""
     rows, reader, record = load_rows(dataset).only(SPLIT), teachers.reader(teacher), teachers.record(teacher)
     hardware.pin_threads(hardware.num_cores())

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline import config, engine, hardware, language, targets, teachers
+from pipeline import config_teachers, engine, hardware, language, targets, teachers
 from pipeline.batches import BUCKET_BATCHES, DistillBatch
 from pipeline.data import Rows, load_rows
 from pipeline.losses import label_loss
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def make_teacher(name: str, entry: config.Teacher, dataset: Path, out: Path) -> dict[str, Any]:
+def make_teacher(name: str, entry: config_teachers.Teacher, dataset: Path, out: Path) -> dict[str, Any]:
     """Put the teacher `name` into the directory `out`; return its record, which is also out/teacher.json."""
     rows = load_rows(dataset)
     source = Path(entry.model)
@@ -81,7 +81,7 @@ def make_teacher(name: str, entry: config.Teacher, dataset: Path, out: Path) -> 
 
 
 def _take_language_model(
-    name: str, entry: config.Teacher, rows: Rows, source: Path, out: Path
+    name: str, entry: config_teachers.Teacher, rows: Rows, source: Path, out: Path
 ) -> dict[str, Any]:
     """Take a language model as it is: a directory of transformers, or a GGUF file in one."""
     if entry.train:
@@ -132,7 +132,7 @@ def _take_language_model(
 
 
 def _fine_tune(
-    name: str, train: config.TeacherTraining, source: Path, rows: Rows, tokens: Tokens, pad_id: int
+    name: str, train: config_teachers.TeacherTraining, source: Path, rows: Rows, tokens: Tokens, pad_id: int
 ) -> "tuple[PreTrainedModel, Fit]":
     torch.manual_seed(train.seed)
     changes: dict[str, Any] = {} if train.dropout is None else {

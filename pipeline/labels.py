@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
-from pipeline.config import Dataset
+from pipeline.config_data import Dataset
 from storage.errors import DataError
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 
 import torch
 
-from pipeline import config, kinds, students
+from pipeline import config_recipes, kinds, students
 from pipeline.batches import CachedRows, DistillBatch
 from pipeline.data import POOL, Rows
 from pipeline.documents import CachedDocuments
@@ -42,13 +42,18 @@ class Lesson(NamedTuple):
     rows_a_piece: float  # of what a batch has: whole rows, or pieces of longer ones
 
 
-def taught_by(recipe: config.Recipe) -> tuple[str, ...]:
+def taught_by(recipe: config_recipes.Recipe) -> tuple[str, ...]:
     """The splits that a recipe trains on."""
     return ("train", POOL) if recipe.pool else ("train",)
 
 
 def of_rows(
-    student: kinds.Student, recipe: config.Recipe, cache: Cache, rows: Rows, reader: TextReader, seed: int
+    student: kinds.Student,
+    recipe: config_recipes.Recipe,
+    cache: Cache,
+    rows: Rows,
+    reader: TextReader,
+    seed: int,
 ) -> Lesson:
     """A classifier's: logits of each row against its label and its cached target."""
     tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
@@ -82,7 +87,7 @@ def of_rows(
 
 
 def of_documents(
-    student: kinds.Student, recipe: config.Recipe, cache: Cache, rows: Rows, seed: int
+    student: kinds.Student, recipe: config_recipes.Recipe, cache: Cache, rows: Rows, seed: int
 ) -> Lesson:
     """A language model's: states of each token through the head, against the next token and the entries."""
     cached = CachedDocuments(cache, rows, taught_by(recipe), student.max_length)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline import capture, config, hardware, teachers, weights
+from pipeline import capture, config_teachers, hardware, teachers, weights
 from pipeline.asking import asker, questions
 from pipeline.data import Rows, load_rows
 from pipeline.progress import bar
@@ -30,7 +30,9 @@ ENTRY_STEP = 0.03
 SAME_ENTRIES = {"float32": 0.98, "bfloat16": 0.6}
 
 
-def check(name: str, cache: Cache, entry: config.CacheEntry, dataset: Path, teacher: Path) -> dict[str, Any]:
+def check(
+    name: str, cache: Cache, entry: config_teachers.CacheEntry, dataset: Path, teacher: Path
+) -> dict[str, Any]:
     """Verify everything that can be: fit, coverage, every byte, and a replay. Returns a deterministic record.
 
     Raises SpecMismatch or another CacheError that names the first fault.

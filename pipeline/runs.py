@@ -18,7 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline import config, hardware, kinds
+from pipeline import config, config_recipes, hardware, kinds
 from pipeline.data import POOL, SPLITS, Rows, load_rows
 from pipeline.decoders import refuse_misfit
 from pipeline.progress import bars, log
@@ -50,7 +50,7 @@ class Job(NamedTuple):
     seed: int
     threads: int  # at most so many
     student: kinds.Student
-    recipe: config.Recipe
+    recipe: config_recipes.Recipe
     paths: config.RunPaths
 
 
@@ -63,7 +63,7 @@ def train(
     name: str,
     run: config.Run,
     student: kinds.Student,
-    recipe: config.Recipe,
+    recipe: config_recipes.Recipe,
     seeds_at_once: int | None,
     paths: config.RunPaths,
 ) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def write_curve(record: dict[str, Any], path: Path) -> None:
 
 
 def _refuse_misfit(
-    name: str, cache: Cache, rows: Rows, student: kinds.Student, recipe: config.Recipe, verified: Path
+    name: str, cache: Cache, rows: Rows, student: kinds.Student, recipe: config_recipes.Recipe, verified: Path
 ) -> None:
     known = json.loads(verified.read_text())["manifest"] if verified.is_file() else "nothing"
     if known != cache.manifest_sha256:

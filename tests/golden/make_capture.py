@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline import capture, config, engine, teachers
+from pipeline import capture, config_teachers, engine, teachers
 from tests import toy
 
 GOLDEN = Path(__file__).parent / "capture.json"
@@ -41,8 +41,8 @@ def write_teacher(directory: Path) -> None:
 
 def captured(directory: Path) -> dict[str, Any]:
     """Logits and pooled states of a few texts, rounded, and the fingerprints that name them."""
-    entry = config.CacheEntry(
-        dataset="toy", teacher="golden", hidden=config.Hidden(layers=(1, 2)), precision="float32"
+    entry = config_teachers.CacheEntry(
+        dataset="toy", teacher="golden", hidden=config_teachers.Hidden(layers=(1, 2)), precision="float32"
     )
     who = capture.identity(entry, directory)
     reader = teachers.reader(directory)

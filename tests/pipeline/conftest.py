@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 from accelerate.state import AcceleratorState
 
-from pipeline import capture, config, data, finetune, hardware, replay
+from pipeline import capture, config, config_teachers, data, finetune, hardware, replay
 from storage import Cache
 from storage.writer import Store
 from tests import toy
@@ -61,7 +61,7 @@ class World(NamedTuple):
             "toy", self.entry(**changes), self.dataset, self.teacher, self.cache, self.store
         )
 
-    def entry(self, **changes: Any) -> config.CacheEntry:
+    def entry(self, **changes: Any) -> config_teachers.CacheEntry:
         return self.params.caches["toy"].model_copy(update={"precision": "float32", **changes})
 
     def check(self) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from pipeline import capture, data, finetune, replay
-from pipeline.config import CacheEntry, Dataset, Teacher
+from pipeline.config_data import Dataset
+from pipeline.config_teachers import CacheEntry, Teacher
 from storage import Cache
 from storage.writer import Store
 from tests import toy

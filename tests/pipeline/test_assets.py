@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import assets
-from pipeline.config import Asset
+from pipeline.config_data import Asset
 from storage.errors import AssetError, ConfigError
 
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from pipeline import data
 from pipeline.blocks import Blocks, cut
-from pipeline.config import Dataset, Split
+from pipeline.config_data import Dataset, Split
 from storage.errors import DataError
 from storage.spec import row_id
 

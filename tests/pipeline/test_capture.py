@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pipeline import capture, config, data, engine, finetune, teachers
+from pipeline import capture, config_teachers, data, engine, finetune, teachers
 from storage import Cache, errors
 from storage.errors import ShardUnwritten, SpecMismatch, StillroomError, StoreFull, TeacherError
 from storage.writer import seal
@@ -279,7 +279,7 @@ def test_a_summary_counts_what_was_made(world: World) -> None:
 
 def test_a_teacher_of_more_outputs_than_labels_is_refused(own: World) -> None:
     toy.write_model(own.root / "three", labels=("a", "b", "c"))
-    entry = config.Teacher(
+    entry = config_teachers.Teacher(
         model=str(own.root / "three"), dataset="toy", labels=("negative", "positive"), max_length=32
     )
     with pytest.raises(TeacherError, match="gives 3 logits a row, and there are 2 labels"):
@@ -291,7 +291,7 @@ def test_rows_longer_than_the_models_positions_are_refused_before_training(own: 
     with (own.root / "reviews.csv").open("a") as file:
         file.write("good " * 38 + ",1,labelled\n")
     own.prepare()
-    train = config.TeacherTraining(epochs=1) if trained else None
+    train = config_teachers.TeacherTraining(epochs=1) if trained else None
     entry = own.params.teachers["tiny"].model_copy(update={"max_length": 64, "train": train})
     assert "good good" in own.rows().texts[120].as_py()
     with pytest.raises(TeacherError, match="cannot read rows of 40 tokens") as refused:
@@ -303,7 +303,7 @@ def test_what_a_teacher_is_made_into_twice_leaves_the_models_own_files_alone(own
     before = content(own.root / "model")
     own.make_teacher()
     own.make_teacher()
-    train = config.TeacherTraining(epochs=1, batch_rows=16, precision="float32", dropout=0.0)
+    train = config_teachers.TeacherTraining(epochs=1, batch_rows=16, precision="float32", dropout=0.0)
     entry = own.params.teachers["tiny"].model_copy(update={"train": train, "model": str(own.root / "model")})
     record = finetune.make_teacher("tiny", entry, own.dataset, own.teacher)
     assert record["training"]["steps"] > 0

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import data
-from pipeline.config import Dataset, Split
+from pipeline.config_data import Dataset, Split
 from storage.errors import DataError
 from storage.spec import row_id
 from tests import toy

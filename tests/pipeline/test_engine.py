@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import capture, config, engine, teachers
+from pipeline import capture, config_teachers, engine, teachers
 from pipeline.tokens import TextReader, Tokens
 from storage.errors import TeacherError
 from storage.spec import HiddenSpec
@@ -83,13 +83,15 @@ def test_an_answer_that_is_no_number_names_the_row(world: World) -> None:
 
 def test_hidden_states_of_a_decoder_can_be_asked_for(tmp_path: Path) -> None:
     decoder.write(tmp_path / "gpt")
-    hidden = config.Hidden(layers=(0, 2))
-    entry = config.CacheEntry(dataset="toy", teacher="gpt", hidden=hidden, precision="float32")
+    hidden = config_teachers.Hidden(layers=(0, 2))
+    entry = config_teachers.CacheEntry(dataset="toy", teacher="gpt", hidden=hidden, precision="float32")
     spec = capture.identity(entry, tmp_path / "gpt").spec
     assert spec.hidden is not None
     assert spec.hidden.width == 16
     with pytest.raises(TeacherError, match="layers 0"):
-        capture.identity(entry.model_copy(update={"hidden": config.Hidden(layers=(3,))}), tmp_path / "gpt")
+        capture.identity(
+            entry.model_copy(update={"hidden": config_teachers.Hidden(layers=(3,))}), tmp_path / "gpt"
+        )
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 200))

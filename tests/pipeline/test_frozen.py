@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline import finetune
-from pipeline.config import TeacherTraining
+from pipeline.config_teachers import TeacherTraining
 from storage.errors import TeacherError
 from tests.pipeline.conftest import World
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import data
-from pipeline.config import Dataset
+from pipeline.config_data import Dataset
 from pipeline.data import POOL
 from storage.errors import DataError
 from storage.spec import row_id

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline import capture, data, finetune, replay, teachers
-from pipeline.config import CacheEntry, Dataset, Teacher
+from pipeline.config_data import Dataset
+from pipeline.config_teachers import CacheEntry, Teacher
 from pipeline.tokens import TextReader
 from storage import Cache
 from storage.errors import AssetError, SpecMismatch, TeacherError

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from pipeline import (
     capture,
     config,
+    config_recipes,
     data,
     evaluation,
     kinds,
@@ -53,8 +54,8 @@ def student(**changes: Any) -> kinds.Student:
     return entry
 
 
-def recipe(**changes: Any) -> config.Recipe:
-    return config.Recipe.model_validate(RECIPE | changes)
+def recipe(**changes: Any) -> config_recipes.Recipe:
+    return config_recipes.Recipe.model_validate(RECIPE | changes)
 
 
 def documents(prose: Prose, *splits: str, max_length: int = 9) -> CachedDocuments:
@@ -201,7 +202,7 @@ def test_kl_agreement_loss_and_accuracy_are_those_of_the_live_teacher(
 
 
 def train(
-    prose: Prose, out: Path, entry: kinds.Student, how: config.Recipe, seed_list: list[int]
+    prose: Prose, out: Path, entry: kinds.Student, how: config_recipes.Recipe, seed_list: list[int]
 ) -> dict[str, Any]:
     run = config.Run.model_validate(
         {"dataset": "prose", "cache": "prose", "student": "s", "recipe": "r", "seeds": seed_list}

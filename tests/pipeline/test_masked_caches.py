@@ -12,8 +12,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from pipeline import asking, capture, config, evaluation, hardware, kinds, language, report, runs, teachers
-from pipeline.config import Teacher
+from pipeline import (
+    asking,
+    capture,
+    config,
+    config_recipes,
+    evaluation,
+    hardware,
+    kinds,
+    language,
+    report,
+    runs,
+    teachers,
+)
+from pipeline.config_teachers import Teacher
 from storage import Cache, manifest
 from storage.errors import SpecMismatch, TeacherError
 from storage.writer import Store, seal
@@ -266,6 +278,6 @@ def test_a_run_over_such_a_cache_is_refused_with_the_tasks_that_can_be(own: Proj
     paths = config.RunPaths(own.cache, own.dataset, own.root / "verified.json", own.root / "out")
     entry = config.Run(dataset="toy", cache="toy", student="fc", recipe="kd")
     with pytest.raises(SpecMismatch, match=r"spec\.task +masked-lm") as refused:
-        runs.train("masked", entry, kinds.FC(kind="fc"), config.Recipe(), 1, paths)
+        runs.train("masked", entry, kinds.FC(kind="fc"), config_recipes.Recipe(), 1, paths)
     assert "sequence-classification" in str(refused.value)
     assert not (own.root / "out").exists()

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import runs, targets
-from pipeline.config import CacheEntry
+from pipeline.config_teachers import CacheEntry
 from storage import Cache, manifest, records
 from storage.entries import Entries, concatenate
 from storage.errors import ManifestInvalid, ShardCorrupt, SpecMismatch

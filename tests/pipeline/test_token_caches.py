@@ -13,8 +13,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
-from pipeline import capture, config, data, evaluation, hardware, kinds, metrics, report, runs, teachers
-from pipeline.config import Teacher
+from pipeline import (
+    capture,
+    config,
+    config_recipes,
+    data,
+    evaluation,
+    hardware,
+    kinds,
+    metrics,
+    report,
+    runs,
+    teachers,
+)
+from pipeline.config_teachers import Teacher
 from pipeline.data import NO_LABEL, POOL
 from pipeline.tagging import token_labels
 from pipeline.tokens import Tokens
@@ -265,7 +277,7 @@ def run(own: Project, **student: Any) -> None:
     own.root.joinpath("verified.json").write_text(json.dumps(own.check()))
     paths = config.RunPaths(own.cache, own.dataset, own.root / "verified.json", own.root / "out")
     entry = config.Run(dataset="toy", cache="toy", student="fc", recipe="kd")
-    runs.train("tags", entry, kinds.FC(kind="fc", **student), config.Recipe(), 1, paths)
+    runs.train("tags", entry, kinds.FC(kind="fc", **student), config_recipes.Recipe(), 1, paths)
 
 
 def test_a_run_over_such_a_cache_is_refused_with_the_tasks_that_can_be(own: Project) -> None:

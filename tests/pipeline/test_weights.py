@@ -11,7 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline import capture, replay, runs, weights
-from pipeline.config import CacheEntry, Recipe, Run, RunPaths
+from pipeline.config import Run, RunPaths
+from pipeline.config_recipes import Recipe
+from pipeline.config_teachers import CacheEntry
 from pipeline.decoders import EMBEDDINGS, NORM, PARTS, refuse_misfit, tensor_name
 from pipeline.kinds import Llama
 from storage import Cache

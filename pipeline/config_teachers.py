@@ -1,0 +1,78 @@
+"""Entries of params.yaml: `teachers`, and `caches`, what they are asked."""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from pipeline.decoders import Weights
+from pipeline.section import Fraction, Name, Positive, Section, distinct
+from pipeline.targets import Dense, MaskedShare, Targets
+
+
+class TeacherTraining(Section):
+    """How a teacher is fine-tuned: AdamW, linear warm-up and decay, early stopping on validation."""
+
+    epochs: Positive = 2
+    batch_rows: Positive = 32
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    warmup: Fraction = 0.1
+    """Share of all steps over which the learning rate rises."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    dropout: Fraction | None = None
+    """Dropout of hidden states and attention; null: what the model's own config says."""
+    frozen_layers: Annotated[int, Field(ge=0)] | None = None
+    """Leave the embeddings (0) and so many of the first layers as they are; null: train all. The embeddings
+    are half of a small model's weights, low layers change little in a short fine-tuning, and gradients end
+    above them."""
+    evaluations_per_epoch: Positive = 2
+    patience: Positive = 2
+    """Evaluations without improvement before it stops. The best state is kept."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the forward pass. auto: bfloat16 where the hardware computes in it, else float32."""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Teacher(Section):
+    """A model, taken as it is or fine-tuned on a dataset."""
+
+    model: Annotated[str, Field(min_length=1)]
+    """A directory with config.json, *.safetensors and tokenizer files: local, or below assets/. A language
+    model may also be a GGUF file, or a directory with one."""
+    dataset: Name
+    """The dataset that it is trained on (with `train`) and scored on."""
+    labels: Annotated[tuple[str, ...], Field(strict=False), AfterValidator(distinct)] | None = None
+    """Names of the head's outputs in order, where the model's own config does not name them."""
+    max_length: Positive = 512
+    """The most tokens that it reads of a row."""
+    too_long: Literal["error", "truncate"] = "error"
+    """What to do about longer rows. Truncated rows are counted in the capture's summary."""
+    train: TeacherTraining | None = None
+
+
+class Hidden(Section):
+    """Pooled hidden states to keep beside the logits."""
+
+    layers: Annotated[
+        tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False), AfterValidator(distinct)
+    ]
+    """Layers in the sense of transformers' hidden_states: 0 is the embeddings."""
+    pool: Literal["first", "mean"] = "mean"
+    """The first token's state, or the mean over the row's tokens."""
+    dtype: Literal["float16", "float32"] = "float16"
+
+
+class CacheEntry(Section):
+    """What to ask a teacher about which rows."""
+
+    dataset: Name
+    teacher: Name
+    targets: Targets = Dense(codec="dense")
+    """The codec, and its settings: dense (few classes), or one of the sparse ones (vocabularies)."""
+    mask: MaskedShare | None = None
+    """Only of a masked language model: what is hidden from it; null: the default settings."""
+    hidden: Hidden | None = None
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the teacher's arithmetic. auto: bfloat16 where the hardware computes in it, else float32."""
+    shard_rows: Positive = 4096
+    """Rows a shard: what is written, verified and retried as one. Documents are long: take 128 or so."""
+    weights: Weights | None = None
