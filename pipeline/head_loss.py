@@ -95,20 +95,26 @@ class _HeadLoss(torch.autograd.Function):
             if bias_V is not None:
                 logits += bias_V
             mass_C = logits.new_zeros(stop - start).index_add_(0, rows, weights)
-            sums_C = logits.logsumexp(1)
-            total += (mass_C * sums_C).sum() - (weights * logits[rows, ids]).sum()
-            probs = logits.sub_(sums_C[:, None]).exp_()
+            total -= (weights * logits[rows, ids]).sum()
+            largest_C = logits.amax(1)
+            exps = logits.sub_(largest_C[:, None]).exp_()  # one pass of exponentials, in place
+            sums_C = exps.sum(1)
+            total += (mass_C * (largest_C + sums_C.log())).sum()
             if bucket:
                 tail_C = targets.log_tail[start:stop].to(wide).exp() * (mass_C > 0)
+                probs = exps.div_(sums_C[:, None])
                 total += _to_bucket_gradient(probs, rows, ids, mass_C, tail_C)
             else:
-                probs.mul_(mass_C[:, None])
+                exps.mul_((mass_C / sums_C)[:, None])
             logits.index_put_((rows, ids), -weights, accumulate=True)
             if grad_bias is not None:
                 grad_bias += logits.sum(0)
             grad = logits.to(states.dtype)
             grad_states[start:stop] = grad @ head_VD
-            grad_head += grad.T @ states
+            if grad.dtype == wide:
+                grad_head.addmm_(grad.T, states)  # no [V, D] beside it
+            else:
+                grad_head += grad.T @ states
         ctx.save_for_backward(grad_states, grad_head, *([] if grad_bias is None else [grad_bias]))
         ctx.dtypes = head_VD.dtype, None if bias_V is None else bias_V.dtype
         return total
