@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
@@ -156,11 +157,13 @@ def forge(path: Path, change: Callable[[Path], None]) -> None:
     """Change files as a forger would, with the right digests everywhere."""
     change(path)
     body = json.loads((path / "manifest.json").read_bytes())
-    entries = [*body["hidden_basis"], *(file for shard in body["shards"] for file in shard["files"])]
+    basis = body.get("hidden_basis", [])
+    entries = [*basis, *(file for shard in body["shards"] for file in shard["files"])]
     found = {e["path"]: file_entry(path, e["path"]).model_dump() for e in entries}
 
     def digests(body: dict[str, Any]) -> None:
-        body["hidden_basis"] = [found[file["path"]] for file in body["hidden_basis"]]
+        if basis:
+            body["hidden_basis"] = [found[file["path"]] for file in basis]
         for shard in body["shards"]:
             shard["files"] = [found[file["path"]] for file in shard["files"]]
 
@@ -176,6 +179,23 @@ def test_another_basis_is_refused_although_its_digest_is_right(small: Path) -> N
     forge(small, exchange)
     with pytest.raises(ShardCorrupt, match="not the basis that the components were made with"):
         read_all(small)
+
+
+def test_a_state_that_is_no_number_is_refused_with_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "plain"
+    shutil.copytree(GOLDEN / "plain", path)
+    shard = Cache.open(path).shards[0]
+
+    def poison(path: Path) -> None:
+        array = zarr.open_array(path / shard.hidden_path / "layer.2", mode="r+")
+        states = np.array(array[:])
+        states[3, 1] = np.nan  # the only token of the second row
+        array[:] = states
+
+    forge(path, poison)
+    row = Cache.open(path).read(shard).row_ids[1].as_py()
+    with pytest.raises(ShardCorrupt, match=rf"row {row} \(layer\.2\) is not finite"):
+        read_all(path)
 
 
 @pytest.mark.parametrize(
