@@ -383,6 +383,18 @@ def test_language_models_keep_their_states_beside_their_entries(tmp_path: Path) 
     check_states_of_tokens(cache, teachers.load_language(prose.teacher, "float32"))
 
 
+def test_a_teacher_without_such_projections_is_refused_before_it_reads_a_row(tmp_path: Path) -> None:
+    prose = Prose(tmp_path)
+    llama(num_key_value_heads=1, vocab_size=100, max_position_embeddings=128).save_pretrained(
+        tmp_path / "model"
+    )
+    prose.make_teacher()
+    made = prose.entry().model_copy(update={"hidden": entry_hidden(qkv=[1], pool="none")})
+    with pytest.raises(TeacherError, match="grouped queries share keys and values"):
+        capture.capture("prose", made, prose.dataset, prose.teacher, prose.cache, Store(tmp_path / "store"))
+    assert not list((tmp_path / "store").rglob("*.json")), "it was not asked for frequent ids either"
+
+
 def entry_hidden(**hidden: Any) -> Any:
     body = {"dataset": "prose", "teacher": "tiny", "hidden": hidden}
     return CacheEntry.model_validate(body).hidden
