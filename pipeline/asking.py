@@ -16,6 +16,7 @@ import torch
 from pipeline import draws, engine, language, teachers
 from pipeline.prompts import Prompts, prompts
 from pipeline.sparsify import Keys, rounding_noise, sparsify
+from pipeline.states import Overheard, deaf
 from pipeline.tokens import TextReader, Tokens
 from storage.entries import ranges
 from storage.records import EntryRows, LogitRows
@@ -33,7 +34,7 @@ class Answer(NamedTuple):
 
     kept: LogitRows | EntryRows
     noise: npt.NDArray[np.float64] | None  # what a compact layout rounds with
-    hidden: dict[int, npt.NDArray[np.float32]]  # layer -> N x W
+    hidden: dict[str, npt.NDArray[np.float32]]  # name -> N x W, or a vector for each token, row after row
 
 
 class Questions(NamedTuple):
@@ -54,6 +55,12 @@ class Questions(NamedTuple):
     def read(self, part: Indices) -> npt.NDArray[np.int32]:
         """The token ids of these rows, end to end."""
         return self.tokens.ids[ranges(self.tokens.offsets[part], self.tokens.lengths[part])]
+
+    def overheard(self, model: torch.nn.Module, part: Indices) -> Overheard | None:
+        """What gathers the vectors of these rows that the spec wants; None where it wants none."""
+        if self.spec.hidden is None:
+            return None
+        return Overheard(model, self.spec.hidden, self.tokens.lengths[part], part, self.row_ids.to_pylist())
 
 
 class Asker(Protocol):
@@ -95,7 +102,9 @@ class _Classifier:
     @cached_property
     def _model(self) -> "PreTrainedModel":
         self._q.before_loading()
-        return teachers.load(self._q.teacher, task=self._q.spec.task, pad_token_id=self._q.pad_id)
+        model = teachers.load(self._q.teacher, task=self._q.spec.task, pad_token_id=self._q.pad_id)
+        self._q.overheard(model, np.arange(0))  # what it has none of is refused now
+        return model
 
     def load(self) -> None:
         _ = self._model
@@ -111,11 +120,13 @@ class _Classifier:
         q, row_ids = self._q, self._q.row_ids.take(pa.array(part))
         inputs, lengths = q.tokens.hashes(part), q.tokens.lengths[part].astype(np.int32)
         if q.spec.per_position:
-            names = q.row_ids.to_pylist()
+            names, heard = q.row_ids.to_pylist(), q.overheard(self._model, part)
             logits = engine.infer_tokens(
-                self._model, q.tokens, part, q.pad_id, q.spec.precision, names, advance
-            )
-            return Answer(LogitRows(row_ids, inputs, lengths, logits, q.read(part)), None, {})
+                self._model, q.tokens, part, q.pad_id, q.spec.precision, names, advance,
+                heard.hear if heard else deaf,
+            )  # fmt: skip
+            kept_logits = LogitRows(row_ids, inputs, lengths, logits, q.read(part))
+            return Answer(kept_logits, None, heard.found if heard else {})
         said = self._infer(part, advance)
         if q.spec.codec == "dense":
             return Answer(LogitRows(row_ids, inputs, lengths, said.logits), None, said.hidden)
@@ -140,6 +151,7 @@ class _Language:
     def _head(self) -> language.LanguageHead:
         self._q.before_loading()
         model = teachers.load_language(self._q.teacher, self._q.spec.precision, self._q.spec.task)
+        self._q.overheard(model, np.arange(0))  # what it has none of is refused now
         head = language.LanguageHead(model, self._q.spec.num_outputs)
         shortest = np.array([self._q.tokens.lengths.argmin()])
         head.check(*(torch.from_numpy(array) for array in self._q.tokens.padded(shortest, self._q.pad_id)))
@@ -159,10 +171,12 @@ class _Language:
         q, codec = self._q, self._q.spec.codec
         assert codec != "dense"  # the spec of a language model never is
         names, lengths = q.row_ids.to_pylist(), q.tokens.lengths[part]
-        entries, entropy = language.infer(self._head, q.prompts, part, q.pad_id, codec, names, advance)
+        heard = q.overheard(self._head.model, part)
+        hear = heard.hear if heard else deaf
+        entries, entropy = language.infer(self._head, q.prompts, part, q.pad_id, codec, names, advance, hear)
         row_ids = q.row_ids.take(pa.array(part))
         words = np.repeat(draws.row_words(row_ids.to_pylist()), lengths, axis=0)
         keys = Keys(words, np.concatenate([np.arange(length) for length in lengths]))
         short = lengths.astype(np.int32)
         kept = EntryRows(row_ids, q.tokens.hashes(part), short, short, entries, q.read(part), entropy)
-        return Answer(kept, rounding_noise(codec, entries, keys), {})
+        return Answer(kept, rounding_noise(codec, entries, keys), heard.found if heard else {})

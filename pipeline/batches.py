@@ -17,11 +17,13 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 import torch
 
+from pipeline.cached_states import States, laid_end_to_end, narrowed, read_states, refuse_unkept
 from pipeline.data import Rows
 from pipeline.losses import SparseTargets
 from pipeline.tokens import Tokens
 from storage import Cache, order
-from storage.entries import Entries, concatenate
+from storage.entries import Entries, concatenate, ends
+from storage.errors import Mismatch, SpecMismatch
 from storage.records import LogitRows
 
 SHARDS_PER_WINDOW = 16  # rows are mixed within a window: 65,536 rows at the default shard size
@@ -38,16 +40,20 @@ class DistillBatch(NamedTuple):
     mask_BL: torch.Tensor  # bool, true for tokens
     labels_T: torch.Tensor  # int64, NO_LABEL for none
     teacher: torch.Tensor | SparseTargets  # float32 logits [T, C], or entries of the T targets
+    # What the teacher thought, float32 by name: [B, W] pooled, [all true tokens, W] in the order of the mask.
+    hidden: dict[str, torch.Tensor] = {}  # noqa: RUF012 (a default of NamedTuple is never changed)
 
     def to(self, device: torch.device) -> "DistillBatch":
         """The same batch on another device."""
-        return DistillBatch(*(part.to(device) for part in self))  # type: ignore[arg-type]
+        hidden = {name: states.to(device) for name, states in self.hidden.items()}
+        ids, mask, labels = (part.to(device) for part in self[:3])
+        return DistillBatch(ids, mask, labels, self.teacher.to(device), hidden)
 
     @property
     def num_bytes(self) -> int:
         """Size in memory."""
         parts = [*self[:3], *([self.teacher] if isinstance(self.teacher, torch.Tensor) else self.teacher)]
-        return sum(tensor.nbytes for tensor in parts)
+        return sum(tensor.nbytes for tensor in [*parts, *self.hidden.values()])
 
 
 class Place(NamedTuple):
@@ -74,20 +80,32 @@ def places(cache: Cache, rows: Rows, splits: tuple[str, ...]) -> list[Place]:
 class CachedRows:
     """The rows of some splits of a dataset with the targets that a cache holds for them.
 
-    `tokens` are those of all the dataset's rows. Raises SpecMismatch where the cache lacks a row.
+    `tokens` are those of all the dataset's rows; `hidden` are names of `Cache.hidden_names` to read along.
+    Raises SpecMismatch where the cache lacks a row or a name, and where it has a state a token and the
+    student reads other tokens than the teacher did.
     """
 
     def __init__(
-        self, cache: Cache, rows: Rows, tokens: Tokens, pad_id: int, splits: tuple[str, ...]
+        self,
+        cache: Cache,
+        rows: Rows,
+        tokens: Tokens,
+        pad_id: int,
+        splits: tuple[str, ...],
+        hidden: tuple[str, ...] = (),
     ) -> None:
-        self.cache, self.rows, self.tokens, self.pad_id = cache, rows, tokens, pad_id
+        refuse_unkept(cache, hidden)
+        self.cache, self.rows, self.tokens, self.pad_id, self.hidden = cache, rows, tokens, pad_id, hidden
         self._by_shard = places(cache, rows, splits)
         self.num_rows = sum(len(place.rows) for place in self._by_shard)
+        self._shards_per_window = narrowed(SHARDS_PER_WINDOW, cache, hidden)
+        if hidden and cache.hidden_per_position:
+            self._refuse_other_tokens()
 
     def num_batches(self, batch_rows: int) -> int:
         """At most so many batches an epoch; windows may end in short ones."""
         sizes = [len(rows) for rows, _ in self._by_shard]
-        windows = -(-len(sizes) // SHARDS_PER_WINDOW)
+        windows = -(-len(sizes) // self._shards_per_window)
         return -(-self.num_rows // batch_rows) + windows - 1
 
     def epoch(self, seed: int, epoch: int, batch_rows: int) -> Generator[DistillBatch, None, None]:
@@ -96,24 +114,42 @@ class CachedRows:
 
     def in_order(self, batch_rows: int) -> Iterator[DistillBatch]:
         """All rows once, those of like length together: for evaluation."""
-        rows, targets = self._window(range(len(self._by_shard)))
+        rows, held = self._window(range(len(self._by_shard)))
         by_length = np.argsort(self.tokens.lengths[rows], kind="stable")
         for start in range(0, len(rows), batch_rows):
             part = by_length[start : start + batch_rows]
-            yield self._batch(rows[part], targets.take(part))
+            yield self._batch(rows[part], held.take(part))
 
     def _epoch(self, seed: int, epoch: int, batch_rows: int) -> Iterator[DistillBatch]:
-        for number, shards in enumerate(order.windows(len(self._by_shard), SHARDS_PER_WINDOW, seed, epoch)):
-            rows, targets = self._window(sorted(int(shard) for shard in shards))
+        windows = order.windows(len(self._by_shard), self._shards_per_window, seed, epoch)
+        for number, shards in enumerate(windows):
+            rows, held = self._window(sorted(int(shard) for shard in shards))
             lengths = self.tokens.lengths[rows]
             for part in order.batches(lengths, batch_rows, BUCKET_BATCHES, seed, epoch, number):
-                yield self._batch(rows[part], targets.take(part))
+                yield self._batch(rows[part], held.take(part))
 
-    def _window(self, shards: Iterable[int]) -> tuple[npt.NDArray[np.int64], "_Dense | Entries"]:
-        """(rows of the dataset, their targets) of some shards."""
+    def _refuse_other_tokens(self) -> None:
+        """A state belongs to a token: the student must have the teacher's tokens of every row."""
+        lengths, hashes = self.cache.index()[1], self.cache.input_hashes()
+        first = ends([shard.rows for shard in self.cache.shards])
+        rows = np.concatenate([place.rows for place in self._by_shard])
+        held = np.concatenate([start + p.held for start, p in zip(first[:-1], self._by_shard, strict=True)])
+        same = pc.equal(self.tokens.hashes(rows), hashes.take(held)).to_numpy(zero_copy_only=False)
+        if not same.all():
+            raise SpecMismatch(
+                f"{self.cache.path} has a hidden state for each token that the teacher read, and the student "
+                "reads others",
+                [Mismatch("rows read as the teacher did", int(same.sum()), len(same))],
+                "Write tokenizer: teacher under students.NAME in params.yaml, with a max_length of at least "
+                f"{int(lengths[held].max())} tokens, the longest row.",
+            )
+
+    def _window(self, shards: Iterable[int]) -> tuple[npt.NDArray[np.int64], "_Held"]:
+        """(rows of the dataset, what the cache holds of them) of some shards."""
         rows: list[npt.NDArray[np.int64]] = [np.zeros(0, np.int64)]
         dense = [np.zeros((0, len(self.cache.labels)), np.float32)]
         sparse = []
+        hidden: list[dict[str, States]] = []
         for shard in shards:
             dataset_rows, shard_rows = self._by_shard[shard]
             if not len(dataset_rows):
@@ -124,16 +160,20 @@ class CachedRows:
                 dense.append(held.logits[shard_rows])
             else:
                 sparse.append(held.entries.take(shard_rows))
-        return np.concatenate(rows), concatenate(sparse) if sparse else _Dense(np.concatenate(dense))
+            hidden.append(read_states(self.cache, shard, self.hidden, shard_rows, held.num_tokens))
+        targets = concatenate(sparse) if sparse else _Dense(np.concatenate(dense))
+        return np.concatenate(rows), _Held(targets, laid_end_to_end(hidden))
 
-    def _batch(self, rows: npt.NDArray[np.int64], targets: "_Dense | Entries") -> DistillBatch:
+    def _batch(self, rows: npt.NDArray[np.int64], held: "_Held") -> DistillBatch:
+        targets = held.targets
         ids_BL, mask_BL = self.tokens.padded(rows, self.pad_id)
         labels_T = self.rows.labels[rows].astype(np.int64)
         teacher = (
             torch.from_numpy(targets.logits) if isinstance(targets, _Dense) else SparseTargets.of(targets)
         )
         ids, mask, labels = (torch.from_numpy(array) for array in (ids_BL, mask_BL, labels_T))
-        return DistillBatch(ids, mask, labels, teacher)
+        hidden = {name: torch.from_numpy(states.values) for name, states in held.hidden.items()}
+        return DistillBatch(ids, mask, labels, teacher, hidden)
 
 
 class _Dense(NamedTuple):
@@ -143,6 +183,16 @@ class _Dense(NamedTuple):
 
     def take(self, rows: npt.NDArray[np.int64]) -> "_Dense":
         return _Dense(self.logits[rows])
+
+
+class _Held(NamedTuple):
+    """What a cache holds of N rows."""
+
+    targets: "_Dense | Entries"
+    hidden: dict[str, States]
+
+    def take(self, rows: npt.NDArray[np.int64]) -> "_Held":
+        return _Held(self.targets.take(rows), {name: s.take(rows) for name, s in self.hidden.items()})
 
 
 def prefetch(

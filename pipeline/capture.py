@@ -8,7 +8,7 @@ teacher is loaded when the first missing shard is computed, and not at all where
 
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
@@ -19,12 +19,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline import config_teachers, decoders, hardware, targets, teachers, weights
-from pipeline.asking import Answer, Asker, asker, questions
+from pipeline import config_teachers, decoders, hardware, states, targets, teachers, weights
+from pipeline.asking import Answer, Asker, Questions, asker, questions
 from pipeline.data import load_rows
 from pipeline.progress import bar, log
 from pipeline.tokens import FILES
-from storage import compact
+from storage import compact, hidden
 from storage.errors import ShardUnwritten, StoreFull, TeacherError
 from storage.manifest import Manifest
 from storage.records import EntryRows
@@ -34,6 +34,7 @@ from storage.writer import Store, StoredShard, Weights, seal
 STORE = Path(".stillroom")
 CAPTURE_VERSION = int((Path(__file__).parent / "CAPTURE_VERSION").read_text())
 RANKED_TARGETS = 1024  # whose probabilities say which ids are frequent
+BASIS_VECTORS = 8192  # hidden states that principal axes are those of
 
 LAYERS_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 WIDTH_KEYS = ("hidden_size", "dim", "n_embd", "d_model")
@@ -50,10 +51,16 @@ class Captured(NamedTuple):
     cut_rows: int  # rows that lost tokens to the teacher's maximum
 
 
-def identity(entry: config_teachers.CacheEntry, teacher: Path, ranks: Sha256 | None = None) -> Identity:
+def identity(
+    entry: config_teachers.CacheEntry,
+    teacher: Path,
+    ranks: Sha256 | None = None,
+    basis: Sha256 | None = None,
+) -> Identity:
     """Who will be asked, and what will be kept. Reads the teacher's files, loads no model.
 
-    `ranks` is the fingerprint of a compact layout's table of frequent ids.
+    `ranks` is the fingerprint of a compact layout's table of frequent ids, `basis` that of the axes of hidden
+    states as principal components.
     """
     record = teachers.record(teacher)
     reader = teachers.reader(teacher)
@@ -65,7 +72,7 @@ def identity(entry: config_teachers.CacheEntry, teacher: Path, ranks: Sha256 | N
         max_length=reader.max_length,
         too_long=record["too_long"],
         precision=hardware.precision(entry.precision),
-        hidden=_hidden_spec(entry.hidden, teacher),
+        hidden=_hidden_spec(entry.hidden, teacher, basis),
         mask=targets.mask(record["task"], entry.mask),
     )
     return Identity(
@@ -121,23 +128,28 @@ def capture(
     teaching = asker(asked)
     store.sweep()
     row_ids = rows.row_ids.to_pylist()
-    ranks = None
+    ranks = basis = pinned = None
+    bases: dict[str, hidden.Basis] = {}
     if who.spec.codec != "dense" and who.spec.codec.layout == "compact":
         ranks = store.ranks(who)
         if ranks is None:
             ranks = store.keep_ranks(who, compact.rank_by(teaching.mass(RANKED_TARGETS)))
-        who = identity(entry, teacher, sha256_json(ranks.tolist()))
+        pinned = sha256_json(ranks.tolist())
+    if who.spec.hidden is not None and who.spec.hidden.pca is not None:
+        basis = store.basis(who) or store.keep_basis(who, _bases(who.spec.hidden, asked, teaching))
+        bases = hidden.read_bases(basis, who.spec.hidden)
+    who = identity(entry, teacher, pinned, hidden.fingerprint(bases) if bases else None)
     taken, missing = plan(row_ids, store.finished(who), entry.shard_rows)
     total, todo = len(set(row_ids)), sum(len(part) for part in missing)
     log(f"{name}: {total - todo:,} of {total:,} rows are captured already, in {len(taken)} shards")
     if missing:
         with bar(f"capturing {name}", todo, "rows") as advance:
-            taken += ask_and_write(teaching, missing, store, who, ranks, advance)
+            taken += ask_and_write(teaching, missing, store, who, ranks, advance, bases)
     place = {row: index for index, row in reversed(list(enumerate(row_ids)))}
     taken.sort(key=lambda shard: place[shard.row_ids()[0].as_py()])
     files = {file: (teacher / file).read_bytes() for file in FILES if (teacher / file).is_file()}
     table = None if ranks is None else ranks.tolist()
-    sealed = seal(out, who, taken, files, _provenance(entry, teacher), table, carried)
+    sealed = seal(out, who, taken, files, _provenance(entry, teacher), table, carried, basis)
     return Captured(sealed, todo, sum(shard.seconds for shard in taken), asked.tokens.num_cut)
 
 
@@ -172,6 +184,7 @@ def ask_and_write(
     who: Identity,
     ranks: Indices | None,
     advance: Callable[[int], None] = lambda rows: None,
+    bases: Mapping[str, hidden.Basis] | None = None,
 ) -> list[StoredShard]:
     """Ask the teacher about the rows of each shard, and write it while the next one is asked about.
 
@@ -188,20 +201,28 @@ def ask_and_write(
             seconds = hardware.compute_seconds() - started
             if writing is not None:
                 written.append(writing.result())
-            writing = writer.submit(_put, store, who, said, ranks, seconds)
+            writing = writer.submit(_put, store, who, said, ranks, bases or {}, seconds)
         if writing is not None:
             written.append(writing.result())
     return written
 
 
-def _put(store: Store, who: Identity, said: Answer, ranks: Indices | None, seconds: float) -> StoredShard:
+def _put(
+    store: Store,
+    who: Identity,
+    said: Answer,
+    ranks: Indices | None,
+    bases: Mapping[str, hidden.Basis],
+    seconds: float,
+) -> StoredShard:
     """Pack and write one shard. Any error says which one."""
     try:
         packed = None
         if ranks is not None and isinstance(said.kept, EntryRows) and who.spec.codec != "dense":
             order = compact.Ranks(ranks, who.spec.num_outputs)
             packed = compact.pack(who.spec.codec, said.kept.entries, order, said.noise)
-        return store.put(who, said.kept, said.hidden, seconds, packed)
+        kept = said.hidden | {name: basis.components(said.hidden[name]) for name, basis in bases.items()}
+        return store.put(who, said.kept, kept, seconds, packed)
     except Exception as error:
         rows, inputs = said.kept.row_ids.to_pylist(), said.kept.input_hashes.to_pylist()
         key = shard_key(who, rows, inputs)
@@ -232,13 +253,26 @@ def _carried(name: str, entry: decoders.Weights | None, teacher: Path) -> Weight
     return Weights(entry.layers, partial(weights.write, found, teacher))
 
 
-def _hidden_spec(hidden: config_teachers.Hidden | None, teacher: Path) -> HiddenSpec | None:
-    if hidden is None:
+def _bases(spec: HiddenSpec, asked: Questions, teaching: Asker) -> dict[str, hidden.Basis]:
+    """The mean and the principal axes of each layer's states, from the first rows."""
+    enough = BASIS_VECTORS
+    if spec.pool == "none":
+        enough = int(np.searchsorted(asked.tokens.offsets, BASIS_VECTORS))
+    first = np.arange(min(enough, len(asked.row_ids)))
+    said = teaching.ask(first).hidden
+    return {name: states.principal(said[name], spec.kept_width(name)) for name in spec.component_names}
+
+
+def _hidden_spec(
+    entry: config_teachers.Hidden | None, teacher: Path, basis: Sha256 | None
+) -> HiddenSpec | None:
+    if entry is None:
         return None
     task = teachers.record(teacher)["task"]
-    if task != "sequence-classification":
+    if task != "sequence-classification" and entry.pool != "none":
         raise TeacherError(
-            f"hidden: states of each position are not kept, and {task} has no others; leave it out."
+            f"hidden.pool: {task} has a target a token, and hidden states are kept like targets; "
+            f"write pool: none, not {entry.pool}."
         )
     model = json.loads((teacher / "config.json").read_text())
     layers = next((model[key] for key in LAYERS_KEYS if model.get(key)), None)
@@ -248,11 +282,22 @@ def _hidden_spec(hidden: config_teachers.Hidden | None, teacher: Path) -> Hidden
             f"hidden: {teacher}/config.json does not say how many layers it has, or how wide.\n"
             f"Expected one of {LAYERS_KEYS} and one of {WIDTH_KEYS}. Leave `hidden` out to keep logits alone."
         )
-    if wrong := [layer for layer in hidden.layers if layer > layers]:
+    if wrong := [layer for layer in entry.layers if layer > layers]:
         raise TeacherError(
             f"hidden.layers: the teacher in {teacher} has layers 0 (embeddings) to {layers}, not {wrong}."
         )
-    return HiddenSpec(layers=hidden.layers, pool=hidden.pool, width=width, dtype=hidden.dtype)
+    if wrong := [block for block in entry.qkv if block > layers]:
+        raise TeacherError(
+            f"hidden.qkv: the teacher in {teacher} has attention blocks 1 to {layers}, not {wrong}."
+        )
+    if entry.pca is not None and entry.pca > width:
+        raise TeacherError(
+            f"hidden.pca: states of the teacher in {teacher} have {width} numbers: no {entry.pca} components."
+        )
+    return HiddenSpec(
+        layers=entry.layers, pool=entry.pool, width=width, dtype=entry.dtype, qkv=entry.qkv, pca=entry.pca,
+        basis=basis,
+    )  # fmt: skip
 
 
 def _provenance(entry: config_teachers.CacheEntry, teacher: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.decoders import Weights
 from pipeline.section import Fraction, Name, Positive, Section, distinct
@@ -50,15 +50,33 @@ class Teacher(Section):
 
 
 class Hidden(Section):
-    """Pooled hidden states to keep beside the logits."""
+    """Hidden states to keep beside the logits."""
 
     layers: Annotated[
-        tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False), AfterValidator(distinct)
-    ]
+        tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False), AfterValidator(distinct)
+    ] = ()
     """Layers in the sense of transformers' hidden_states: 0 is the embeddings."""
-    pool: Literal["first", "mean"] = "mean"
-    """The first token's state, or the mean over the row's tokens."""
-    dtype: Literal["float16", "float32"] = "float16"
+    qkv: Annotated[tuple[Positive, ...], Field(strict=False), AfterValidator(distinct)] = ()
+    """Attention blocks whose queries, keys and values are kept, before they are split in heads: 1 is the
+    first, between layers 0 and 1. Three vectors of the layers' width a token; only with pool: none."""
+    pool: Literal["first", "mean", "none"] = "mean"
+    """One vector a row (the first token's state, or the mean over the row's tokens), or none: each token's.
+    Teachers with a target a token have no others than these."""
+    dtype: Literal["float16", "float32", "int8"] = "float16"
+    """int8: each vector over its largest number / 127, which is kept beside it."""
+    pca: Positive | None = None
+    """Principal components that are kept of each layer's states; null: the states as they are. Queries, keys
+    and values are always kept as they are."""
+
+    @model_validator(mode="after")
+    def _something_that_there_is(self) -> "Hidden":
+        if not self.layers and not self.qkv:
+            raise ValueError("name the layers to keep, or the attention blocks (qkv)")
+        if self.qkv and self.pool != "none":
+            raise ValueError(f"qkv is kept of each token: write pool: none, not {self.pool}")
+        if self.pca is not None and not self.layers:
+            raise ValueError("pca is of layers, and none is named")
+        return self
 
 
 class CacheEntry(Section):

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline.batches import BUCKET_BATCHES, PREFETCH_BYTES, SHARDS_PER_WINDOW, DistillBatch, places, prefetch
+from pipeline.cached_states import States, laid_end_to_end, narrowed, read_states, refuse_unkept
 from pipeline.data import Rows
 from pipeline.losses import SparseTargets
 from storage import Cache, order
@@ -46,11 +47,20 @@ class _Pieces(NamedTuple):
 class CachedDocuments:
     """The rows of some splits of a dataset, in pieces, with the entries that a cache holds for them.
 
-    Raises SpecMismatch where the cache lacks a row.
+    `hidden` are names of `Cache.hidden_names` to read along: states of the true tokens of each batch. Raises
+    SpecMismatch where the cache lacks a row or a name.
     """
 
-    def __init__(self, cache: Cache, rows: Rows, splits: tuple[str, ...], max_length: int) -> None:
-        self.cache, self.max_length = cache, max_length
+    def __init__(
+        self,
+        cache: Cache,
+        rows: Rows,
+        splits: tuple[str, ...],
+        max_length: int,
+        hidden: tuple[str, ...] = (),
+    ) -> None:
+        refuse_unkept(cache, hidden)
+        self.cache, self.max_length, self.hidden = cache, max_length, hidden
         self._by_shard = [place.held for place in places(cache, rows, splits)]
         lengths, starts = cache.index()[1], ends([shard.rows for shard in cache.shards])
         self._pieces = [
@@ -61,7 +71,8 @@ class CachedDocuments:
         self.num_pieces = sum(len(pieces) for pieces in self._pieces)
         self.num_targets = int(sum(pieces.sum() for pieces in self._pieces))
         largest = max(shard.positions for shard in cache.shards)
-        self._shards_per_window = max(1, min(SHARDS_PER_WINDOW, WINDOW_TOKENS // max(largest, 1)))
+        mixed = max(1, min(SHARDS_PER_WINDOW, WINDOW_TOKENS // max(largest, 1)))
+        self._shards_per_window = narrowed(mixed, cache, hidden)
 
     def num_steps(self, seed: int, epochs: int, batch_tokens: int) -> int:
         """Batches of so many epochs: exact, from the lengths alone."""
@@ -87,7 +98,7 @@ class CachedDocuments:
         """All pieces once, a shard at a time, those of like length together: for evaluation."""
         for shard, lengths in enumerate(self._pieces):
             if len(lengths):
-                window = _Window(self.cache, [(shard, self._by_shard[shard])], self.max_length)
+                window = _Window(self.cache, [(shard, self._by_shard[shard])], self.max_length, self.hidden)
                 for part in order.token_batches(lengths, batch_tokens, BUCKET_BATCHES, 0):
                     yield window.batch(part)
 
@@ -113,7 +124,8 @@ class CachedDocuments:
 
     def _epoch(self, seed: int, epoch: int, batch_tokens: int) -> Iterator[DistillBatch]:
         for shards, cut in self._order(seed, epoch, batch_tokens):
-            window = _Window(self.cache, [(s, self._by_shard[s]) for s in shards], self.max_length)
+            held = [(s, self._by_shard[s]) for s in shards]
+            window = _Window(self.cache, held, self.max_length, self.hidden)
             for part in cut:
                 yield window.batch(part)
 
@@ -121,11 +133,19 @@ class CachedDocuments:
 class _Window:
     """Rows of some shards in memory."""
 
-    def __init__(self, cache: Cache, held: Iterable[tuple[int, Indices]], max_length: int) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        held: Iterable[tuple[int, Indices]],
+        max_length: int,
+        hidden: tuple[str, ...],
+    ) -> None:
         tokens, lengths, entries = [], [], []
+        states: list[dict[str, States]] = []
         for shard, rows in held:
             part = cache.read(cache.shards[shard])
             assert isinstance(part, EntryRows)  # the spec says that there is a target a token
+            states.append(read_states(cache, shard, hidden, rows, part.num_tokens))
             part = part.take(rows)
             assert part.token_ids is not None
             tokens.append(part.token_ids)
@@ -133,6 +153,7 @@ class _Window:
             entries.append(part.entries)
         self._tokens = np.concatenate(tokens).astype(np.int64)
         self._entries: Entries = concatenate(entries)
+        self._hidden = {name: kept.values for name, kept in laid_end_to_end(states).items()}
         self._pieces = _Pieces.of(np.concatenate(lengths), max_length)
 
     def batch(self, part: Indices) -> DistillBatch:
@@ -144,7 +165,8 @@ class _Window:
         ids_BL[mask_BL] = self._tokens[places_T]
         targets = SparseTargets.of(self._entries.take(places_T))
         labels_T = torch.from_numpy(self._tokens[places_T + 1])
-        return DistillBatch(torch.from_numpy(ids_BL), torch.from_numpy(mask_BL), labels_T, targets)
+        hidden = {name: torch.from_numpy(states[places_T]) for name, states in self._hidden.items()}
+        return DistillBatch(torch.from_numpy(ids_BL), torch.from_numpy(mask_BL), labels_T, targets, hidden)
 
 
 def _entropy(rows: object) -> npt.NDArray[np.float32]:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline.states import Hear, Overheard, deaf, refuse_nonfinite
 from pipeline.tokens import Tokens
 from storage.entries import ends, ranges
 from storage.errors import TeacherError
@@ -26,7 +27,7 @@ class TeacherOutput(NamedTuple):
     """Answers for N rows, in their order."""
 
     logits: npt.NDArray[np.float32]  # N x C, before any softmax
-    hidden: dict[int, npt.NDArray[np.float32]]  # layer -> N x W, pooled
+    hidden: dict[str, npt.NDArray[np.float32]]  # name -> N x W pooled; P x W, one a token, row after row
 
 
 def infer(
@@ -39,34 +40,25 @@ def infer(
     names: Sequence[str] | None = None,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> TeacherOutput:
-    """The teacher's logits, and pooled hidden states if asked, for `rows` of `tokens`.
+    """The teacher's logits, and hidden states if asked, for `rows` of `tokens`.
 
     `precision` is float32 or bfloat16 (autocast). `names` are the row ids, for errors. `advance` is told how
     many rows are done. Raises TeacherError where the model cannot read a batch, and where an answer is not
     finite: that one names the row.
     """
     logits_NC: npt.NDArray[np.float32] | None = None
-    states: dict[int, npt.NDArray[np.float32]] = {}
+    heard = Overheard(model, hidden, tokens.lengths[rows], rows, names) if hidden is not None else None
     with torch.inference_mode(), _arithmetic(model, precision):
-        for batch, mask_BL, out in _said(model, tokens, rows, pad_id, hidden is not None):
-            answers = {-1: out.logits.float().cpu().numpy()}
-            if hidden is not None:
-                for layer in hidden.layers:
-                    answers[layer] = (
-                        _pool(out.hidden_states[layer].float(), mask_BL, hidden.pool).cpu().numpy()
-                    )
+        for batch, _, out in _said(model, tokens, rows, pad_id, heard.hear if heard else deaf):
+            answer = out.logits.float().cpu().numpy()
+            refuse_nonfinite(answer, "logits", rows[batch], names)
             if logits_NC is None:
-                logits_NC = np.empty((len(rows), answers[-1].shape[1]), np.float32)
-                states = {
-                    k: np.empty((len(rows), a.shape[1]), np.float32) for k, a in answers.items() if k >= 0
-                }
-            for layer, answer in answers.items():
-                _refuse_nonfinite(answer, layer, rows[batch], names)
-                (logits_NC if layer < 0 else states[layer])[batch] = answer
+                logits_NC = np.empty((len(rows), answer.shape[1]), np.float32)
+            logits_NC[batch] = answer
             advance(len(batch))
     if logits_NC is None:
         raise ValueError("no rows were given")
-    return TeacherOutput(logits_NC, states)
+    return TeacherOutput(logits_NC, heard.found if heard else {})
 
 
 def infer_tokens(
@@ -77,15 +69,18 @@ def infer_tokens(
     precision: str,
     names: Sequence[str] | None = None,
     advance: Callable[[int], None] = lambda rows: None,
+    hear: Hear = deaf,
 ) -> npt.NDArray[np.float32]:
-    """The teacher's logits [P, C] for every token of `rows`, row after row. All else is as in `infer`."""
+    """The teacher's logits [P, C] for every token of `rows`, row after row. All else is as in `infer`, but
+    hidden states go to `hear`.
+    """
     lengths = tokens.lengths[rows]
     first = ends(lengths)
     logits_PC: npt.NDArray[np.float32] | None = None
     with torch.inference_mode(), _arithmetic(model, precision):
-        for batch, mask_BL, out in _said(model, tokens, rows, pad_id):
+        for batch, mask_BL, out in _said(model, tokens, rows, pad_id, hear):
             answer = out.logits[mask_BL].float().cpu().numpy()
-            _refuse_nonfinite(answer, -1, np.repeat(rows[batch], lengths[batch]), names)
+            refuse_nonfinite(answer, "logits", np.repeat(rows[batch], lengths[batch]), names)
             if logits_PC is None:
                 logits_PC = np.empty((first[-1], answer.shape[1]), np.float32)
             logits_PC[ranges(first[batch], lengths[batch])] = answer
@@ -126,34 +121,12 @@ def _arithmetic(model: torch.nn.Module, precision: str) -> contextlib.AbstractCo
 
 
 def _said(
-    model: torch.nn.Module, tokens: Tokens, rows: npt.NDArray[np.int64], pad_id: int, hidden: bool = False
+    model: torch.nn.Module, tokens: Tokens, rows: npt.NDArray[np.int64], pad_id: int, hear: Hear
 ) -> Iterator[tuple[npt.NDArray[np.int64], torch.Tensor, Any]]:
     """(places in `rows`, mask of true tokens [B, L], what the model says) of each batch of like lengths."""
     device = next(model.parameters()).device
     for batch in by_length(tokens.lengths[rows], TOKENS_PER_BATCH[device.type]):
         ids_BL, mask_BL = (torch.from_numpy(a).to(device) for a in tokens.padded(rows[batch], pad_id))
-        with readable(ids_BL):
-            out = model(input_ids=ids_BL, attention_mask=mask_BL.long(), output_hidden_states=hidden)
+        with readable(ids_BL), hear(batch, mask_BL):
+            out = model(input_ids=ids_BL, attention_mask=mask_BL.long())
         yield batch, mask_BL, out
-
-
-def _pool(states_BLW: torch.Tensor, mask_BL: torch.Tensor, pool: str) -> torch.Tensor:
-    if pool == "first":
-        return states_BLW[:, 0]
-    weight_BL1 = mask_BL[..., None].float()
-    return (states_BLW * weight_BL1).sum(1) / weight_BL1.sum(1)
-
-
-def _refuse_nonfinite(
-    answer: npt.NDArray[np.float32], layer: int, rows: npt.NDArray[np.int64], names: Sequence[str] | None
-) -> None:
-    finite = np.isfinite(answer).all(axis=1)
-    if finite.all():
-        return
-    row = rows[int(np.flatnonzero(~finite)[0])]
-    what = "logits" if layer < 0 else f"hidden state of layer {layer}"
-    raise TeacherError(
-        f"the teacher's {what} for row {names[row] if names is not None else row} are not finite "
-        f"({len(np.unique(rows[~finite]))} of the {len(np.unique(rows))} rows in its batch).\n"
-        "Finished shards are kept. Look at that row; if the arithmetic overflows, set precision: float32."
-    )

@@ -150,10 +150,9 @@ def _fine_tune(
         for part in order.batches(
             tokens.lengths[chosen], train.batch_rows, BUCKET_BATCHES, train.seed, epoch
         ):
-            ids, mask = tokens.padded(chosen[part], pad_id)
-            labels = rows.labels[chosen[part]].astype(np.int64)
-            nothing = np.zeros((len(part), 0), np.float32)
-            yield DistillBatch(*(torch.from_numpy(array) for array in (ids, mask, labels, nothing)))
+            ids, mask = (torch.from_numpy(array) for array in tokens.padded(chosen[part], pad_id))
+            labels = torch.from_numpy(rows.labels[chosen[part]].astype(np.int64))
+            yield DistillBatch(ids, mask, labels, torch.zeros(len(part), 0))
 
     settings = Settings(
         epochs=train.epochs,

@@ -23,6 +23,7 @@ from pipeline.metrics import binned_error
 from pipeline.prompts import Prompts
 from pipeline.reading import Seen
 from pipeline.sparsify import Keys, NotFinite, sparsify_and_measure
+from pipeline.states import Hear, deaf
 from storage.entries import Entries, concatenate, ends, ranges
 from storage.errors import TeacherError
 from storage.spec import SparseCodec
@@ -116,6 +117,7 @@ def read(
     rows: npt.NDArray[np.int64],
     pad_id: int,
     advance: Callable[[int], None] = lambda rows: None,
+    hear: Hear = deaf,
 ) -> Iterator[Told]:
     """The states of the positions of these rows that are asked about, a batch of like lengths at a time.
 
@@ -126,8 +128,9 @@ def read(
         ids_BL, mask_BL = tokens.padded(rows[batch], pad_id)
         asked_BL = mask_BL.copy()
         asked_BL[mask_BL] = prompts.asked[ranges(tokens.offsets[rows[batch]], tokens.lengths[rows[batch]])]
-        with readable(ids_BL):
-            states_BLD = head.states(*(torch.from_numpy(a).to(device) for a in (ids_BL, mask_BL)))
+        ids, mask = (torch.from_numpy(a).to(device) for a in (ids_BL, mask_BL))
+        with readable(ids_BL), hear(batch, mask):
+            states_BLD = head.states(ids, mask)
         own, places = np.nonzero(asked_BL)
         yield Told(batch[own], places, states_BLD[torch.from_numpy(asked_BL).to(device)])
         advance(len(batch))
@@ -142,11 +145,13 @@ def infer(
     codec: SparseCodec,
     names: Sequence[str],
     advance: Callable[[int], None] = lambda rows: None,
+    hear: Hear = deaf,
 ) -> tuple[Entries, npt.NDArray[np.float32]]:
     """(the entries of every token of these rows, row after row; the sum of the entropies of each row, nats).
 
     Tokens that are not asked about have none. `names` are the ids of all rows of `prompts`. `advance` is told
-    how many rows are done. Raises TeacherError where logits are not finite: it names the row.
+    how many rows are done; hidden states of all tokens go to `hear`. Raises TeacherError where logits are not
+    finite: it names the row.
     """
     words = draws.row_words([names[row] for row in rows])
     lengths = prompts.tokens.lengths[rows]
@@ -154,7 +159,7 @@ def infer(
     made: list[Entries] = []
     entropies = np.zeros(len(rows))
     place = np.full(first[-1], -1)  # of each token among the positions asked about
-    for told in read(head, prompts, rows, pad_id, advance):
+    for told in read(head, prompts, rows, pad_id, advance, hear):
         place[first[told.rows] + told.places] = asked + np.arange(len(told.rows))
         asked += len(told.rows)
         keys, start = Keys(words[told.rows], told.places), 0

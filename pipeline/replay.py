@@ -1,6 +1,7 @@
 """The verify stage: is a cache whole, does it fit, and does its teacher still say what it holds?"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pyarrow as pa
 
 from pipeline import capture, config_teachers, hardware, teachers, weights
 from pipeline.asking import asker, questions
+from pipeline.cached_states import laid_end_to_end, read_states
 from pipeline.data import Rows, load_rows
 from pipeline.progress import bar
 from storage import Cache
@@ -26,6 +28,8 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 6e-2}
 # How far the square root of a replayed probability may lie from that of a cached entry, beyond the same
 # rounding: a step of the compact layout.
 ENTRY_STEP = 0.03
+# How far a number of a hidden state lies from what it was made of, relative to the largest of its vector.
+STATE_STEP = {"float32": 0.0, "float16": 2**-11, "int8": 0.5 / 127}
 # The least share of entries that a replay must give again.
 SAME_ENTRIES = {"float32": 0.98, "bfloat16": 0.6}
 
@@ -39,7 +43,8 @@ def check(
     """
     rows = load_rows(dataset)
     ranks = None if cache.codec == "dense" else cache.codec.ranks  # any table of frequent ids is good
-    expected = capture.identity(entry, teacher, ranks)
+    basis = None if cache.identity.spec.hidden is None else cache.identity.spec.hidden.basis  # and any basis
+    expected = capture.identity(entry, teacher, ranks, basis)
     if entry.precision == "auto":  # captured elsewhere, perhaps: its own word for its precision is good
         spec = expected.spec.model_copy(update={"precision": cache.identity.spec.precision})
         expected = expected.model_copy(update={"spec": spec})
@@ -62,8 +67,8 @@ def check(
 def replay(cache: Cache, rows: Rows, teacher: Path) -> int:
     """Ask the teacher again about a sample of rows that the cache's content chooses; return how many.
 
-    Raises SpecMismatch where a row's tokens or logits are not those that were cached, within the codec's
-    error.
+    Raises SpecMismatch where a row's tokens, logits or hidden states are not those that were cached, within
+    the codec's error.
     """
     cached = [cache.read(shard) for shard in cache.shards]
     place = {row: index for index, row in enumerate(rows.row_ids.to_pylist())}
@@ -78,9 +83,7 @@ def replay(cache: Cache, rows: Rows, teacher: Path) -> int:
     names = [ids[i] for i in chosen]
     spec = cache.identity.spec
     texts = [rows.texts[place[name]].as_py() for name in names]
-    asked = questions(
-        teacher, spec.model_copy(update={"hidden": None}), reader, texts, pa.array(names, pa.string())
-    )
+    asked = questions(teacher, spec, reader, texts, pa.array(names, pa.string()))
     faults = [
         Mismatch(f"row {ids[i]}: token ids", hashes[i], found)
         for i, found in zip(chosen, asked.tokens.hashes().to_pylist(), strict=True)
@@ -88,12 +91,14 @@ def replay(cache: Cache, rows: Rows, teacher: Path) -> int:
     ]
     hardware.pin_threads(hardware.num_cores())
     if not faults:
-        said = asker(asked).ask(np.arange(len(chosen))).kept
+        answer = asker(asked).ask(np.arange(len(chosen)))
+        said = answer.kept
         held = _rows(cached, chosen)
         if isinstance(said, LogitRows) and isinstance(held, LogitRows):
             faults += _other_logits(held, said, TOLERANCE[spec.precision])
         elif isinstance(said, EntryRows) and isinstance(held, EntryRows):
             faults += _other_entries(held, said, spec.num_outputs, spec.precision)
+        faults += _other_states(cache, cached, chosen, answer.hidden)
     if faults:
         advice = "Other weights or other code made it. Rebuild it; raise CAPTURE_VERSION where code changed."
         raise SpecMismatch(f"{cache.path} is not what its teacher says today", faults[:10], advice)
@@ -102,11 +107,7 @@ def replay(cache: Cache, rows: Rows, teacher: Path) -> int:
 
 def _rows(parts: Sequence[LogitRows | EntryRows], chosen: npt.NDArray[np.int64]) -> LogitRows | EntryRows:
     """These rows of all parts laid end to end, in ascending order."""
-    first = ends([len(part.row_ids) for part in parts])
-    taken: list[Any] = []
-    for part, start, stop in zip(parts, first[:-1], first[1:], strict=True):
-        own = chosen[(chosen >= start) & (chosen < stop)] - start
-        taken.append(part.take(own))
+    taken: list[Any] = [part.take(own) for part, own in zip(parts, _own_rows(parts, chosen), strict=True)]
     columns = [
         concatenate(list(column)) if isinstance(column[0], Entries)
         else None if column[0] is None
@@ -116,6 +117,52 @@ def _rows(parts: Sequence[LogitRows | EntryRows], chosen: npt.NDArray[np.int64])
     ]  # fmt: skip
     made: LogitRows | EntryRows = type(taken[0])(*columns)
     return made
+
+
+def _own_rows(
+    parts: Sequence[LogitRows | EntryRows], chosen: npt.NDArray[np.int64]
+) -> list[npt.NDArray[np.int64]]:
+    """Which of its own rows each part has among these rows of all parts laid end to end."""
+    first = ends([len(part.row_ids) for part in parts])
+    return [chosen[(chosen >= start) & (chosen < stop)] - start for start, stop in pairwise(first)]
+
+
+def _other_states(
+    cache: Cache,
+    parts: Sequence[LogitRows | EntryRows],
+    chosen: npt.NDArray[np.int64],
+    said: Mapping[str, npt.NDArray[np.float32]],
+) -> list[Mismatch]:
+    """Hidden states of the chosen rows that the teacher does not have again."""
+    spec = cache.identity.spec
+    if spec.hidden is None:
+        return []
+    held = laid_end_to_end(
+        [
+            read_states(cache, shard, cache.hidden_names, own, part.num_tokens)
+            for shard, (part, own) in enumerate(zip(parts, _own_rows(parts, chosen), strict=True))
+        ]
+    )
+    ids = pa.concat_arrays([part.row_ids for part in parts]).take(pa.array(chosen))
+    tolerance, faults = TOLERANCE[spec.precision] + STATE_STEP[spec.hidden.dtype], []
+    for name, cached in held.items():
+        again, scale = said[name], np.abs(said[name]).max(axis=1)
+        if name in spec.hidden.component_names:
+            again = cache.hidden_basis(name).components(again)
+            scale = np.maximum(scale, np.abs(again).max(axis=1))
+        apart = np.abs(again - cached.values).max(axis=1)
+        rows = np.arange(len(chosen))
+        owners = rows if cached.num_tokens is None else np.repeat(rows, cached.num_tokens)
+        for i in np.flatnonzero(~(apart <= tolerance * scale))[:1]:
+            at = int(np.abs(again - cached.values)[i].argmax())
+            faults.append(
+                Mismatch(
+                    f"row {ids[int(owners[i])]}: {name}[{at}]",
+                    float(cached.values[i, at]),
+                    float(again[i, at]),
+                )
+            )
+    return faults
 
 
 def _other_logits(held: LogitRows, again: LogitRows, tolerance: float) -> list[Mismatch]:

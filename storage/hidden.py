@@ -1,16 +1,19 @@
-"""Hidden shards: one Zarr v3 group a shard, one [rows, width] array a layer, row for row beside the logits.
+"""Hidden shards: one Zarr v3 group a shard, one array of vectors a name, in the order of the logits beside.
 
-zarr writes them and reads them back. Two of its defaults would hide damage, so both are turned off here: a
-missing chunk reads as NaN and not as zeros, and every chunk carries a crc32c. Files a shard: zarr.json, and
-for each layer
-`layer.<n>/zarr.json` and one shard file `layer.<n>/c.0.0`.
+zarr writes them and reads them back. Its defaults would hide damage, so they are turned off here: a missing
+chunk reads as NaN (int8: as -128, which no vector has) and not as zeros, and every chunk carries a crc32c.
+Files a shard: zarr.json, and for each name `<name>/zarr.json` and one shard file `<name>/c.0.0`. int8 has a
+second array, `<name>.scale`: the float32 that the numbers of each vector are multiplied with.
 
-Shape letters: N rows, W width.
+Where states are kept as principal components, one more group a cache holds `<name>.mean` and `<name>.axes`.
+
+Shape letters: N vectors (of rows, or of positions), W width, M components.
 """
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,45 +24,119 @@ from storage.errors import ShardCorrupt
 from storage.spec import HiddenSpec
 
 CHUNK_BYTES = 512 * 1024  # inner chunks: one read, one crc
+LARGEST, MISSING = 127, -128  # of int8: what the largest number of a vector becomes, and what none does
+
+Floats = npt.NDArray[np.float32]
 
 
-def write(group_dir: Path, states: Mapping[int, npt.NDArray[Any]], spec: HiddenSpec) -> None:
-    """Write the states of one shard, {layer: [N, W]}, as `spec.dtype`. Each array is written whole, once."""
+class Basis(NamedTuple):
+    """What principal components are components of: a state is about mean + components @ axes."""
+
+    mean: Floats  # W
+    axes: Floats  # M x W, orthonormal
+
+    def components(self, states_NW: Floats) -> Floats:
+        """[N, M]: these states along the axes."""
+        return np.asarray((states_NW - self.mean) @ self.axes.T, np.float32)
+
+
+def write(group_dir: Path, states: Mapping[str, Floats], spec: HiddenSpec) -> None:
+    """Write the vectors of one shard, {name: [N, W]}, as `spec.dtype`. Each array is written whole, once.
+
+    Raises ValueError where one is no finite number in that dtype.
+    """
     group = zarr.create_group(group_dir, zarr_format=3, attributes={"pool": spec.pool})
-    dtype = np.dtype(spec.dtype)
-    chunk_rows = max(1, CHUNK_BYTES // (spec.width * dtype.itemsize))
-    for layer in spec.layers:
+    for name in spec.names:
         with np.errstate(over="ignore"):
-            states_NW = np.ascontiguousarray(states[layer], dtype)
-        if not np.isfinite(states_NW).all():
-            raise ValueError(
-                f"states of layer {layer} do not fit {spec.dtype}: keep them as float32 (hidden.dtype)"
+            values = np.ascontiguousarray(
+                states[name], np.dtype("float32" if spec.dtype == "int8" else spec.dtype)
             )
-        num_rows = len(states_NW)
-        rows = min(chunk_rows, num_rows)
-        array = group.create_array(
-            f"layer.{layer}",
-            shape=states_NW.shape,
-            dtype=dtype,
-            chunks=(rows, spec.width),
-            shards=(-(-num_rows // rows) * rows, spec.width),  # zarr wants whole chunks a shard
-            serializer=BytesCodec(),
-            compressors=Crc32cCodec(),
-            fill_value=np.nan,
-            chunk_key_encoding={"name": "default", "separator": "."},
-            config={"write_empty_chunks": True},
+        if not np.isfinite(values).all():
+            raise ValueError(f"states of {name} do not fit {spec.dtype}: keep them as float32 (hidden.dtype)")
+        if spec.dtype == "int8":
+            codes, scale = encode(values)
+            _write(group, name, codes, MISSING)
+            _write(group, f"{name}.scale", scale, np.nan)
+        else:
+            _write(group, name, values, np.nan)
+
+
+def read(group_dir: Path, name: str, num: int, spec: HiddenSpec) -> Floats:
+    """The [N, W] vectors of one name. Raises ShardCorrupt for another shape or dtype, or a bad checksum."""
+    shape = (num, spec.kept_width(name))
+    values = _read(group_dir, name, shape, spec.dtype)
+    if spec.dtype != "int8":
+        return values.astype(np.float32, copy=False)
+    scale = _read(group_dir, f"{name}.scale", shape[:1], "float32")
+    if (values == MISSING).any() or not (np.isfinite(scale) & (scale > 0)).all():
+        raise ShardCorrupt(f"{group_dir}/{name} has vectors without a scale, or numbers that are missing")
+    decoded: Floats = values * scale[:, None]
+    return decoded
+
+
+def encode(values_NW: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
+    """(codes [N, W], scales [N]): each vector over its largest number / 127, the error at most scale / 2."""
+    largest = np.abs(values_NW).max(axis=1, initial=0)
+    scale = np.maximum(largest / np.float32(LARGEST), np.finfo(np.float32).tiny)
+    codes = np.rint(values_NW / scale[:, None].astype(np.float64))
+    return codes.astype(np.int8), scale
+
+
+def write_bases(group_dir: Path, bases: Mapping[str, Basis]) -> None:
+    """Write the mean [W] and the axes [M, W] of each name."""
+    group = zarr.create_group(group_dir, zarr_format=3)
+    for name, basis in bases.items():
+        _write(group, f"{name}.mean", basis.mean, np.nan)
+        _write(group, f"{name}.axes", basis.axes, np.nan)
+
+
+def read_bases(group_dir: Path, spec: HiddenSpec) -> dict[str, Basis]:
+    """The basis of each of `spec.component_names`. Raises ShardCorrupt for anything else."""
+    assert spec.pca is not None
+    width, many = spec.width, spec.pca
+    return {
+        name: Basis(
+            _read(group_dir, f"{name}.mean", (width,), "float32"),
+            _read(group_dir, f"{name}.axes", (many, width), "float32"),
         )
-        array[:] = states_NW
+        for name in spec.component_names
+    }
 
 
-def read(group_dir: Path, layer: int, num_rows: int, spec: HiddenSpec) -> npt.NDArray[Any]:
-    """The [N, W] states of one layer. Raises ShardCorrupt for another shape or dtype, or a bad checksum."""
+def fingerprint(bases: Mapping[str, Basis]) -> str:
+    """sha256 hex of bases: for each name in order the name, a zero byte, mean and axes (little endian)."""
+    digest = hashlib.sha256()
+    for name, basis in bases.items():
+        digest.update(f"{name}\x00".encode())
+        for part in basis:
+            digest.update(np.ascontiguousarray(part, "<f4").data)
+    return digest.hexdigest()
+
+
+def _write(group: zarr.Group, name: str, values: npt.NDArray[Any], missing: float) -> None:
+    a_vector = values[:1].nbytes or values.itemsize
+    inside = (max(1, min(CHUNK_BYTES // a_vector, len(values))), *values.shape[1:])
+    whole = (-(-max(len(values), 1) // inside[0]) * inside[0], *values.shape[1:])  # zarr wants whole chunks
+    array = group.create_array(
+        name,
+        shape=values.shape,
+        dtype=values.dtype,
+        chunks=inside,
+        shards=whole,
+        serializer=BytesCodec(),
+        compressors=Crc32cCodec(),
+        fill_value=missing,
+        chunk_key_encoding={"name": "default", "separator": "."},
+        config={"write_empty_chunks": True},
+    )
+    array[:] = values
+
+
+def _read(group_dir: Path, name: str, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
     try:
-        array = zarr.open_array(group_dir / f"layer.{layer}", mode="r", zarr_format=3)
-        if array.shape != (num_rows, spec.width) or array.dtype != np.dtype(spec.dtype):
-            raise ValueError(
-                f"found {array.dtype}{list(array.shape)}, expected {spec.dtype}[{num_rows}, {spec.width}]"
-            )
+        array = zarr.open_array(group_dir / name, mode="r", zarr_format=3)
+        if array.shape != shape or array.dtype != np.dtype(dtype):
+            raise ValueError(f"found {array.dtype}{list(array.shape)}, expected {dtype}{list(shape)}")
         return np.asarray(array[:])
     except (ValueError, KeyError, OSError, TypeError) as error:
-        raise ShardCorrupt(f"{group_dir}/layer.{layer} cannot be read as Zarr: {error}") from error
+        raise ShardCorrupt(f"{group_dir}/{name} cannot be read as Zarr: {error}") from error

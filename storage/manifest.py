@@ -15,10 +15,11 @@ from storage.errors import FormatTooNew, ManifestInvalid, NoManifest
 from storage.spec import Count, Identity, Sha256, Strict, canonical_json, sha256_json
 
 FORMAT = "stillroom-cache"
-FORMAT_VERSION = 3  # the highest; each cache is written as the lowest that can hold it: needed_version
+FORMAT_VERSION = 4  # the highest; each cache is written as the lowest that can hold it: needed_version
 MANIFEST_NAME = "manifest.json"
-OPTIONAL = ("ranks", "weights")  # fields that are left out where there is nothing to say
+OPTIONAL = ("ranks", "weights", "hidden_basis")  # fields that are left out where there is nothing to say
 WEIGHTS_FILES = ("weights/config.json", "weights/model.safetensors")
+BASIS_DIR = "hidden-basis"
 MAX_MANIFEST_BYTES = 2**30  # refuse to load more: the manifest of a billion rows stays far below
 
 # Relative, forward slashes, no empty, "." or ".." part: a manifest can never name a file outside its cache.
@@ -84,6 +85,8 @@ class Manifest(Strict):
     # Compact layouts: the most frequent ids first; their places are the ranks that the shards hold.
     ranks: Annotated[tuple[Count, ...], Field(max_length=MAX_RANKED, strict=False)] | None = None
     weights: WeightsEntry | None = None
+    # Hidden states as principal components: the files of their mean and axes (storage.hidden.read_bases).
+    hidden_basis: Annotated[tuple[FileEntry, ...], Field(max_length=100_000, strict=False)] | None = None
 
     @model_validator(mode="after")
     def _version_and_ranks_fit_the_codec(self) -> Self:
@@ -95,6 +98,17 @@ class Manifest(Strict):
             raise ValueError("ranks are not those that the codec names")
         if self.ranks is not None and len(set(self.ranks)) != len(self.ranks):
             raise ValueError("ranks hold an id twice")
+        return self
+
+    @model_validator(mode="after")
+    def _components_have_their_basis(self) -> Self:
+        kept = self.identity.spec.hidden
+        if (kept is not None and kept.pca is not None) != (self.hidden_basis is not None):
+            raise ValueError("hidden_basis is there where hidden.pca is, and only there")
+        if kept is not None and kept.pca is not None and kept.basis is None:
+            raise ValueError("hidden.pca names no basis")
+        if stray := [f.path for f in self.hidden_basis or () if not f.path.startswith(f"{BASIS_DIR}/")]:
+            raise ValueError(f"hidden_basis lists files that are not its own: {stray}")
         return self
 
     @model_validator(mode="after")
@@ -117,7 +131,7 @@ class Manifest(Strict):
     @property
     def files(self) -> tuple[FileEntry, ...]:
         """Every file of the cache but the manifest itself."""
-        own = self.tokenizer_files + (self.weights.files if self.weights else ())
+        own = self.tokenizer_files + (self.weights.files if self.weights else ()) + (self.hidden_basis or ())
         return tuple(file for shard in self.shards for file in shard.files) + own
 
     @property
@@ -133,11 +147,13 @@ def needed_version(identity: Identity, weights: WeightsEntry | None) -> int:
         needed.append(2)
     if weights is not None or identity.spec.per_position:
         needed.append(3)
+    if identity.spec.hidden is not None and identity.spec.hidden.of_version_4:
+        needed.append(4)
     return max(needed)
 
 
 def fields(manifest: Manifest) -> dict[str, Any]:
-    """Everything that the checksum covers. `ranks` and `weights` are there only where there are some."""
+    """Everything that the checksum covers. Those of `OPTIONAL` are there only where there are some."""
     body = manifest.model_dump(mode="json")
     return {key: value for key, value in body.items() if value is not None or key not in OPTIONAL}
 

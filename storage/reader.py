@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from storage import hidden, manifest, records
 from storage.compact import Ranks
 from storage.errors import Mismatch, ShardCorrupt, SpecMismatch
+from storage.hidden import Basis
 from storage.manifest import Manifest, ShardEntry
 from storage.spec import Identity, SparseCodec, content_fingerprint, sha256_json
 from storage.verify import AGAIN, check_files, check_sizes
@@ -57,9 +58,16 @@ class Cache:
         return self.manifest.shards
 
     @property
-    def hidden_layers(self) -> tuple[int, ...]:
-        """The layers whose pooled states are kept (0 = embeddings); empty where none are."""
-        return self.identity.spec.hidden.layers if self.identity.spec.hidden else ()
+    def hidden_names(self) -> tuple[str, ...]:
+        """The vectors of the teacher that are kept: `layer.<n>` for states (0 = embeddings), `qkv.<n>` for
+        queries, keys and values (1 = the first block); empty where none are.
+        """
+        return self.identity.spec.hidden.names if self.identity.spec.hidden else ()
+
+    @property
+    def hidden_per_position(self) -> bool:
+        """Whether there is a vector for each token, and not one for all of a row."""
+        return self.identity.spec.hidden is not None and self.identity.spec.hidden.pool == "none"
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -124,16 +132,39 @@ class Cache:
             raise ShardCorrupt(f"{self.path}: the logits of row {rows.row_ids[bad]} are not finite.\n{AGAIN}")
         return rows
 
-    def hidden(self, shard: ShardEntry, layer: int) -> npt.NDArray[Any]:
-        """The pooled states [rows, width] of one layer, row for row beside `read(shard)`.
+    def hidden(self, shard: ShardEntry, name: str) -> npt.NDArray[np.float32]:
+        """The vectors of one of `hidden_names`, beside `read(shard)`: [rows, W], or [positions, W] row after
+        row. With pca W is the number of components, and of queries, keys and values three widths.
 
-        Raises ValueError for a layer that was not kept, and what `read` raises for damage.
+        Raises ValueError for a name that was not kept, and what `read` raises for damage.
         """
         spec = self.identity.spec.hidden
-        if spec is None or layer not in spec.layers:
-            raise ValueError(f"{self.path} keeps the layers {list(self.hidden_layers)}, not {layer}")
+        if spec is None or name not in spec.names:
+            raise ValueError(f"{self.path} keeps the hidden states {list(self.hidden_names)}, not {name}")
         self._check(shard.hidden_path, [file for file in shard.files if file.path != shard.logits_path])
-        return hidden.read(self.path / shard.hidden_path, layer, shard.rows, spec)
+        num = shard.positions if self.hidden_per_position else shard.rows
+        return hidden.read(self.path / shard.hidden_path, name, num, spec)
+
+    def hidden_basis(self, name: str) -> Basis:
+        """(mean [W], axes [m, W]) of one of `hidden_names`: a state is about mean + components @ axes.
+
+        Raises ValueError for a name whose vectors are kept as they are, and what `read` raises for damage.
+        """
+        spec = self.identity.spec.hidden
+        if spec is None or self.manifest.hidden_basis is None or name not in spec.component_names:
+            raise ValueError(f"{self.path} does not keep {name} as principal components: it needs no basis")
+        self._check(manifest.BASIS_DIR, self.manifest.hidden_basis)
+        bases = hidden.read_bases(self.path / manifest.BASIS_DIR, spec)
+        if (found := hidden.fingerprint(bases)) != spec.basis:
+            raise ShardCorrupt(
+                f"{self.path / manifest.BASIS_DIR} is not the basis that the components were made with.\n"
+                f"  found    {found}\n  expected {spec.basis}\n{AGAIN}"
+            )
+        return bases[name]
+
+    def input_hashes(self) -> pa.StringArray:
+        """The hashes of what the teacher read of each row, in cache order."""
+        return pa.concat_arrays([self._columns(shard, "input_hash")[0] for shard in self.shards])
 
     def row_ids(self) -> pa.StringArray:
         """The ids of all rows, in cache order."""
@@ -141,12 +172,13 @@ class Cache:
 
     def index(self) -> tuple[pa.StringArray, npt.NDArray[np.int32]]:
         """(ids, numbers of tokens) of all rows, in cache order, without decoding a target."""
-        parts = [self._index(shard) for shard in self.shards]
-        return pa.concat_arrays([ids for ids, _ in parts]), np.concatenate([lengths for _, lengths in parts])
+        parts = [self._columns(shard, "row_id", "num_tokens") for shard in self.shards]
+        lengths = np.concatenate([lengths.to_numpy() for _, lengths in parts])
+        return pa.concat_arrays([ids for ids, _ in parts]), lengths
 
-    def _index(self, shard: ShardEntry) -> tuple[pa.StringArray, npt.NDArray[np.int32]]:
+    def _columns(self, shard: ShardEntry, *names: str) -> list[pa.Array]:
         self._check(shard.logits_path, [file for file in shard.files if file.path == shard.logits_path])
-        return records.read_index(self.path / shard.logits_path)
+        return records.read_columns(self.path / shard.logits_path, *names)
 
     def check(
         self,

@@ -216,15 +216,14 @@ def read_sparse(path: Path, codec: SparseCodec, ranks: Ranks, tokens: bool = Fal
     )  # fmt: skip
 
 
-def read_index(path: Path) -> tuple[pa.StringArray, npt.NDArray[np.int32]]:
-    """(row ids, tokens) of the rows of any shard, without its targets. Raises ShardCorrupt."""
+def read_columns(path: Path, *names: str) -> list[pa.Array]:
+    """Some of `row_id`, `input_hash` and `num_tokens` of any shard, no targets. Raises ShardCorrupt."""
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
-        table = file.read(columns=["row_id", "num_tokens"]).combine_chunks()
-        ids, num_tokens = (table.column(name).combine_chunks() for name in ("row_id", "num_tokens"))
+        table = file.read(columns=list(names)).combine_chunks()
+        return [table.column(name).combine_chunks() for name in names]
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise ShardCorrupt(f"{path} cannot be read as Parquet: {error}") from error
-    return ids, num_tokens.to_numpy()
 
 
 def _schema(targets: dict[str, pa.DataType], labels: tuple[str, ...]) -> pa.Schema:

@@ -50,12 +50,53 @@ class TokenizerIdentity(Strict):
 
 
 class HiddenSpec(Strict):
-    """Which hidden states are kept: one vector of `width` numbers a row for each layer (0 = embeddings)."""
+    """Which vectors of the teacher are kept: its states behind some layers (0 = embeddings), its queries,
+    keys and values in some attention blocks (1 = the first); one a row, or (pool `none`) one a token.
+    """
 
-    layers: Annotated[tuple[Annotated[int, Field(ge=0, le=10_000)], ...], Field(min_length=1, strict=False)]
-    pool: Literal["first", "mean"]
+    layers: Annotated[tuple[Annotated[int, Field(ge=0, le=10_000)], ...], Field(strict=False)]
+    pool: Literal["first", "mean", "none"]
     width: Annotated[int, Field(ge=1, le=2**20)]
-    dtype: Literal["float16", "float32"]
+    dtype: Literal["float16", "float32", "int8"]
+    qkv: Annotated[tuple[Annotated[int, Field(ge=1, le=10_000)], ...], Field(strict=False)] = ()
+    pca: Annotated[int, Field(ge=1, le=2**20)] | None = None  # components that are kept of each layer's state
+    basis: Sha256 | None = None  # with pca: storage.hidden.fingerprint of what they are components of
+
+    @model_validator(mode="after")
+    def _something_that_there_is(self) -> "HiddenSpec":
+        if not self.layers and not self.qkv:
+            raise ValueError("neither layers nor qkv are kept")
+        if self.qkv and self.pool != "none":
+            raise ValueError("queries, keys and values are kept of each token: pool is none")
+        if self.pca is not None and (not self.layers or self.pca > self.width):
+            raise ValueError(f"pca is of layers, and at most their width {self.width}")
+        if self.basis is not None and self.pca is None:
+            raise ValueError("a basis is that of pca")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_used(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        body: dict[str, Any] = handler(self)
+        return {key: value for key, value in body.items() if value or key not in ("qkv", "pca", "basis")}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the kept vectors are called: `layer.<n>`, then `qkv.<n>`."""
+        return (*(f"layer.{n}" for n in self.layers), *(f"qkv.{n}" for n in self.qkv))
+
+    @property
+    def component_names(self) -> tuple[str, ...]:
+        """Those of `names` that are kept as principal components."""
+        return () if self.pca is None else self.names[: len(self.layers)]
+
+    def kept_width(self, name: str) -> int:
+        """Numbers that are kept of a vector of this name."""
+        return 3 * self.width if name.startswith("qkv.") else self.pca or self.width
+
+    @property
+    def of_version_4(self) -> bool:
+        """Whether a reader of format 3 cannot read them."""
+        return self.pool == "none" or self.dtype == "int8" or self.pca is not None
 
 
 class _Sparse(Strict):
@@ -117,8 +158,10 @@ class Spec(Strict):
                 raise ValueError("a language model has a vocab_size and a sparse codec, and no labels")
         elif len(self.labels) < 2 or self.vocab_size is not None:
             raise ValueError("a classifier has labels, at least two, and no vocab_size")
-        if self.task == "token-classification" and (self.codec != "dense" or self.hidden is not None):
-            raise ValueError("a classifier of tokens has the codec dense, and no hidden states")
+        if self.task == "token-classification" and self.codec != "dense":
+            raise ValueError("a classifier of tokens has the codec dense")
+        if self.per_position and self.hidden is not None and self.hidden.pool != "none":
+            raise ValueError("where there is a target a token, hidden states are one a token: pool is none")
         if (self.mask is not None) != (self.task == "masked-lm"):
             raise ValueError("a masked language model has a mask, and nothing else has one")
         return self

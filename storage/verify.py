@@ -82,6 +82,9 @@ def verify(cache: "Cache", on_shard: Callable[[int], None] = lambda rows: None) 
     check_files(cache.path, cache.manifest.tokenizer_files)
     if cache.manifest.weights is not None:
         check_files(cache.path, cache.manifest.weights.files)
+    if cache.identity.spec.hidden is not None:
+        for name in cache.identity.spec.hidden.component_names:
+            cache.hidden_basis(name)
     seen: set[str] = set()
     positions = 0
     for shard in cache.shards:
@@ -94,13 +97,14 @@ def verify(cache: "Cache", on_shard: Callable[[int], None] = lambda rows: None) 
         positions += int(rows.num_tokens.sum())
         if rows.token_ids is not None:
             _refuse_other_tokens(cache, rows)
-        for layer in cache.hidden_layers:
-            states_NW = cache.hidden(shard, layer)
-            if not np.isfinite(states_NW).all():
-                bad = row_ids[int(np.flatnonzero(~np.isfinite(states_NW).all(axis=1))[0])]
-                raise ShardCorrupt(
-                    f"{cache.path}: the hidden state of row {bad} (layer {layer}) is not finite."
-                )
+        owners = np.arange(len(row_ids))
+        if cache.hidden_per_position:
+            owners = np.repeat(owners, rows.num_tokens)
+        for name in cache.hidden_names:
+            finite = np.isfinite(cache.hidden(shard, name)).all(axis=1)
+            if not finite.all():
+                bad = row_ids[int(owners[~finite][0])]
+                raise ShardCorrupt(f"{cache.path}: the hidden state of row {bad} ({name}) is not finite.")
         on_shard(len(row_ids))
     if content_fingerprint(seen) != cache.manifest.dataset:
         raise ShardCorrupt(

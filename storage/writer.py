@@ -6,6 +6,7 @@ A store is a directory of finished shards, each in a directory named by what it 
                                               /logits/<key>.parquet
                                               /hidden/<key>/...
     <store>/ranks/<identity fingerprint>.json      frequent ids, for compact layouts
+    <store>/bases/<identity fingerprint>/...       mean and axes, for hidden states as principal components
     <store>/tmp/                                   what is being written, swept when its writer is gone
 
 A shard is written aside, flushed to disk and renamed, so it is there whole or not at all, whoever else writes
@@ -91,7 +92,7 @@ class Store:
         self,
         identity: Identity,
         rows: records.LogitRows | records.EntryRows,
-        states: Mapping[int, npt.NDArray[Any]],
+        states: Mapping[str, npt.NDArray[np.float32]],
         seconds: float,
         packed: Columns | None = None,
     ) -> StoredShard:
@@ -147,6 +148,25 @@ class Store:
             os.replace(aside / path.name, path)
         return np.array(json.loads(path.read_bytes()), np.int64)
 
+    def basis(self, identity: Identity) -> Path | None:
+        """The directory of the bases that captures of this identity share (storage.hidden.read_bases)."""
+        path = self.root / "bases" / identity.fingerprint
+        return path if path.is_dir() else None
+
+    def keep_basis(self, identity: Identity, bases: Mapping[str, hidden.Basis]) -> Path:
+        """Keep these bases; return the directory of those that are there now, perhaps another worker's."""
+        path = self.root / "bases" / identity.fingerprint
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._aside() as aside, _disk_full_explained(self.root):
+            hidden.write_bases(aside / "basis", bases)
+            _fsync_tree(aside)
+            try:
+                os.rename(aside / "basis", path)
+            except OSError:
+                if not path.is_dir():
+                    raise
+        return path
+
     def _ranks_path(self, identity: Identity) -> Path:
         return self.root / "ranks" / f"{identity.fingerprint}.json"
 
@@ -177,12 +197,14 @@ def seal(
     provenance: Mapping[str, Any],
     ranks: Sequence[int] | None = None,
     weights: Weights | None = None,
+    basis: Path | None = None,
 ) -> Manifest:
     """Link finished shards into `cache`, in this order, and write its manifest. Replaces what was there.
 
     `tokenizer_files` maps a file name to its content: a student that reads with the teacher's tokenizer finds
-    it in the cache; one that starts from the teacher's weights finds them there too. The result depends on
-    the arguments alone: no time, no path, no worker.
+    it in the cache; one that starts from the teacher's weights finds them there too. `basis` is the directory
+    of `Store.basis`, where hidden states are principal components. The result depends on the arguments alone:
+    no time, no path, no worker.
     """
     aside = cache.parent / f".{cache.name}.{_host()}.{os.getpid()}"
     for stale in cache.parent.glob(f".{cache.name}.*"):
@@ -197,6 +219,13 @@ def seal(
             (aside / "weights").mkdir()
             weights.write(aside / "weights")
             carried = WeightsEntry(layers=weights.layers, files=_entries(aside, "weights"))
+        based = None
+        if basis is not None:
+            for source in sorted(path for path in basis.rglob("*") if path.is_file()):
+                target = aside / manifest.BASIS_DIR / source.relative_to(basis)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _link(source, target)
+            based = _entries(aside, manifest.BASIS_DIR)
         row_ids: list[str] = []
         for shard in shards:
             row_ids.extend(shard.row_ids().to_pylist())
@@ -213,6 +242,7 @@ def seal(
             provenance=dict(provenance),
             ranks=None if ranks is None else tuple(int(rank) for rank in ranks),
             weights=carried,
+            hidden_basis=based,
         )
         (aside / manifest.MANIFEST_NAME).write_bytes(manifest.render(sealed))
         _fsync_tree(aside)

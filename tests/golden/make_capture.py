@@ -58,7 +58,8 @@ def captured(directory: Path) -> dict[str, Any]:
         "input_hashes": tokens.hashes().to_pylist(),
         "logits": said.logits.astype(float).round(DIGITS).tolist(),
         "hidden": {
-            layer: states[:, :4].astype(float).round(DIGITS).tolist() for layer, states in said.hidden.items()
+            name.removeprefix("layer."): states[:, :4].astype(float).round(DIGITS).tolist()
+            for name, states in said.hidden.items()
         },
     }
 

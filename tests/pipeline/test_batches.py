@@ -51,7 +51,7 @@ def contents(stream: Iterator[DistillBatch]) -> list[tuple[tuple[int, ...], int,
     """(token ids, label, teacher's logits) of each row, in the order of the stream."""
     found = []
     for batch in stream:
-        for ids, mask, label, logits in zip(*batch, strict=True):
+        for ids, mask, label, logits in zip(*batch[:4], strict=True):
             found.append((tuple(ids[mask].tolist()), int(label), logits.tolist()))
     return found
 

@@ -111,7 +111,8 @@ def test_a_cache_holds_every_row_and_what_the_live_teacher_says(world: World) ->
         assert kept.logits == pytest.approx(said.logits[where], abs=1e-5)
         assert kept.num_tokens.tolist() == tokens.lengths[where].tolist()
         for layer in (1, 2):
-            assert cache.hidden(shard, layer) == pytest.approx(said.hidden[layer][where], abs=2e-3)
+            name = f"layer.{layer}"
+            assert cache.hidden(shard, name) == pytest.approx(said.hidden[name][where], abs=2e-3)
 
 
 @pytest.mark.parametrize("seed", range(3))

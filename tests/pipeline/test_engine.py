@@ -52,7 +52,7 @@ def test_batched_answers_are_those_of_single_rows_in_their_order(
             assert together.logits[place] == pytest.approx(alone.logits[0].numpy(), abs=1e-5)
             for layer in (0, 2):
                 mean = alone.hidden_states[layer][0].mean(0).numpy()
-                assert together.hidden[layer][place] == pytest.approx(mean, abs=1e-5)
+                assert together.hidden[f"layer.{layer}"][place] == pytest.approx(mean, abs=1e-5)
 
 
 def test_the_first_tokens_state_is_that_of_transformers(world: World) -> None:
@@ -64,7 +64,7 @@ def test_the_first_tokens_state_is_that_of_transformers(world: World) -> None:
         for row in range(5):
             ids = torch.from_numpy(tokens.row(row).astype(np.int64))[None]
             state = model(input_ids=ids, output_hidden_states=True).hidden_states[1][0, 0]
-            assert said.hidden[1][row] == pytest.approx(state.numpy(), abs=1e-5)
+            assert said.hidden["layer.1"][row] == pytest.approx(state.numpy(), abs=1e-5)
 
 
 def test_an_answer_that_is_no_number_names_the_row(world: World) -> None:

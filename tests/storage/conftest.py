@@ -42,9 +42,9 @@ def make_rows(first: int, num: int) -> records.LogitRows:
     )
 
 
-def make_states(rows: records.LogitRows) -> dict[int, np.ndarray]:
+def make_states(rows: records.LogitRows) -> dict[str, np.ndarray]:
     """Pooled states for these rows: multiples of the first logit."""
-    return {layer: rows.logits[:, :1] * np.full((1, 4), layer, np.float32) for layer in HIDDEN.layers}
+    return {f"layer.{n}": rows.logits[:, :1] * np.full((1, 4), n, np.float32) for n in HIDDEN.layers}
 
 
 def fill(store: Store, sizes: tuple[int, ...] = (5, 3)) -> list[StoredShard]:

@@ -34,7 +34,7 @@ from storage import Cache
 from storage.verify import verify
 cache = Cache.open(sys.argv[1])
 assert cache.read(cache.shards[0]).logits.shape[1] == len(cache.labels)
-cache.hidden(cache.shards[0], 1)
+cache.hidden(cache.shards[0], "layer.1")
 verify(cache)
 assert "torch" not in sys.modules
 print(cache.num_rows)
@@ -90,7 +90,7 @@ def test_the_golden_cache_of_format_1_stays_readable_for_ever() -> None:
     ]
     assert rows.logits.tolist() == [[3.0, 3.5, -3.0], [4.0, 4.5, -4.0]]
     assert rows.num_tokens.tolist() == [2, 2]
-    assert cache.hidden(cache.shards[1], 2).tolist() == [[6.0] * 4, [8.0] * 4]
+    assert cache.hidden(cache.shards[1], "layer.2").tolist() == [[6.0] * 4, [8.0] * 4]
 
 
 def test_todays_writer_makes_the_golden_cache_byte_for_byte(tmp_path: Path) -> None:

@@ -149,8 +149,8 @@ def test_a_full_disk_is_one_clear_error_and_keeps_what_is_finished(tmp_path: Pat
 def test_states_that_do_not_fit_float16_are_refused_and_not_kept_as_infinity(tmp_path: Path) -> None:
     rows = make_rows(0, 2)
     states = make_states(rows)
-    states[2][1, 3] = 1e6
-    with pytest.raises(ValueError, match="layer 2 do not fit float16"):
+    states["layer.2"][1, 3] = 1e6
+    with pytest.raises(ValueError, match=r"layer\.2 do not fit float16"):
         Store(tmp_path).put(IDENTITY, rows, states, 1.0)
 
 
@@ -177,7 +177,9 @@ def test_sealing_copies_where_links_are_not_allowed(tmp_path: Path, monkeypatch:
 def test_hidden_states_come_back_as_they_were_rounded(cache: Cache) -> None:
     shard = cache.shards[1]
     rows = make_rows(5, 3)
-    for layer, states in make_states(rows).items():
-        assert np.array_equal(cache.hidden(shard, layer), states.astype(HIDDEN.dtype))
-    with pytest.raises(ValueError, match=r"keeps the layers \[1, 2\], not 3"):
-        cache.hidden(shard, 3)
+    assert cache.hidden_names == ("layer.1", "layer.2")
+    for name, states in make_states(rows).items():
+        assert cache.hidden(shard, name).dtype == np.float32
+        assert np.array_equal(cache.hidden(shard, name), states.astype(HIDDEN.dtype))
+    with pytest.raises(ValueError, match=r"keeps the hidden states \[.*\], not layer\.3"):
+        cache.hidden(shard, "layer.3")
