@@ -70,8 +70,7 @@ def resolve(what: str, match: Match, student: kinds.Student, hidden: HiddenSpec 
 
 
 def _pairs(kind: str, chosen: LayerMap, widths: dict[str, int], num: int) -> tuple[Pair, ...]:
-    kept = [int(layer) for prefix, layer in (name.split(".") for name in widths) if prefix == kind]
-    deepest = max(kept, default=num)  # a cache without any is refused for what it lacks
+    deepest = _deepest(kind, widths) or num  # a cache without any is refused for what it lacks
     if not isinstance(chosen, str):
         pairs = list(chosen)
     elif chosen == "uniform":
@@ -80,6 +79,12 @@ def _pairs(kind: str, chosen: LayerMap, widths: dict[str, int], num: int) -> tup
         first = deepest - num if chosen == "top" else 0
         pairs = [(first + own, own) for own in range(1, num + 1)]
     return tuple(Pair(f"{kind}.{layer}", own) for layer, own in pairs)
+
+
+def _deepest(kind: str, widths: dict[str, int]) -> int:
+    """The deepest kept layer, 0 for none."""
+    kept = (name.split(".") for name in widths)
+    return max((int(layer) for prefix, layer in kept if prefix == kind), default=0)
 
 
 def _lacking(plan: Plan, widths: dict[str, int], num: int) -> list[Mismatch]:
@@ -96,19 +101,24 @@ def _lacking(plan: Plan, widths: dict[str, int], num: int) -> list[Mismatch]:
 
 
 def _misfits(plan: Plan, match: Match, student: kinds.TinyBERT, widths: dict[str, int]) -> list[Mismatch]:
-    """Widths and heads that do not fit each other."""
+    """Depths, widths and heads that do not fit each other."""
     wrong = []
+    for part, kind in (("states", "layer"), ("attention", "qkv")):
+        settings, deepest = getattr(match, part), _deepest(kind, widths)
+        if settings and settings.map == "top" and 0 < deepest < student.layers:
+            where = f"match.{part}.map: top, layers of the student"
+            wrong.append(Mismatch(where, student.layers, f"at most {deepest}"))
     for part in ("states", "embeddings"):
         found = sorted({widths[pair.name] for pair in getattr(plan, part) if pair.name in widths})
         if found and not getattr(match, part).project and found != [student.width]:
             wrong.append(Mismatch(f"match.{part}.project: false, width", student.width, found))
     for part in ("attention", "relations"):
-        for name in sorted({pair.name for pair in getattr(plan, part) if pair.name in widths}):
-            heads = getattr(match, part).heads
-            for whose, width in ((name, widths[name] // PARTS), ("the student", student.width)):
-                if width % heads:
-                    field = f"match.{part}.heads: width of {whose}"
-                    wrong.append(Mismatch(field, width, f"a multiple of {heads}"))
+        heads = getattr(match, part).heads if getattr(plan, part) else 1
+        found = sorted({widths[pair.name] // PARTS for pair in getattr(plan, part) if pair.name in widths})
+        for whose, each in (("cache", found), ("student", [student.width])):
+            if uneven := [width for width in each if width % heads]:
+                field = f"match.{part}.heads: width of the {whose}"
+                wrong.append(Mismatch(field, uneven, f"a multiple of {heads}"))
     if match.attention and match.attention.heads != student.heads:
         wrong.append(Mismatch("match.attention.heads: student.heads", student.heads, match.attention.heads))
     return wrong

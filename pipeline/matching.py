@@ -84,6 +84,6 @@ def _parts(vectors_BLX: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def _products(left_BLW: torch.Tensor, right_BLW: torch.Tensor, heads: int) -> torch.Tensor:
     """left right^T / sqrt(d) within each head: [B, H, L, L]."""
-    left, right = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (left_BLW, right_BLW))
+    left, right = (part.reshape(*part.shape[:2], heads, -1).transpose(1, 2) for part in (left_BLW, right_BLW))
     products: torch.Tensor = left @ right.mT / left.shape[-1] ** 0.5
     return products
