@@ -1,7 +1,8 @@
 """The schema of params.yaml: frozen, strict, and the only place that says what a field means.
 
 Entries of the shelves are described in config_data.py (assets, datasets), config_teachers.py (teachers,
-caches), kinds.py (students) and config_recipes.py; runs, and how a file is read and checked, are here.
+caches), kinds.py (students), config_recipes.py and config_match.py (recipes); runs, and how a file is read
+and checked, are here.
 An unknown key is an error that names the nearest known one; so is a name that no shelf holds. Numbers carry
 their unit in the docstring below the field. Defaults are the values that a newcomer should start from.
 """
