@@ -131,6 +131,17 @@ def test_a_word_outside_its_choices_is_refused_with_the_choices(
         (lambda p: p["datasets"]["toy"]["pool"].update(words=[9, 3]), "datasets.toy.pool"),
         (lambda p: p["datasets"]["toy"].update(blocks={}), "datasets.toy.blocks: rows with a label stay"),
         (lambda p: p["caches"]["toy"]["hidden"].update(layers=[1, 1]), "caches.toy.hidden.layers"),
+        (lambda p: p["caches"]["toy"]["hidden"].update(layers=[]), "caches.toy.hidden: name the layers"),
+        (
+            lambda p: p["caches"]["toy"]["hidden"].update(qkv=[1]),
+            "caches.toy.hidden: qkv is kept of each token",
+        ),
+        (lambda p: p["caches"]["toy"]["hidden"].update(qkv=[0], pool="none"), "caches.toy.hidden.qkv"),
+        (
+            lambda p: p["caches"]["toy"].update(hidden={"qkv": [1], "pool": "none", "pca": 2}),
+            "caches.toy.hidden: pca is of layers",
+        ),
+        (lambda p: p["caches"]["toy"]["hidden"].update(dtype="int4"), "caches.toy.hidden.dtype"),
         (lambda p: p["caches"]["toy"].update(weights={"layers": []}), "caches.toy.weights.layers"),
         (lambda p: p["caches"]["toy"].update(mask={"share": 0.0}), "caches.toy.mask.share"),
         (lambda p: p["datasets"]["toy"].update(task="masked-lm"), "datasets.toy.labels"),

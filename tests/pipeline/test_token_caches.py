@@ -253,8 +253,8 @@ def test_logits_that_are_no_numbers_name_the_row(own: Project) -> None:
     assert 0 < len(having) < 60
 
 
-def test_states_of_positions_are_not_kept(own: Project) -> None:
-    with pytest.raises(TeacherError, match="token-classification has no others"):
+def test_pooled_states_are_not_kept_beside_targets_a_token(own: Project) -> None:
+    with pytest.raises(TeacherError, match="token-classification has a target a token"):
         own.capture(hidden={"layers": [1]})
 
 
