@@ -1,7 +1,8 @@
 """The schema of params.yaml: frozen, strict, and the only place that says what a field means.
 
 Entries of the shelves are described in config_data.py (assets, datasets), config_teachers.py (teachers,
-caches), kinds.py (students) and config_recipes.py; runs, and how a file is read and checked, are here.
+caches), kinds.py (students), config_recipes.py and config_match.py (recipes); runs, and how a file is read
+and checked, are here.
 An unknown key is an error that names the nearest known one; so is a name that no shelf holds. Numbers carry
 their unit in the docstring below the field. Defaults are the values that a newcomer should start from.
 """
@@ -44,6 +45,17 @@ class Run(Section):
     ] = (0,)
 
 
+class ChainedRun(Run):
+    """A run whose students start from those of another one, with the same student and tokenizer.
+
+    A shelf of its own: for DVC every entry of a shelf depends on the same kinds of things.
+    """
+
+    init: Name
+    """The run, chained or not, that must be trained before. Seed s starts from its seed s, or from its only
+    one."""
+
+
 class Workers(Section):
     """How work is spread over this machine. Never changes a result."""
 
@@ -58,6 +70,7 @@ class RunPaths(NamedTuple):
     dataset: Path
     verified: Path  # the record of the verify stage
     out: Path
+    init: Path | None = None  # the trained run whose students this one's start from
 
 
 class Params(Section):
@@ -70,7 +83,13 @@ class Params(Section):
     students: dict[Name, Student]
     recipes: dict[Name, Recipe]
     runs: dict[Name, Run]
+    chained: dict[Name, ChainedRun] = Field(default_factory=dict)
     workers: Workers = Workers()
+
+    @property
+    def every_run(self) -> dict[str, Run]:
+        """Runs and chained runs."""
+        return {**self.runs, **self.chained}
 
 
 class _Reference(NamedTuple):
@@ -98,10 +117,13 @@ def load(path: Path = PARAMS) -> Params:
         raise ConfigError(f"{path} cannot be used:\n{found}") from None
     if unknown := [r for r in _references(params) if r.name not in getattr(params, r.shelf)]:
         lines = [
-            f"  {r.field}: no {r.name!r} in {r.shelf}{nearest(r.name, getattr(params, r.shelf))}"
+            f"  {r.field}: no {r.name!r} in {r.shelf.replace('every_run', 'runs or chained')}"
+            + nearest(r.name, getattr(params, r.shelf))
             for r in unknown
         ]
         raise ConfigError(f"{path} names things that are not on the shelf:\n" + "\n".join(lines))
+    if broken := list(_broken_chains(params)):
+        raise ConfigError(f"{path} chains runs that do not fit:\n  " + "\n  ".join(broken))
     if wrong := list(misfits(params)):
         raise ConfigError(f"{path} asks teachers for what they cannot give:\n  " + "\n  ".join(wrong))
     return params
@@ -120,8 +142,28 @@ def _references(params: Params) -> Iterator[_Reference]:
     for name, cache in params.caches.items():
         yield _Reference(f"caches.{name}.dataset", cache.dataset, "datasets")
         yield _Reference(f"caches.{name}.teacher", cache.teacher, "teachers")
-    for name, run in params.runs.items():
-        yield _Reference(f"runs.{name}.dataset", run.dataset, "datasets")
-        yield _Reference(f"runs.{name}.cache", run.cache, "caches")
-        yield _Reference(f"runs.{name}.student", run.student, "students")
-        yield _Reference(f"runs.{name}.recipe", run.recipe, "recipes")
+    for shelf in ("runs", "chained"):
+        for name, run in getattr(params, shelf).items():
+            yield _Reference(f"{shelf}.{name}.dataset", run.dataset, "datasets")
+            yield _Reference(f"{shelf}.{name}.cache", run.cache, "caches")
+            yield _Reference(f"{shelf}.{name}.student", run.student, "students")
+            yield _Reference(f"{shelf}.{name}.recipe", run.recipe, "recipes")
+    for name, chained in params.chained.items():
+        yield _Reference(f"chained.{name}.init", chained.init, "every_run")
+
+
+def _broken_chains(params: Params) -> Iterator[str]:
+    """Chained runs that cannot start from what they name. Names are known to be there."""
+    for name, run in params.chained.items():
+        if name in params.runs:
+            yield f"chained.{name}: runs has this name too; give it another"
+        before = params.every_run[run.init]
+        if before.student != run.student:
+            yield f"chained.{name}.student: found {run.student!r}, but {run.init} trains {before.student!r}"
+        if len(before.seeds) > 1 and (lacking := set(run.seeds) - set(before.seeds)):
+            yield f"chained.{name}.seeds: {run.init} has {list(before.seeds)}, not {sorted(lacking)}"
+        seen = [name]
+        while (link := params.chained.get(seen[-1])) and link.init not in seen:
+            seen.append(link.init)
+        if link:
+            yield f"chained.{name}.init: comes back to {link.init!r}, {' <- '.join(seen)}"

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.config_match import Match
 from pipeline.section import Fraction, Positive, Section
 
 
@@ -19,8 +20,10 @@ class Recipe(Section):
     All but forward need a dense cache."""
     skew: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Of the skewed divergence: the teacher's share of the mixture."""
-    pool: bool = False
-    """Train on the unlabelled pool too."""
+    match: Match | None = None
+    """Inner states of the teacher that the student is matched with: caches with hidden."""
+    pool: bool | Literal["only"] = False
+    """Train on the unlabelled pool too; only: on nothing else."""
     epochs: Positive = 5
     batch_rows: Positive = 64
     """Rows a step."""
@@ -34,9 +37,19 @@ class Recipe(Section):
     patience: Positive = 4
     """Evaluations without improvement before it stops. The best state is kept."""
 
+    @property
+    def labels_only(self) -> bool:
+        """Whether no step of it looks at the teacher."""
+        return self.alpha == 1 and self.match is None
+
+    @property
+    def predicts(self) -> bool:
+        """Whether predictions count, and not inner states alone."""
+        return self.match is None or self.match.prediction > 0
+
     @model_validator(mode="after")
     def _pool_needs_a_teacher(self) -> "Recipe":
-        if self.pool and self.alpha == 1:
+        if self.pool and self.labels_only:
             raise ValueError(
                 "alpha 1 trains on labels only, and the pool has none: set alpha below 1, or pool: false"
             )

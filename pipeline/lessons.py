@@ -11,12 +11,13 @@ from typing import NamedTuple, cast
 
 import torch
 
-from pipeline import config_recipes, kinds, students
+from pipeline import config_recipes, kinds, layer_maps, students
 from pipeline.batches import CachedRows, DistillBatch
 from pipeline.data import POOL, Rows
 from pipeline.documents import CachedDocuments
 from pipeline.head_loss import head_loss, mixed
 from pipeline.losses import SparseTargets, label_loss, recipe_loss
+from pipeline.matched import Matched, look
 from pipeline.reading import read_held_out
 from pipeline.tokens import TextReader
 from pipeline.training import Validation
@@ -40,10 +41,13 @@ class Lesson(NamedTuple):
     cut_rows: int  # rows that lost tokens to the student's maximum
     padding: tuple[float, float] | None  # share of padding, with and without rows sorted by length
     rows_a_piece: float  # of what a batch has: whole rows, or pieces of longer ones
+    dress: Callable[[torch.nn.Module], torch.nn.Module] = lambda model: model  # with what helps it learn
 
 
 def taught_by(recipe: config_recipes.Recipe) -> tuple[str, ...]:
     """The splits that a recipe trains on."""
+    if recipe.pool == "only":
+        return (POOL,)
     return ("train", POOL) if recipe.pool else ("train",)
 
 
@@ -56,18 +60,37 @@ def of_rows(
     seed: int,
 ) -> Lesson:
     """A classifier's: logits of each row against its label and its cached target."""
+    match, hidden = recipe.match, cache.identity.spec.hidden
+    plan = layer_maps.resolve("this run", match, student, hidden) if match else None
+    names = plan.names if plan else ()
     tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
-    cached = CachedRows(cache, rows, tokens, reader.pad_id, taught_by(recipe))
-    held_out = CachedRows(cache, rows, tokens, reader.pad_id, ("validation",))
+    cached = CachedRows(cache, rows, tokens, reader.pad_id, taught_by(recipe), names)
+    looked_at = () if recipe.predicts else names
+    held_out = CachedRows(cache, rows, tokens, reader.pad_id, ("validation",), looked_at)
     sampled = isinstance(cache.codec, Sample | Threshold)
 
-    def loss(model: torch.nn.Module, batch: DistillBatch) -> torch.Tensor:
+    def dress(model: torch.nn.Module) -> torch.nn.Module:
+        if not (match and plan and hidden):
+            return model
+        return Matched(cast(students.TinyBERT, model), match, plan, hidden)
+
+    def predictions_loss(logits_BC: torch.Tensor, batch: DistillBatch) -> torch.Tensor:
         return recipe_loss(
-            model(batch.ids_BL, batch.mask_BL), batch.labels_T, batch.teacher, recipe.alpha,
+            logits_BC, batch.labels_T, batch.teacher, recipe.alpha,
             recipe.temperature, recipe.divergence, recipe.skew, sampled,
         )  # fmt: skip
 
+    def loss(model: torch.nn.Module, batch: DistillBatch) -> torch.Tensor:
+        if match is None:
+            return predictions_loss(model(batch.ids_BL, batch.mask_BL), batch)
+        answer = cast(Matched, getattr(model, "module", model)).answer(batch)
+        if not recipe.predicts:
+            return answer.loss
+        return match.prediction * predictions_loss(answer.logits_BC, batch) + answer.loss
+
     def validate(model: torch.nn.Module) -> Validation:
+        if not recipe.predicts:
+            return look(cast(Matched, getattr(model, "module", model)), held_out.in_order(EVALUATION_ROWS))
         logits, _, labels = answers(model, held_out)
         right = (logits.argmax(1) == labels).float().mean().item()
         return Validation(right, label_loss(logits, labels).item())
@@ -79,10 +102,11 @@ def of_rows(
         batches=lambda epoch: cached.epoch(seed, epoch, recipe.batch_rows),
         loss=loss,
         validate=validate,
-        by_loss=False,
+        by_loss=not recipe.predicts,
         cut_rows=tokens.num_cut,
         padding=None,
         rows_a_piece=1.0,
+        dress=dress,
     )
 
 

@@ -18,7 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline import config, config_recipes, hardware, kinds
+from pipeline import config, config_recipes, hardware, kinds, layer_maps
 from pipeline.data import POOL, SPLITS, Rows, load_rows
 from pipeline.decoders import refuse_misfit
 from pipeline.progress import bars, log
@@ -74,10 +74,10 @@ def train(
     _start_importing()
     cache, rows = open_inputs(paths)
     _refuse_misfit(name, cache, rows, student, recipe, paths.verified)
-    _refuse_start(name, cache, student)
+    _refuse_start(name, cache, student, paths.init)
     if paths.out.exists():
         shutil.rmtree(paths.out)
-    make_reader(student, cache, rows, paths.out / "tokenizer")
+    make_reader(student, cache, rows, paths.out / "tokenizer", paths.init)
     at_once = min(len(run.seeds), seeds_at_once or SEEDS_PER_CORE * hardware.num_cores())
     threads = max(1, hardware.num_cores() // at_once)
     jobs = [Job(seed, threads, student, recipe, paths) for seed in run.seeds]
@@ -87,12 +87,17 @@ def train(
     return record
 
 
-def make_reader(student: kinds.Student, cache: Cache, rows: Rows, directory: Path) -> None:
+def make_reader(
+    student: kinds.Student, cache: Cache, rows: Rows, directory: Path, init: Path | None = None
+) -> None:
     """Put what the student reads with into `directory`: the cache's tokenizer, or one learned from the text.
 
-    A learned one sees the training and pool text of the dataset, never validation or test.
+    A learned one sees the training and pool text of the dataset, never validation or test. A student that
+    starts from that of another run reads as that does.
     """
-    if student.tokenizer == "teacher":
+    if init:
+        shutil.copytree(init / "tokenizer", directory)
+    elif student.tokenizer == "teacher":
         shutil.copytree(cache.tokenizer_dir, directory)
     else:
         texts = rows.texts.take(rows.select("train", POOL)).to_pylist()
@@ -142,7 +147,9 @@ def _refuse_misfit(
             f"runs.{name}: its recipe trains on the pool, and the dataset has none.\n"
             "Add a pool under datasets, or choose a recipe with pool: false."
         )
-    if recipe.alpha < 1:
+    if recipe.match:
+        layer_maps.resolve(f"runs.{name}", recipe.match, student, cache.identity.spec.hidden)
+    if recipe.alpha < 1 and recipe.predicts:
         refuse_truncated(f"runs.{name}", cache.codec, recipe.divergence, recipe.temperature)
         if cache.identity.spec.per_position and recipe.temperature != 1:
             raise SpecMismatch(
@@ -154,15 +161,41 @@ def _refuse_misfit(
     cache.check(f"runs.{name}", labels=rows.label_names, row_ids=wanted)
 
 
-def _refuse_start(name: str, cache: Cache, student: kinds.Student) -> None:
-    if isinstance(student, kinds.Llama) and student.init:
+def start_of(init: Path, seed: int) -> Path:
+    """The student of a trained run that this seed starts from: that of the same seed, or its only one."""
+    own = init / f"seed-{seed}"
+    return own if own.is_dir() else next(init.glob("seed-*"))
+
+
+def _refuse_start(name: str, cache: Cache, student: kinds.Student, init: Path | None) -> None:
+    if init:
+        _refuse_other_run(name, cache, student, init)
+    elif isinstance(student, kinds.Llama) and student.init:
         refuse_misfit(f"the student of runs.{name}", student, cache.weights_dir, cache.weights_layers)
 
 
+def _refuse_other_run(name: str, cache: Cache, student: kinds.Student, init: Path) -> None:
+    """Raise SpecMismatch where the students of the run before are not those that this run trains on."""
+    facts = json.loads((next(init.glob("seed-*")) / "student.json").read_text())
+    sizes = {"student": student.model_dump(mode="json"), "num_labels": cache.identity.spec.num_outputs}
+    wrong = [Mismatch(key, facts[key], wanted) for key, wanted in sizes.items() if facts[key] != wanted]
+    if student.tokenizer == "teacher":
+        reads = TextReader(init / "tokenizer", student.max_length, "truncate").identity().content
+        if reads != cache.identity.tokenizer.content:
+            wrong.append(Mismatch("tokenizer.content", reads, cache.identity.tokenizer.content))
+    if wrong:
+        raise SpecMismatch(
+            f"the students of {init} are no start for chained.{name}", wrong,
+            "Chain runs of one student, over caches of one tokenizer and as many classes.",
+        )  # fmt: skip
+
+
 def _seed_record(job: Job, done: "Trained") -> dict[str, Any]:
+    start = start_of(job.paths.init, job.seed) if job.paths.init else None
     return {
         "seed": job.seed,
-        "teacher_rows_seen": 0 if job.recipe.alpha == 1 else done.rows_seen,
+        **({"started_from": f"{start.parent.name}/{start.name}"} if start else {}),
+        "teacher_rows_seen": 0 if job.recipe.labels_only else done.rows_seen,
         "cut_rows": done.cut_rows,
         **done.setup,
         **done.fit._asdict(),

@@ -8,7 +8,7 @@ import torch
 
 from pipeline import hardware, initialise, kinds, lessons, students
 from pipeline.data import POOL
-from pipeline.runs import Job, open_inputs
+from pipeline.runs import Job, open_inputs, start_of
 from pipeline.tokens import TextReader
 from pipeline.training import Fit, Settings, fit
 from pipeline.tuning import Setup, fastest
@@ -44,7 +44,9 @@ def train_seed(
         lesson = lessons.of_rows(student, recipe, cache, rows, reader, job.seed)
         num_ids = reader.num_ids
     model = students.build(student, num_ids, lesson.num_outputs)
-    if isinstance(student, kinds.Llama) and student.init:
+    if job.paths.init:
+        model.load_state_dict(students.load(start_of(job.paths.init, job.seed)).state_dict())
+    elif isinstance(student, kinds.Llama) and student.init:
         initialise.from_teacher(cast(students.Llama, model), student, cache.weights_dir)
     setup = Setup(1, "float32", {})
     if cache.identity.spec.per_position:
@@ -53,7 +55,7 @@ def train_seed(
     hardware.pin_threads(setup.threads)
     tell(recipe.epochs * lesson.num_targets)
     done = fit(
-        model,
+        lesson.dress(model),
         lesson.batches,
         lesson.loss,
         lesson.validate,

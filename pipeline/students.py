@@ -10,8 +10,9 @@ Shape letters: B batch, L tokens, C classes, E embedding width, H hidden units.
 """
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from pydantic import TypeAdapter
@@ -81,6 +82,14 @@ class BiLSTM(nn.Module):
         return logits_BC
 
 
+class Watched(NamedTuple):
+    """What a student answers, and what it thinks meanwhile."""
+
+    logits_BC: torch.Tensor
+    states: tuple[torch.Tensor, ...]  # [B, L, W] behind the embeddings and behind each layer
+    vectors: dict[int, torch.Tensor]  # layer (the first is 1) -> query, key, value side by side: [B, L, 3 W]
+
+
 class TinyBERT(nn.Module):
     """A BERT of a few narrow layers from random weights (sizes as in Turc et al. 2019)."""
 
@@ -109,6 +118,27 @@ class TinyBERT(nn.Module):
         """Logits [B, C]."""
         logits_BC: torch.Tensor = self.bert(input_ids=ids_BL, attention_mask=mask_BL.long()).logits
         return logits_BC
+
+    def watch(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor, layers: Iterable[int] = ()) -> Watched:
+        """The same logits with the states of all layers, and the query, key and value of these ones."""
+        parts: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+
+        def keep(layer: int) -> Callable[[nn.Module, object, torch.Tensor], None]:
+            return lambda module, inputs, output: parts[layer].append(output)
+
+        blocks = {layer: self.bert.bert.encoder.layer[layer - 1].attention.self for layer in parts}
+        hooks = [
+            linear.register_forward_hook(keep(layer))
+            for layer, block in blocks.items()
+            for linear in (block.query, block.key, block.value)
+        ]
+        try:
+            out = self.bert(input_ids=ids_BL, attention_mask=mask_BL.long(), output_hidden_states=True)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        vectors = {layer: torch.cat(found, -1) for layer, found in parts.items()}
+        return Watched(out.logits, out.hidden_states, vectors)
 
 
 class Llama(nn.Module):

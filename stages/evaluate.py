@@ -7,7 +7,7 @@ from stages import cli, paths
 def main(name: str) -> None:
     """Evaluate one run."""
     params = config.load()
-    run = config.pick(params.runs, "runs", name)
+    run = config.pick(params.every_run, "runs", name)
     result = evaluation.evaluate_run(name, run, params.students[run.student], paths.of_run(name, run))
     runs.write_json(result, paths.EVAL / f"{name}.json")
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.config import Run, RunPaths
+from pipeline.config import ChainedRun, Run, RunPaths
 
 ASSETS = Path("assets")
 DATA = Path("data")
@@ -23,4 +23,5 @@ def of_run(name: str, run: Run) -> RunPaths:
         dataset=DATA / run.dataset,
         verified=VERIFIED / f"{run.cache}.json",
         out=MODELS / name,
+        init=MODELS / run.init if isinstance(run, ChainedRun) else None,
     )

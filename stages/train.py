@@ -7,7 +7,7 @@ from stages import cli, paths
 def main(name: str) -> None:
     """Train one run."""
     params = config.load()
-    run = config.pick(params.runs, "runs", name)
+    run = config.pick(params.every_run, "runs", name)
     student, recipe = params.students[run.student], params.recipes[run.recipe]
     record = runs.train(name, run, student, recipe, params.workers.seeds_at_once, paths.of_run(name, run))
     runs.write_curve(record, paths.CURVES / f"{name}.csv")

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.config import Run
+from pipeline.config import ChainedRun, Run
 from stages import paths
 from tests.imports import ROOT, closure
 
-CHEAP = ("prepare", "train", "evaluate", "report")
+CHEAP = ("prepare", "train", "train-after", "evaluate", "evaluate-after", "report")
 DEAR = ("fetch", "teacher", "cache", "verify", "score")
 GRAPH: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
 
@@ -33,7 +33,7 @@ def names(stage: str, *fields: str) -> list[str]:
 @pytest.mark.parametrize("stage", CHEAP)
 def test_a_cheap_stage_depends_on_exactly_the_code_that_it_imports(stage: str) -> None:
     extra = ["pipeline/report.html.j2"] if stage == "report" else []
-    expected = [*closure(f"stages.{stage}"), *extra]
+    expected = [*closure(f"stages.{stage.removesuffix('-after')}"), *extra]
     found = [dep for dep in names(stage, "deps") if dep.endswith((".py", ".j2"))]
     lines = "\n".join(f"        - {path}" for path in expected)
     assert sorted(found) == sorted(expected), f"paste under deps of {stage}:\n{lines}"
@@ -70,7 +70,17 @@ def test_the_graph_and_the_code_name_the_same_paths() -> None:
     assert str(paths.VERIFIED / f"{item['c']}.json") in reads
 
 
+def test_chained_runs_depend_on_the_run_before_and_are_runs_otherwise() -> None:
+    chained = ChainedRun(dataset="d", cache="c", student="s", recipe="r", init="before")
+    assert str(paths.of_run("after", chained).init) == str(paths.MODELS / "before")
+    differing = {"models/${item.init}"}
+    assert set(names("train-after", "deps")) == {*names("train", "deps"), *differing}
+    assert names("train-after", "outs", "plots") == names("train", "outs", "plots")
+    assert body("train-after")["params"] == [p.replace("runs.", "chained.") for p in body("train")["params"]]
+    assert body("evaluate-after") == body("evaluate")
+
+
 def test_commands_run_the_stage_that_they_are_named_after() -> None:
     for stage in GRAPH:
-        command = f"python -m stages.{stage}"
+        command = f"python -m stages.{stage.removesuffix('-after')}"
         assert body(stage)["cmd"] in (command, f"{command} ${{key}}")

@@ -222,6 +222,30 @@ def test_the_pool_with_labels_only_is_refused_with_what_to_do(tmp_path: Path) ->
     assert "set alpha below 1, or pool: false" in message
 
 
+@pytest.mark.parametrize(
+    ("recipe", "line"),
+    [
+        ({"match": {}}, "recipes.ce.match: nothing to match"),
+        ({"match": {"prediction": 0.0}}, "recipes.ce.match: nothing to match"),
+        ({"match": {"state": {}}}, "recipes.ce.match.state: unknown key; did you mean 'states'?"),
+        ({"match": {"states": {"map": "topp"}}}, "recipes.ce.match.states.map: found 'topp'"),
+        ({"match": {"states": {"map": []}}}, "recipes.ce.match.states.map"),
+        ({"match": {"states": {"map": [[1, 2, 3]]}}}, "recipes.ce.match.states.map"),
+        ({"match": {"states": {"weight": 0.0}}}, "recipes.ce.match.states.weight"),
+        ({"match": {"attention": {}}}, "recipes.ce.match.attention.heads"),
+        ({"match": {"relations": {"heads": 2}}}, "recipes.ce.match.relations.teacher_layer"),
+        ({"pool": "only"}, "set alpha below 1, or pool: false"),
+        ({"pool": "onyl"}, "recipes.ce.pool: found 'onyl', expected 'only'"),
+        ({"pool": "only", "match": {"states": {"map": [[0, 0], [2, 1]]}}}, None),
+    ],
+)
+def test_what_is_matched_is_said_in_full(tmp_path: Path, recipe: dict[str, Any], line: str | None) -> None:
+    if line is None:
+        assert load(tmp_path, lambda p: p["recipes"]["ce"].update(recipe)).recipes["ce"].pool == "only"
+    else:
+        assert line in refusal(tmp_path, lambda p: p["recipes"]["ce"].update(recipe))
+
+
 def test_all_faults_come_in_one_message(tmp_path: Path) -> None:
     def two(shelves: dict[str, Any]) -> None:
         shelves["recipes"]["ce"]["epochs"] = 0

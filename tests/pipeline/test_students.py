@@ -98,3 +98,21 @@ def test_the_same_seed_builds_the_same_student(kind: str) -> None:
 def test_a_directory_without_a_student_says_how_to_train_one(tmp_path: Path) -> None:
     with pytest.raises(AssetError, match="dvc repro train@run"):
         students.load(tmp_path / "run" / "seed-0")
+
+
+def test_a_watched_bert_answers_alike_and_tells_its_states_and_vectors() -> None:
+    model = build("tinybert")
+    assert isinstance(model, students.TinyBERT)
+    ids, mask = batch()
+    with torch.inference_mode():
+        seen = model.watch(ids, mask, (1, 2))
+        assert torch.equal(seen.logits_BC, model(ids, mask))
+        assert [tuple(states.shape) for states in seen.states] == [(4, 12, 16)] * 3
+        assert torch.equal(seen.states[0], model.bert.bert.embeddings(ids))
+        for layer in (1, 2):
+            attention = model.bert.bert.encoder.layer[layer - 1].attention.self
+            parts = (attention.query, attention.key, attention.value)
+            by_hand = torch.cat([part(seen.states[layer - 1]) for part in parts], -1)
+            assert torch.equal(seen.vectors[layer], by_hand)
+    assert model.bert.config._attn_implementation == "sdpa"  # the fused kernel
+    assert not any(part._forward_hooks for part in parts)

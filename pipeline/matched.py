@@ -1,0 +1,111 @@
+"""A student beside its teacher's inner states: projections that are trained with it, and the loss.
+
+The projections are no part of the student and are not saved with it.
+
+Shape letters: B rows, L tokens, T true tokens or pooled rows, W the teacher's width, D the student's.
+"""
+
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from pipeline import matching
+from pipeline.batches import DistillBatch
+from pipeline.config_match import Match
+from pipeline.layer_maps import Plan
+from pipeline.students import TinyBERT, Watched
+from pipeline.training import Validation
+from storage.spec import HiddenSpec
+
+Pool = Literal["first", "mean", "none"]
+STATE_LOSSES = {"mse": matching.state_mse, "cosine": matching.state_cosine}
+
+
+class Answer(NamedTuple):
+    """What a student says to a batch, and how far its states are from its teacher's."""
+
+    logits_BC: torch.Tensor
+    loss: torch.Tensor  # all matched parts, each times its weight
+
+
+class Matched(nn.Module):
+    """`student` and a matrix to the teacher's width for its states, another for its embeddings.
+
+    Called, it answers as the student does. `kept` says what the cache's states are.
+    """
+
+    def __init__(self, student: TinyBERT, match: Match, plan: Plan, kept: HiddenSpec) -> None:
+        super().__init__()
+        self.student, self._match, self._plan, self._pool = student, match, plan, kept.pool
+        own = student.bert.config.hidden_size
+        self.projections = nn.ModuleDict()
+        for part, settings in (("states", match.states), ("embeddings", match.embeddings)):
+            if settings and settings.project:
+                width = kept.kept_width(getattr(plan, part)[0].name)
+                self.projections[part] = nn.Linear(own, width, bias=False)
+
+    def forward(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        """The student's logits [B, C]."""
+        logits_BC: torch.Tensor = self.student(ids_BL, mask_BL)
+        return logits_BC
+
+    def answer(self, batch: DistillBatch) -> Answer:
+        """The student's logits, and the sum over parts of weight times the sum over its pairs of layers."""
+        match, plan, mask_BL = self._match, self._plan, batch.mask_BL
+        layers = {pair.layer for pair in (*plan.attention, *plan.relations)}
+        seen = self.student.watch(batch.ids_BL, mask_BL, sorted(layers))
+        parts = []
+        if match.states:
+            loss = STATE_LOSSES[match.states.loss]
+            found = [
+                loss(self._state("states", seen, p.layer, mask_BL), batch.hidden[p.name]) for p in plan.states
+            ]
+            parts.append(match.states.weight * torch.stack(found).sum())
+        if match.embeddings:
+            (pair,) = plan.embeddings
+            own = self._state("embeddings", seen, pair.layer, mask_BL)
+            parts.append(match.embeddings.weight * matching.state_mse(own, batch.hidden[pair.name]))
+        for settings, pairs, compare in (
+            (match.attention, plan.attention, matching.score_mse),
+            (match.relations, plan.relations, matching.relation_kl),
+        ):
+            if settings:
+                found = [
+                    compare(
+                        seen.vectors[pair.layer], matching.in_rows(batch.hidden[pair.name], mask_BL), mask_BL,
+                        settings.heads,
+                    )
+                    for pair in pairs
+                ]  # fmt: skip
+                parts.append(settings.weight * torch.stack(found).sum())
+        return Answer(seen.logits_BC, torch.stack(parts).sum())
+
+    def _state(self, part: str, seen: Watched, layer: int, mask_BL: torch.Tensor) -> torch.Tensor:
+        """The student's state as the cache has its teacher's, at its width: [T, W]."""
+        state_TD = pooled(seen.states[layer], mask_BL, self._pool)
+        return self.projections[part](state_TD) if part in self.projections else state_TD
+
+
+def pooled(states_BLD: torch.Tensor, mask_BL: torch.Tensor, pool: Pool) -> torch.Tensor:
+    """One state a row [B, D]: its first token's, or the mean of its tokens'; none: one a token [T, D]."""
+    if pool == "none":
+        return states_BLD[mask_BL]
+    if pool == "first":
+        return states_BLD[:, 0]
+    return (states_BLD * mask_BL[..., None]).sum(1) / mask_BL.sum(1, keepdim=True)
+
+
+@torch.inference_mode()
+def look(model: Matched, batches: Iterable[DistillBatch]) -> Validation:
+    """Accuracy on the labels, and the matching loss as the mean over rows."""
+    device = next(model.parameters()).device
+    right = loss = rows = 0.0
+    for batch in batches:
+        batch = batch.to(device)
+        answer = model.answer(batch)
+        right += float((answer.logits_BC.argmax(1) == batch.labels_T).sum())
+        loss += float(answer.loss) * len(batch.ids_BL)
+        rows += len(batch.ids_BL)
+    return Validation(right / rows, loss / rows)
