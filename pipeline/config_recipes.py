@@ -4,16 +4,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.schedules import Share, Temperature, ends
 from pipeline.section import Fraction, Positive, Section
 
 
 class Recipe(Section):
     """A mix of losses, alpha CE + (1 - alpha) T^2 KL, and how long to train with it."""
 
-    alpha: Fraction = 0.5
-    """Weight of the labels' cross-entropy; rows without a label give the KL part alone. 1: labels only."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """T of the KL part. The cache holds logits at T = 1."""
+    alpha: Share = 0.5
+    """Weight of the labels' cross-entropy; rows without a label give the KL part alone. 1: labels only. A
+    number, or a schedule over the steps: {schedule: linear, from: 0, to: 1}."""
+    temperature: Temperature = 1.0
+    """T of the KL part. The cache holds logits at T = 1. A number, a schedule, or one for each row:
+    {by: confidence, low: 1, high: 4}."""
     divergence: Literal["forward", "reverse", "jsd", "skewed"] = "forward"
     """Of student p from teacher t: KL(t || p), KL(p || t), Jensen-Shannon, or KL(t || skew t + (1 - skew) p).
     All but forward need a dense cache."""
@@ -34,9 +37,14 @@ class Recipe(Section):
     patience: Positive = 4
     """Evaluations without improvement before it stops. The best state is kept."""
 
+    @property
+    def labels_only(self) -> bool:
+        """Whether no step of it looks at the teacher."""
+        return min(ends(self.alpha)) == 1
+
     @model_validator(mode="after")
     def _pool_needs_a_teacher(self) -> "Recipe":
-        if self.pool and self.alpha == 1:
+        if self.pool and self.labels_only:
             raise ValueError(
                 "alpha 1 trains on labels only, and the pool has none: set alpha below 1, or pool: false"
             )

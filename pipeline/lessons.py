@@ -16,8 +16,9 @@ from pipeline.batches import CachedRows, DistillBatch
 from pipeline.data import POOL, Rows
 from pipeline.documents import CachedDocuments
 from pipeline.head_loss import head_loss, mixed
-from pipeline.losses import SparseTargets, label_loss, recipe_loss
+from pipeline.losses import SparseTargets, label_loss, recipe_loss, sure_temperature
 from pipeline.reading import read_held_out
+from pipeline.schedules import ByConfidence, at
 from pipeline.tokens import TextReader
 from pipeline.training import Validation
 from storage import Cache
@@ -34,7 +35,7 @@ class Lesson(NamedTuple):
     num_targets: int  # of an epoch: what `advance` counts to
     steps: int  # of all epochs
     batches: Callable[[int], Generator[DistillBatch, None, None]]  # of an epoch
-    loss: Callable[[torch.nn.Module, DistillBatch], torch.Tensor]
+    loss: Callable[[torch.nn.Module, DistillBatch, float], torch.Tensor]  # done: see training.fit
     validate: Callable[[torch.nn.Module], Validation]
     by_loss: bool  # what the best state is chosen by
     cut_rows: int  # rows that lost tokens to the student's maximum
@@ -61,10 +62,10 @@ def of_rows(
     held_out = CachedRows(cache, rows, tokens, reader.pad_id, ("validation",))
     sampled = isinstance(cache.codec, Sample | Threshold)
 
-    def loss(model: torch.nn.Module, batch: DistillBatch) -> torch.Tensor:
+    def loss(model: torch.nn.Module, batch: DistillBatch, done: float) -> torch.Tensor:
         return recipe_loss(
-            model(batch.ids_BL, batch.mask_BL), batch.labels_T, batch.teacher, recipe.alpha,
-            recipe.temperature, recipe.divergence, recipe.skew, sampled,
+            model(batch.ids_BL, batch.mask_BL), batch.labels_T, batch.teacher, at(recipe.alpha, done),
+            _temperature(recipe, batch, done), recipe.divergence, recipe.skew, sampled,
         )  # fmt: skip
 
     def validate(model: torch.nn.Module) -> Validation:
@@ -103,13 +104,21 @@ def of_documents(
         num_targets=cached.num_targets,
         steps=cached.num_steps(seed, recipe.epochs, recipe.batch_tokens),
         batches=lambda epoch: cached.epoch(seed, epoch, recipe.batch_tokens),
-        loss=lambda model, batch: language_loss(model, batch, recipe.alpha, sampled),
+        loss=lambda model, batch, done: language_loss(model, batch, at(recipe.alpha, done), sampled),
         validate=validate,
         by_loss=True,
         cut_rows=0,
         padding=cached.padding(seed, recipe.batch_tokens),
         rows_a_piece=cached.num_rows / max(cached.num_pieces, 1),
     )
+
+
+def _temperature(recipe: config_recipes.Recipe, batch: DistillBatch, done: float) -> float | torch.Tensor:
+    """The recipe's temperature at this step: one for the batch, or one a row [B, 1]."""
+    if isinstance(recipe.temperature, ByConfidence):
+        assert isinstance(batch.teacher, torch.Tensor)  # entries were refused: targets.refuse_truncated
+        return sure_temperature(batch.teacher, recipe.temperature.low, recipe.temperature.high)
+    return at(recipe.temperature, done)
 
 
 def language_loss(model: torch.nn.Module, batch: DistillBatch, alpha: float, sampled: bool) -> torch.Tensor:

@@ -22,6 +22,7 @@ from pipeline import config, config_recipes, hardware, kinds
 from pipeline.data import POOL, SPLITS, Rows, load_rows
 from pipeline.decoders import refuse_misfit
 from pipeline.progress import bars, log
+from pipeline.schedules import ends
 from pipeline.targets import refuse_task, refuse_truncated
 from pipeline.tokens import TextReader
 from storage import Cache
@@ -142,9 +143,9 @@ def _refuse_misfit(
             f"runs.{name}: its recipe trains on the pool, and the dataset has none.\n"
             "Add a pool under datasets, or choose a recipe with pool: false."
         )
-    if recipe.alpha < 1:
+    if not recipe.labels_only:
         refuse_truncated(f"runs.{name}", cache.codec, recipe.divergence, recipe.temperature)
-        if cache.identity.spec.per_position and recipe.temperature != 1:
+        if cache.identity.spec.per_position and any(end != 1 for end in ends(recipe.temperature)):
             raise SpecMismatch(
                 f"the cache does not fit runs.{name}",
                 [Mismatch("recipe.temperature", recipe.temperature, 1)],
@@ -162,7 +163,7 @@ def _refuse_start(name: str, cache: Cache, student: kinds.Student) -> None:
 def _seed_record(job: Job, done: "Trained") -> dict[str, Any]:
     return {
         "seed": job.seed,
-        "teacher_rows_seen": 0 if job.recipe.alpha == 1 else done.rows_seen,
+        "teacher_rows_seen": 0 if job.recipe.labels_only else done.rows_seen,
         "cut_rows": done.cut_rows,
         **done.setup,
         **done.fit._asdict(),
