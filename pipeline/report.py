@@ -75,6 +75,11 @@ def section(rows: Sequence[Row], captures: Sequence[Row], training: dict[str, Ro
         "curves": plots.curves(_panels(runs, training, shown), palette, shown.curve_axis, shown.percent)
         if runs
         else "",
+        "choices": [
+            _choice(row["name"], training[row["name"]], shown)
+            for row in runs
+            if "choice" in training[row["name"]]
+        ],
         "agreement": _agreement(runs) if shown.percent else "",
         "lines": [row for row in [*teachers, *runs] if row.get("lines")],
         "time": _time(used, runs),
@@ -184,6 +189,22 @@ def _panels(runs: Sequence[Row], training: dict[str, Row], shown: View) -> list[
             lines.append((row["recipe"], plots.Line("mean", shortest, mean), seeds if len(seeds) > 1 else []))
         panels.append((student, lines))
     return panels
+
+
+def _choice(name: str, training: Row, shown: View) -> dict[str, Any]:
+    """What a run's numbers were chosen from, as text: a line a candidate, means over the folds."""
+    choice = training["choice"]
+    kinds = {"accuracy": "percent" if shown.percent else "plain", "loss": "plain"}
+    lines = []
+    for tried in choice["candidates"]:
+        scores = {score: _spread(tried[score]) for score in kinds}
+        cells = [
+            {"text": _text(scores[score]["mean"], kind), "spread": _text(scores[score]["std"], kind)}
+            for score, kind in kinds.items()
+        ]
+        said = ", ".join(f"{field} {value}" for field, value in tried["values"].items())
+        lines.append({"name": said, "cells": cells, "best": tried["values"] == choice["chosen"]})
+    return {**choice, "name": name, "lines": lines}
 
 
 def _agreement(runs: Sequence[Row]) -> str:
