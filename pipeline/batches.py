@@ -18,10 +18,11 @@ import pyarrow.compute as pc
 import torch
 
 from pipeline.data import Rows
-from pipeline.losses import SparseTargets
+from pipeline.losses import MixedTargets, SparseTargets
 from pipeline.tokens import Tokens
 from storage import Cache, order
 from storage.entries import Entries, concatenate
+from storage.mixture import Mixture
 from storage.records import LogitRows
 
 SHARDS_PER_WINDOW = 16  # rows are mixed within a window: 65,536 rows at the default shard size
@@ -37,7 +38,8 @@ class DistillBatch(NamedTuple):
     ids_BL: torch.Tensor  # int64, padded on the right
     mask_BL: torch.Tensor  # bool, true for tokens
     labels_T: torch.Tensor  # int64, NO_LABEL for none
-    teacher: torch.Tensor | SparseTargets  # float32 logits [T, C], or entries of the T targets
+    # float32 logits [T, C]; those of several teachers; or entries of the T targets
+    teacher: torch.Tensor | SparseTargets | MixedTargets
 
     def to(self, device: torch.device) -> "DistillBatch":
         """The same batch on another device."""
@@ -82,6 +84,8 @@ class CachedRows:
     ) -> None:
         self.cache, self.rows, self.tokens, self.pad_id = cache, rows, tokens, pad_id
         self._by_shard = places(cache, rows, splits)
+        # Of a mixture, the first cache is read shard by shard; the logits of the others are in memory.
+        self._others_MNC = cache.others(rows.row_ids) if isinstance(cache, Mixture) else None
         self.num_rows = sum(len(place.rows) for place in self._by_shard)
 
     def num_batches(self, batch_rows: int) -> int:
@@ -129,9 +133,12 @@ class CachedRows:
     def _batch(self, rows: npt.NDArray[np.int64], targets: "_Dense | Entries") -> DistillBatch:
         ids_BL, mask_BL = self.tokens.padded(rows, self.pad_id)
         labels_T = self.rows.labels[rows].astype(np.int64)
-        teacher = (
+        teacher: torch.Tensor | SparseTargets | MixedTargets = (
             torch.from_numpy(targets.logits) if isinstance(targets, _Dense) else SparseTargets.of(targets)
         )
+        if self._others_MNC is not None and isinstance(self.cache, Mixture) and isinstance(targets, _Dense):
+            logits_MBC = np.concatenate([targets.logits[None], self._others_MNC[:, rows]])
+            teacher = MixedTargets(torch.from_numpy(logits_MBC), torch.from_numpy(self.cache.weights_M))
         ids, mask, labels = (torch.from_numpy(array) for array in (ids_BL, mask_BL, labels_T))
         return DistillBatch(ids, mask, labels, teacher)
 

@@ -20,7 +20,7 @@ from ruamel.yaml.error import YAMLError
 
 from pipeline.config_data import Asset, Dataset
 from pipeline.config_recipes import Recipe
-from pipeline.config_teachers import CacheEntry, Teacher
+from pipeline.config_teachers import CacheEntry, MixtureEntry, Teacher
 from pipeline.faults import faults, nearest
 from pipeline.kinds import Student
 from pipeline.section import Name, Positive, Section, distinct
@@ -37,6 +37,7 @@ class Run(Section):
     dataset: Name
     """Labels and splits; usually the one that the cache was made from."""
     cache: Name
+    """Of caches, or of mixtures."""
     student: Name
     recipe: Name
     seeds: Annotated[
@@ -67,10 +68,20 @@ class Params(Section):
     datasets: dict[Name, Dataset]
     teachers: dict[Name, Teacher]
     caches: dict[Name, CacheEntry]
+    mixtures: dict[Name, MixtureEntry] = Field(default_factory=dict)
     students: dict[Name, Student]
     recipes: dict[Name, Recipe]
     runs: dict[Name, Run]
     workers: Workers = Workers()
+
+    @property
+    def every_cache(self) -> dict[str, CacheEntry | MixtureEntry]:
+        """Caches and mixtures: what a run can read."""
+        return {**self.caches, **self.mixtures}
+
+
+# What people call the shelves that references lead to.
+SHELVES = {"every_cache": "caches or mixtures"}
 
 
 class _Reference(NamedTuple):
@@ -98,10 +109,13 @@ def load(path: Path = PARAMS) -> Params:
         raise ConfigError(f"{path} cannot be used:\n{found}") from None
     if unknown := [r for r in _references(params) if r.name not in getattr(params, r.shelf)]:
         lines = [
-            f"  {r.field}: no {r.name!r} in {r.shelf}{nearest(r.name, getattr(params, r.shelf))}"
+            f"  {r.field}: no {r.name!r} in {SHELVES.get(r.shelf, r.shelf)}"
+            f"{nearest(r.name, getattr(params, r.shelf))}"
             for r in unknown
         ]
         raise ConfigError(f"{path} names things that are not on the shelf:\n" + "\n".join(lines))
+    if circular := list(_circular(params)):
+        raise ConfigError(f"{path} mixes caches that cannot be mixed:\n  " + "\n  ".join(circular))
     if wrong := list(misfits(params)):
         raise ConfigError(f"{path} asks teachers for what they cannot give:\n  " + "\n  ".join(wrong))
     return params
@@ -120,8 +134,26 @@ def _references(params: Params) -> Iterator[_Reference]:
     for name, cache in params.caches.items():
         yield _Reference(f"caches.{name}.dataset", cache.dataset, "datasets")
         yield _Reference(f"caches.{name}.teacher", cache.teacher, "teachers")
+    for name, mixture in params.mixtures.items():
+        for cache_name in mixture.caches:
+            yield _Reference(f"mixtures.{name}.caches", cache_name, "every_cache")
     for name, run in params.runs.items():
         yield _Reference(f"runs.{name}.dataset", run.dataset, "datasets")
-        yield _Reference(f"runs.{name}.cache", run.cache, "caches")
+        yield _Reference(f"runs.{name}.cache", run.cache, "every_cache")
         yield _Reference(f"runs.{name}.student", run.student, "students")
         yield _Reference(f"runs.{name}.recipe", run.recipe, "recipes")
+
+
+def _circular(params: Params) -> Iterator[str]:
+    """Mixtures that have a cache's name, or that hold themselves. Names are known to be there."""
+    for name in params.mixtures:
+        if name in params.caches:
+            yield f"mixtures.{name}: caches has this name too; give it another"
+        waiting, seen = [name], set[str]()
+        while waiting:
+            entry = params.mixtures.get(waiting.pop())
+            inside = set(entry.caches) - seen if entry else set()
+            waiting += inside
+            seen |= inside
+        if name in seen:
+            yield f"mixtures.{name}.caches: it holds itself, by way of {', '.join(sorted(seen))}"

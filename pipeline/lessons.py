@@ -16,7 +16,7 @@ from pipeline.batches import CachedRows, DistillBatch
 from pipeline.data import POOL, Rows
 from pipeline.documents import CachedDocuments
 from pipeline.head_loss import head_loss, mixed
-from pipeline.losses import SparseTargets, label_loss, recipe_loss, sure_temperature
+from pipeline.losses import MixedTargets, SparseTargets, label_loss, recipe_loss, sure_temperature
 from pipeline.reading import read_held_out
 from pipeline.schedules import ByConfidence, at
 from pipeline.tokens import TextReader
@@ -116,9 +116,15 @@ def of_documents(
 def _temperature(recipe: config_recipes.Recipe, batch: DistillBatch, done: float) -> float | torch.Tensor:
     """The recipe's temperature at this step: one for the batch, or one a row [B, 1]."""
     if isinstance(recipe.temperature, ByConfidence):
-        assert isinstance(batch.teacher, torch.Tensor)  # entries were refused: targets.refuse_truncated
-        return sure_temperature(batch.teacher, recipe.temperature.low, recipe.temperature.high)
+        teacher = _averaged(batch.teacher)
+        assert isinstance(teacher, torch.Tensor)  # entries were refused: targets.refuse_truncated
+        return sure_temperature(teacher, recipe.temperature.low, recipe.temperature.high)
     return at(recipe.temperature, done)
+
+
+def _averaged(targets: torch.Tensor | SparseTargets | MixedTargets) -> torch.Tensor | SparseTargets:
+    """The targets of one teacher, or of the mean of several at temperature 1."""
+    return targets.at(1.0) if isinstance(targets, MixedTargets) else targets
 
 
 def language_loss(model: torch.nn.Module, batch: DistillBatch, alpha: float, sampled: bool) -> torch.Tensor:
@@ -145,14 +151,14 @@ def language_loss(model: torch.nn.Module, batch: DistillBatch, alpha: float, sam
 def answers(model: torch.nn.Module, cached: CachedRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(student logits [N, C], teacher logits [N, C], labels [N]) of all rows, in one order.
 
-    Entries of a sparse cache count as `SparseTargets.logits` has them.
+    Entries of a sparse cache count as `SparseTargets.logits` has them, several teachers as their mean.
     """
     device = next(model.parameters()).device
     said, teacher, labels = [], [], []
     with torch.inference_mode():
         for batch in cached.in_order(EVALUATION_ROWS):
             said.append(model(batch.ids_BL.to(device), batch.mask_BL.to(device)).cpu())
-            wanted = batch.teacher
+            wanted = _averaged(batch.teacher)
             teacher.append(wanted if isinstance(wanted, torch.Tensor) else wanted.logits(said[-1].shape[1]))
             labels.append(batch.labels_T)
     return torch.cat(said), torch.cat(teacher), torch.cat(labels)

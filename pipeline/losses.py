@@ -61,6 +61,30 @@ class SparseTargets(NamedTuple):
         return SparseTargets(*(tensor.to(device) for tensor in self))
 
 
+class MixedTargets(NamedTuple):
+    """What M teachers say of P positions: their logits at temperature 1, and how much each counts."""
+
+    logits: torch.Tensor  # M x P x V
+    weights: torch.Tensor  # M, their sum is 1
+
+    def at(self, temperature: float | torch.Tensor) -> torch.Tensor:
+        """Logits [P, V] that stand for the mean of the teachers' probabilities at this temperature.
+
+            softmax(at(T) / T) = sum over m of w_m softmax(logits_m / T)
+
+        Probabilities are averaged, not logits, after tempering: the arithmetic mean of an ensemble (Hinton
+        et al. 2015), to which the forward KL is, up to a constant, the mean of the KLs to each teacher. T is
+        one number, or one a position [P, 1].
+        """
+        logs = log_softmax(self.logits / temperature, dim=-1) + self.weights.log()[:, None, None]
+        mean: torch.Tensor = temperature * logs.logsumexp(0)
+        return mean
+
+    def to(self, device: torch.device | str) -> "MixedTargets":
+        """The same targets on another device."""
+        return MixedTargets(*(tensor.to(device) for tensor in self))
+
+
 def label_loss(logits_PV: torch.Tensor, labels_P: torch.Tensor) -> torch.Tensor:
     """Cross-entropy in nats, mean over labelled positions; 0, with a gradient of 0, where none has one."""
     total = cross_entropy(logits_PV, labels_P, ignore_index=NO_LABEL, reduction="sum")
@@ -170,7 +194,7 @@ def sampled_kl(student_PV: torch.Tensor, targets: SparseTargets) -> torch.Tensor
 def recipe_loss(
     student_PV: torch.Tensor,
     labels_P: torch.Tensor,
-    teacher: torch.Tensor | SparseTargets,
+    teacher: torch.Tensor | SparseTargets | MixedTargets,
     alpha: float,
     temperature: float | torch.Tensor,
     divergence: Divergence = "forward",
@@ -179,11 +203,13 @@ def recipe_loss(
 ) -> torch.Tensor:
     """alpha CE + (1 - alpha) soft. A part with weight 0 is not computed.
 
-    `teacher` are logits, or entries: of a sampling codec (`sampled`), or of top-k. A temperature for each
-    position [P, 1] needs logits.
+    `teacher` are logits (of several teachers: MixedTargets), or entries: of a sampling codec (`sampled`), or
+    of top-k. A temperature for each position [P, 1] needs logits.
     """
     if alpha == 1:
         return label_loss(student_PV, labels_P)
+    if isinstance(teacher, MixedTargets):
+        teacher = teacher.at(temperature)
     if isinstance(teacher, torch.Tensor):
         soft = distillation_loss(student_PV, teacher, temperature, divergence, skew)
     elif sampled:

@@ -61,7 +61,7 @@ def section(rows: Sequence[Row], captures: Sequence[Row], training: dict[str, Ro
     runs = sorted((row for row in rows if row["kind"] == "run"), key=lambda r: (r["student"], r["recipe"]))
     runs = [{**row, "distilled": _teacher_rows(training[row["name"]]) > 0} for row in runs]
     runs = [_compared(row, runs, teachers, shown) for row in runs]
-    used = [c for c in captures if c["cache"] in {row["cache"] for row in runs}]
+    used = [c for c in captures if c["cache"] in {name for row in runs for name in _caches(row)}]
     palette = plots.Palette(_distinct(runs, "student"), _distinct(runs, "recipe"))
     saved = break_even(runs, used, training)
     scored = [row for row in [*teachers, *runs] if mean(row, shown.metric) is not None]
@@ -99,8 +99,9 @@ def break_even(runs: Sequence[Row], captures: Sequence[Row], training: dict[str,
     without = [0.0]
     for row in runs:
         for seed in training[row["name"]]["seeds"]:
-            if row["cache"] in rates and seed["teacher_rows_seen"]:
-                without.append(without[-1] + seed["teacher_rows_seen"] * rates[row["cache"]])
+            if rates.keys() >= {*_caches(row)} and seed["teacher_rows_seen"]:
+                asked = sum(rates[name] for name in _caches(row))
+                without.append(without[-1] + seed["teacher_rows_seen"] * asked)
     if len(without) == 1:
         return None
     paid = sum(c["seconds"] for c in captures)
@@ -152,6 +153,11 @@ def _compared(row: Row, runs: Sequence[Row], teachers: Sequence[Row], shown: Vie
     if teacher is not None and shown.percent:
         metrics["of_teacher"] = _spread([value / mean(teacher, "accuracy") for value in found.values()])
     return {**row, "metrics": metrics}
+
+
+def _caches(row: Row) -> list[str]:
+    """The caches that a run learned from: those of its mixture, or its one."""
+    return row.get("caches") or [row["cache"]]
 
 
 def _teacher_rows(training: Row) -> int:

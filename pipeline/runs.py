@@ -18,6 +18,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from pipeline import choosing, config, config_recipes, hardware, kinds
 from pipeline.data import POOL, SPLITS, Rows, load_rows
 from pipeline.decoders import refuse_misfit
@@ -27,6 +29,7 @@ from pipeline.targets import refuse_task, refuse_truncated
 from pipeline.tokens import TextReader
 from storage import Cache
 from storage.errors import ConfigError, DataError, Mismatch, SpecMismatch, TrainingError
+from storage.mixture import Mixture, open_cache
 
 if TYPE_CHECKING:
     from pipeline.seeds import Trained
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 PROGRESS_SECONDS = 0.5
 SEEDS_PER_CORE = 2  # three seeds on two cores end sooner sharing them than in two turns
 RECORD = "training.json"
+SKIPPED = "skipped"
 # Imported once, then forked; all but the first would be imported late by every seed, for two seconds.
 PRELOADED = ["pipeline.seeds", "torch._dynamo", "pyarrow.dataset", "pandas"]
 
@@ -62,8 +66,15 @@ class Job(NamedTuple):
 
 
 def open_inputs(paths: config.RunPaths) -> tuple[Cache, Rows]:
-    """The cache and the prepared rows of a run."""
-    return Cache.open(paths.cache), load_rows(paths.dataset)
+    """The cache (or mixture) and the prepared rows of a run.
+
+    Rows to train on that a mixture skips have the split SKIPPED: none that anything selects.
+    """
+    cache, rows = open_cache(paths.cache), load_rows(paths.dataset)
+    if isinstance(cache, Mixture) and cache.missing == "skip":
+        left_out = np.isin(rows.splits, ("train", POOL)) & ~cache.known(rows.row_ids)
+        rows = rows._replace(splits=np.where(left_out, SKIPPED, rows.splits))
+    return cache, rows
 
 
 def train(
@@ -86,6 +97,9 @@ def train(
         shutil.rmtree(paths.out)
     make_reader(student, cache, rows, paths.out / "tokenizer")
     record: dict[str, Any] = {}
+    if skipped := len(rows.select(SKIPPED)):
+        record["skipped_rows"] = skipped
+        log(f"{name}: {skipped:,} rows are left out, because a cache lacks them")
     if recipe.grid:
         job = Job(run.seeds[0], 1, student, recipe, paths)
         recipe, record["choice"] = _choose(name, rows, job, seeds_at_once)
@@ -139,7 +153,7 @@ def _refuse_misfit(
         raise SpecMismatch(
             f"{cache.path} is not the cache that was verified",
             [Mismatch("manifest", cache.manifest_sha256, known)],
-            f"Verify it: dvc repro verify@{cache.path.name}",
+            f"Verify it: dvc repro {'mix' if isinstance(cache, Mixture) else 'verify'}@{verified.stem}",
         )
     refuse_task(f"runs.{name}", cache.identity.spec.task, student.kind)
     if student.kind == "llama" and student.tokenizer != "teacher":
@@ -162,6 +176,11 @@ def _refuse_misfit(
                 [Mismatch("recipe.temperature", one.temperature, 1)],
                 "The loss of a language model's head has no temperature. Write temperature: 1.",
             )
+    if not len(rows.select("train")):
+        raise DataError(
+            f"runs.{name}: no row to train on is in all caches of {cache.path.parent}.\n"
+            "Mix caches of the same dataset: row ids are made of a dataset's name and its texts."
+        )
     wanted = rows.row_ids.take(rows.select(*SPLITS, *((POOL,) if recipe.pool else ())))
     cache.check(f"runs.{name}", labels=rows.label_names, row_ids=wanted)
 

@@ -203,7 +203,7 @@ def seal(
             for file in shard.entry.files:
                 target = aside / file.path
                 target.parent.mkdir(parents=True, exist_ok=True)
-                _link(shard.root / file.path, target)
+                link(shard.root / file.path, target)
         sealed = Manifest(
             format_version=manifest.needed_version(identity, carried),
             identity=identity,
@@ -228,7 +228,8 @@ def _entries(root: Path, below: str = "") -> tuple[FileEntry, ...]:
     return tuple(file_entry(root, path.relative_to(root).as_posix()) for path in files)
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: str | Path, target: str | Path) -> None:
+    """One file under two names, without a second copy of its bytes where the file system can."""
     try:
         os.link(source, target)
     except OSError as error:
