@@ -19,11 +19,12 @@ import torch
 
 from pipeline.cached_states import States, laid_end_to_end, narrowed, read_states, refuse_unkept
 from pipeline.data import Rows
-from pipeline.losses import SparseTargets
+from pipeline.losses import MixedTargets, SparseTargets
 from pipeline.tokens import Tokens
 from storage import Cache, order
 from storage.entries import Entries, concatenate, ends
 from storage.errors import Mismatch, SpecMismatch
+from storage.mixture import Mixture
 from storage.records import LogitRows
 
 SHARDS_PER_WINDOW = 16  # rows are mixed within a window: 65,536 rows at the default shard size
@@ -39,7 +40,8 @@ class DistillBatch(NamedTuple):
     ids_BL: torch.Tensor  # int64, padded on the right
     mask_BL: torch.Tensor  # bool, true for tokens
     labels_T: torch.Tensor  # int64, NO_LABEL for none
-    teacher: torch.Tensor | SparseTargets  # float32 logits [T, C], or entries of the T targets
+    # float32 logits [T, C]; those of several teachers; or entries of the T targets
+    teacher: torch.Tensor | SparseTargets | MixedTargets
     # What the teacher thought, float32 by name: [B, W] pooled, [all true tokens, W] in the order of the mask.
     hidden: dict[str, torch.Tensor] = {}  # noqa: RUF012 (a default of NamedTuple is never changed)
 
@@ -97,6 +99,8 @@ class CachedRows:
         refuse_unkept(cache, hidden)
         self.cache, self.rows, self.tokens, self.pad_id, self.hidden = cache, rows, tokens, pad_id, hidden
         self._by_shard = places(cache, rows, splits)
+        # Of a mixture, the first cache is read shard by shard; the logits of the others are in memory.
+        self._others_MNC = cache.others(rows.row_ids) if isinstance(cache, Mixture) else None
         self.num_rows = sum(len(place.rows) for place in self._by_shard)
         self._shards_per_window = narrowed(SHARDS_PER_WINDOW, cache, hidden)
         if hidden and cache.hidden_per_position:
@@ -168,9 +172,12 @@ class CachedRows:
         targets = held.targets
         ids_BL, mask_BL = self.tokens.padded(rows, self.pad_id)
         labels_T = self.rows.labels[rows].astype(np.int64)
-        teacher = (
+        teacher: torch.Tensor | SparseTargets | MixedTargets = (
             torch.from_numpy(targets.logits) if isinstance(targets, _Dense) else SparseTargets.of(targets)
         )
+        if self._others_MNC is not None and isinstance(self.cache, Mixture) and isinstance(targets, _Dense):
+            logits_MBC = np.concatenate([targets.logits[None], self._others_MNC[:, rows]])
+            teacher = MixedTargets(torch.from_numpy(logits_MBC), torch.from_numpy(self.cache.weights_M))
         ids, mask, labels = (torch.from_numpy(array) for array in (ids_BL, mask_BL, labels_T))
         hidden = {name: torch.from_numpy(states.values) for name, states in held.hidden.items()}
         return DistillBatch(ids, mask, labels, teacher, hidden)

@@ -21,7 +21,7 @@ from ruamel.yaml.error import YAMLError
 
 from pipeline.config_data import Asset, Dataset
 from pipeline.config_recipes import Recipe
-from pipeline.config_teachers import CacheEntry, Teacher
+from pipeline.config_teachers import CacheEntry, MixtureEntry, Teacher
 from pipeline.faults import faults, nearest
 from pipeline.kinds import Student
 from pipeline.section import Name, Positive, Section, distinct
@@ -38,6 +38,7 @@ class Run(Section):
     dataset: Name
     """Labels and splits; usually the one that the cache was made from."""
     cache: Name
+    """Of caches, or of mixtures."""
     student: Name
     recipe: Name
     seeds: Annotated[
@@ -80,6 +81,7 @@ class Params(Section):
     datasets: dict[Name, Dataset]
     teachers: dict[Name, Teacher]
     caches: dict[Name, CacheEntry]
+    mixtures: dict[Name, MixtureEntry] = Field(default_factory=dict)
     students: dict[Name, Student]
     recipes: dict[Name, Recipe]
     runs: dict[Name, Run]
@@ -90,6 +92,15 @@ class Params(Section):
     def every_run(self) -> dict[str, Run]:
         """Runs and chained runs."""
         return {**self.runs, **self.chained}
+
+    @property
+    def every_cache(self) -> dict[str, CacheEntry | MixtureEntry]:
+        """Caches and mixtures: what a run can read."""
+        return {**self.caches, **self.mixtures}
+
+
+# What people call the shelves that references lead to.
+SHELVES = {"every_cache": "caches or mixtures", "every_run": "runs or chained"}
 
 
 class _Reference(NamedTuple):
@@ -117,13 +128,15 @@ def load(path: Path = PARAMS) -> Params:
         raise ConfigError(f"{path} cannot be used:\n{found}") from None
     if unknown := [r for r in _references(params) if r.name not in getattr(params, r.shelf)]:
         lines = [
-            f"  {r.field}: no {r.name!r} in {r.shelf.replace('every_run', 'runs or chained')}"
-            + nearest(r.name, getattr(params, r.shelf))
+            f"  {r.field}: no {r.name!r} in {SHELVES.get(r.shelf, r.shelf)}"
+            f"{nearest(r.name, getattr(params, r.shelf))}"
             for r in unknown
         ]
         raise ConfigError(f"{path} names things that are not on the shelf:\n" + "\n".join(lines))
     if broken := list(_broken_chains(params)):
         raise ConfigError(f"{path} chains runs that do not fit:\n  " + "\n  ".join(broken))
+    if circular := list(_circular(params)):
+        raise ConfigError(f"{path} mixes caches that cannot be mixed:\n  " + "\n  ".join(circular))
     if wrong := list(misfits(params)):
         raise ConfigError(f"{path} asks teachers for what they cannot give:\n  " + "\n  ".join(wrong))
     return params
@@ -142,10 +155,13 @@ def _references(params: Params) -> Iterator[_Reference]:
     for name, cache in params.caches.items():
         yield _Reference(f"caches.{name}.dataset", cache.dataset, "datasets")
         yield _Reference(f"caches.{name}.teacher", cache.teacher, "teachers")
+    for name, mixture in params.mixtures.items():
+        for cache_name in mixture.caches:
+            yield _Reference(f"mixtures.{name}.caches", cache_name, "every_cache")
     for shelf in ("runs", "chained"):
         for name, run in getattr(params, shelf).items():
             yield _Reference(f"{shelf}.{name}.dataset", run.dataset, "datasets")
-            yield _Reference(f"{shelf}.{name}.cache", run.cache, "caches")
+            yield _Reference(f"{shelf}.{name}.cache", run.cache, "every_cache")
             yield _Reference(f"{shelf}.{name}.student", run.student, "students")
             yield _Reference(f"{shelf}.{name}.recipe", run.recipe, "recipes")
     for name, chained in params.chained.items():
@@ -167,3 +183,18 @@ def _broken_chains(params: Params) -> Iterator[str]:
             seen.append(link.init)
         if link:
             yield f"chained.{name}.init: comes back to {link.init!r}, {' <- '.join(seen)}"
+
+
+def _circular(params: Params) -> Iterator[str]:
+    """Mixtures that have a cache's name, or that hold themselves. Names are known to be there."""
+    for name in params.mixtures:
+        if name in params.caches:
+            yield f"mixtures.{name}: caches has this name too; give it another"
+        waiting, seen = [name], set[str]()
+        while waiting:
+            entry = params.mixtures.get(waiting.pop())
+            inside = set(entry.caches) - seen if entry else set()
+            waiting += inside
+            seen |= inside
+        if name in seen:
+            yield f"mixtures.{name}.caches: it holds itself, by way of {', '.join(sorted(seen))}"

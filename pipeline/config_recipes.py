@@ -1,20 +1,33 @@
 """Entries of params.yaml: `recipes`, a mix of losses and how long to train with it."""
 
-from typing import Annotated, Literal
+from itertools import product
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
 from pipeline.config_match import Match
-from pipeline.section import Fraction, Positive, Section
+from pipeline.schedules import Share, Temperature, ends
+from pipeline.section import Fraction, Positive, Section, distinct
+
+# Fields that may be a list: their values are tried by cross-validation, and the best is taken.
+CHOOSABLE = (
+    "alpha", "temperature", "skew", "epochs", "batch_rows", "batch_tokens", "warmup", "weight_decay",
+)  # fmt: skip
 
 
 class Recipe(Section):
-    """A mix of losses, alpha CE + (1 - alpha) T^2 KL, and how long to train with it."""
+    """A mix of losses, alpha CE + (1 - alpha) T^2 KL, and how long to train with it.
 
-    alpha: Fraction = 0.5
-    """Weight of the labels' cross-entropy; rows without a label give the KL part alone. 1: labels only."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """T of the KL part. The cache holds logits at T = 1."""
+    A number may be a list (alpha: [0, 0.5, 1]): `grid` then has all combinations, the recipe itself has the
+    first, and a run chooses among them (choosing.py).
+    """
+
+    alpha: Share = 0.5
+    """Weight of the labels' cross-entropy; rows without a label give the KL part alone. 1: labels only. A
+    number, or a schedule over the steps: {schedule: linear, from: 0, to: 1}."""
+    temperature: Temperature = 1.0
+    """T of the KL part. The cache holds logits at T = 1. A number, a schedule, or one for each row:
+    {by: confidence, low: 1, high: 4}."""
     divergence: Literal["forward", "reverse", "jsd", "skewed"] = "forward"
     """Of student p from teacher t: KL(t || p), KL(p || t), Jensen-Shannon, or KL(t || skew t + (1 - skew) p).
     All but forward need a dense cache."""
@@ -37,10 +50,25 @@ class Recipe(Section):
     patience: Positive = 4
     """Evaluations without improvement before it stops. The best state is kept."""
 
+    folds: Annotated[int, Field(ge=2)] = 5
+    """Where a number is a list: into how many parts the training rows are cut to choose from it."""
+    _grid: tuple[dict[str, Any], ...] = PrivateAttr(())
+
+    @property
+    def grid(self) -> tuple[dict[str, Any], ...]:
+        """What may be chosen, each the values of the fields that are lists; empty where none is."""
+        return self._grid
+
+    def chosen(self, values: dict[str, Any]) -> "Recipe":
+        """The recipe with these values of its grid, and nothing left to choose."""
+        taken = self.model_copy(update=values)
+        taken._grid = ()
+        return taken
+
     @property
     def labels_only(self) -> bool:
         """Whether no step of it looks at the teacher."""
-        return self.alpha == 1 and self.match is None
+        return min(ends(self.alpha)) == 1 and self.match is None
 
     @property
     def predicts(self) -> bool:
@@ -54,3 +82,21 @@ class Recipe(Section):
                 "alpha 1 trains on labels only, and the pool has none: set alpha below 1, or pool: false"
             )
         return self
+
+    @model_validator(mode="wrap")  # the last of the validators, so that the others see each candidate
+    @classmethod
+    def _every_candidate(cls, value: Any, handler: ModelWrapValidatorHandler["Recipe"]) -> "Recipe":
+        lists = {field: value[field] for field in CHOOSABLE if isinstance(value, dict) and field in value}
+        lists = {field: values for field, values in lists.items() if isinstance(values, list)}
+        if not lists:
+            return handler(value)
+        for field, values in lists.items():
+            if len(values) < 2:
+                raise ValueError(f"{field}: a list of {len(values)} leaves no choice; write a number")
+            distinct(tuple(map(str, values)))
+        grid = []
+        for numbers in reversed(list(product(*lists.values()))):  # the recipe is made as the first at last
+            recipe = handler({**value, **dict(zip(lists, numbers, strict=True))})
+            grid.append({field: getattr(recipe, field) for field in lists})
+        recipe._grid = tuple(reversed(grid))
+        return recipe

@@ -1,4 +1,4 @@
-"""Entries of params.yaml: `teachers`, and `caches`, what they are asked."""
+"""Entries of params.yaml: `teachers`, `caches`, what they are asked, and `mixtures` of caches."""
 
 from typing import Annotated, Literal
 
@@ -94,3 +94,21 @@ class CacheEntry(Section):
     shard_rows: Positive = 4096
     """Rows a shard: what is written, verified and retried as one. Documents are long: take 128 or so."""
     weights: Weights | None = None
+
+
+class MixtureEntry(Section):
+    """Two caches that a run reads as one: the probabilities of their teachers are averaged.
+
+    Two, because every entry of a shelf depends on the same kinds of things for DVC; a mixture may be one of
+    the two, and so there can be any number.
+    """
+
+    caches: Annotated[tuple[Name, Name], Field(strict=False), AfterValidator(distinct)]
+    """Dense ones, of the same labels. Where a student's tokenizer is the teacher's, it is the first one's."""
+    weights: Annotated[
+        tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]], Field(strict=False)
+    ] = (1.0, 1.0)
+    """How much each counts, beside the other."""
+    missing: Literal["error", "skip"] = "error"
+    """What to do about rows to train on that one of them lacks: refuse the run, or leave them out. Rows of
+    validation and test must be in both."""

@@ -17,6 +17,7 @@ from pipeline.runs import RECORD, open_inputs
 from pipeline.tagging import where_labelled
 from pipeline.tokens import TextReader
 from storage import Cache
+from storage.mixture import Mixture
 from storage.spec import Sample, Threshold
 
 SPLIT = "test"
@@ -40,6 +41,9 @@ def evaluate_run(
     about: dict[str, Any] = {"task": cache.identity.spec.task, "cache": run.cache, "student": run.student}
     about |= {"recipe": run.recipe, "seeds": list(run.seeds)}
     taught_by = cache.manifest.provenance.get("teacher")
+    if isinstance(cache, Mixture):
+        about["caches"] = [member.name for member in cache.members]
+        taught_by = None  # no single teacher's row is the one to compare with
     if cache.identity.spec.per_position:
         values, about["lines"] = _read_documents(cache, rows, student, seeds, paths, reader)
     else:

@@ -21,7 +21,7 @@ def faults(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
         where = ".".join(str(part) for part in parts)
         if unknown:
             key = str(fault["loc"][-1])
-            known = nearest(key, list(section.model_fields)) if section else ""
+            known = nearest(key, _keys(section)) if section else ""
             yield f"{where}.{key}".lstrip(".") + f": unknown key{known}"
         elif fault["type"] in ("literal_error", "union_tag_invalid"):
             wanted = str(fault["ctx"].get("expected") or fault["ctx"].get("expected_tags"))
@@ -44,7 +44,7 @@ def _place(
     shown: list[int | str] = []
     for part in loc:
         models = list(_models(current))
-        named = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        named = [_keys(m)[str(part)].annotation for m in models if part in _keys(m)]
         branch: Any = Literal[part]
         tagged = [m for m in models if any(f.annotation == branch for f in m.model_fields.values())]
         if getattr(current, "__origin__", None) is dict:
@@ -56,6 +56,11 @@ def _place(
             continue  # a branch of a union: pydantic's word, not the person's
         shown.append(part)
     return shown, next(_models(current), None)
+
+
+def _keys(section: type[BaseModel]) -> dict[str, Any]:
+    """The fields of a section by the names that people write: `from` is no name for Python."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -167,7 +167,7 @@ def _fine_tune(
     with bar(f"fine-tuning {name}", train.epochs * len(chosen), "rows") as advance:
         done = fit(
             _Classifier(model), batches,
-            lambda net, batch: label_loss(net(batch.ids_BL, batch.mask_BL), batch.labels_T),
+            lambda net, batch, _: label_loss(net(batch.ids_BL, batch.mask_BL), batch.labels_T),
             lambda _: _validation(model, rows, tokens, pad_id), settings, advance,
         )  # fmt: skip
     return model, done

@@ -16,9 +16,10 @@ from pipeline.batches import CachedRows, DistillBatch
 from pipeline.data import POOL, Rows
 from pipeline.documents import CachedDocuments
 from pipeline.head_loss import head_loss, mixed
-from pipeline.losses import SparseTargets, label_loss, recipe_loss
+from pipeline.losses import MixedTargets, SparseTargets, label_loss, recipe_loss, sure_temperature
 from pipeline.matched import Matched, look
 from pipeline.reading import read_held_out
+from pipeline.schedules import ByConfidence, at
 from pipeline.tokens import TextReader
 from pipeline.training import Validation
 from storage import Cache
@@ -35,7 +36,7 @@ class Lesson(NamedTuple):
     num_targets: int  # of an epoch: what `advance` counts to
     steps: int  # of all epochs
     batches: Callable[[int], Generator[DistillBatch, None, None]]  # of an epoch
-    loss: Callable[[torch.nn.Module, DistillBatch], torch.Tensor]
+    loss: Callable[[torch.nn.Module, DistillBatch, float], torch.Tensor]  # done: see training.fit
     validate: Callable[[torch.nn.Module], Validation]
     by_loss: bool  # what the best state is chosen by
     cut_rows: int  # rows that lost tokens to the student's maximum
@@ -74,19 +75,19 @@ def of_rows(
             return model
         return Matched(cast(students.TinyBERT, model), match, plan, hidden)
 
-    def predictions_loss(logits_BC: torch.Tensor, batch: DistillBatch) -> torch.Tensor:
+    def predictions_loss(logits_BC: torch.Tensor, batch: DistillBatch, done: float) -> torch.Tensor:
         return recipe_loss(
-            logits_BC, batch.labels_T, batch.teacher, recipe.alpha,
-            recipe.temperature, recipe.divergence, recipe.skew, sampled,
+            logits_BC, batch.labels_T, batch.teacher, at(recipe.alpha, done),
+            _temperature(recipe, batch, done), recipe.divergence, recipe.skew, sampled,
         )  # fmt: skip
 
-    def loss(model: torch.nn.Module, batch: DistillBatch) -> torch.Tensor:
+    def loss(model: torch.nn.Module, batch: DistillBatch, done: float) -> torch.Tensor:
         if match is None:
-            return predictions_loss(model(batch.ids_BL, batch.mask_BL), batch)
+            return predictions_loss(model(batch.ids_BL, batch.mask_BL), batch, done)
         answer = cast(Matched, getattr(model, "module", model)).answer(batch)
         if not recipe.predicts:
             return answer.loss
-        return match.prediction * predictions_loss(answer.logits_BC, batch) + answer.loss
+        return match.prediction * predictions_loss(answer.logits_BC, batch, done) + answer.loss
 
     def validate(model: torch.nn.Module) -> Validation:
         if not recipe.predicts:
@@ -127,13 +128,27 @@ def of_documents(
         num_targets=cached.num_targets,
         steps=cached.num_steps(seed, recipe.epochs, recipe.batch_tokens),
         batches=lambda epoch: cached.epoch(seed, epoch, recipe.batch_tokens),
-        loss=lambda model, batch: language_loss(model, batch, recipe.alpha, sampled),
+        loss=lambda model, batch, done: language_loss(model, batch, at(recipe.alpha, done), sampled),
         validate=validate,
         by_loss=True,
         cut_rows=0,
         padding=cached.padding(seed, recipe.batch_tokens),
         rows_a_piece=cached.num_rows / max(cached.num_pieces, 1),
     )
+
+
+def _temperature(recipe: config_recipes.Recipe, batch: DistillBatch, done: float) -> float | torch.Tensor:
+    """The recipe's temperature at this step: one for the batch, or one a row [B, 1]."""
+    if isinstance(recipe.temperature, ByConfidence):
+        teacher = _averaged(batch.teacher)
+        assert isinstance(teacher, torch.Tensor)  # entries were refused: targets.refuse_truncated
+        return sure_temperature(teacher, recipe.temperature.low, recipe.temperature.high)
+    return at(recipe.temperature, done)
+
+
+def _averaged(targets: torch.Tensor | SparseTargets | MixedTargets) -> torch.Tensor | SparseTargets:
+    """The targets of one teacher, or of the mean of several at temperature 1."""
+    return targets.at(1.0) if isinstance(targets, MixedTargets) else targets
 
 
 def language_loss(model: torch.nn.Module, batch: DistillBatch, alpha: float, sampled: bool) -> torch.Tensor:
@@ -160,14 +175,14 @@ def language_loss(model: torch.nn.Module, batch: DistillBatch, alpha: float, sam
 def answers(model: torch.nn.Module, cached: CachedRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(student logits [N, C], teacher logits [N, C], labels [N]) of all rows, in one order.
 
-    Entries of a sparse cache count as `SparseTargets.logits` has them.
+    Entries of a sparse cache count as `SparseTargets.logits` has them, several teachers as their mean.
     """
     device = next(model.parameters()).device
     said, teacher, labels = [], [], []
     with torch.inference_mode():
         for batch in cached.in_order(EVALUATION_ROWS):
             said.append(model(batch.ids_BL.to(device), batch.mask_BL.to(device)).cpu())
-            wanted = batch.teacher
+            wanted = _averaged(batch.teacher)
             teacher.append(wanted if isinstance(wanted, torch.Tensor) else wanted.logits(said[-1].shape[1]))
             labels.append(batch.labels_T)
     return torch.cat(said), torch.cat(teacher), torch.cat(labels)

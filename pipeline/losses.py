@@ -61,26 +61,70 @@ class SparseTargets(NamedTuple):
         return SparseTargets(*(tensor.to(device) for tensor in self))
 
 
+class MixedTargets(NamedTuple):
+    """What M teachers say of P positions: their logits at temperature 1, and how much each counts."""
+
+    logits: torch.Tensor  # M x P x V
+    weights: torch.Tensor  # M, their sum is 1
+
+    def at(self, temperature: float | torch.Tensor) -> torch.Tensor:
+        """Logits [P, V] that stand for the mean of the teachers' probabilities at this temperature.
+
+            softmax(at(T) / T) = sum over m of w_m softmax(logits_m / T)
+
+        Probabilities are averaged, not logits, after tempering: the arithmetic mean of an ensemble (Hinton
+        et al. 2015), to which the forward KL is, up to a constant, the mean of the KLs to each teacher. T is
+        one number, or one a position [P, 1].
+        """
+        logs = log_softmax(self.logits / temperature, dim=-1) + self.weights.log()[:, None, None]
+        mean: torch.Tensor = temperature * logs.logsumexp(0)
+        return mean
+
+    def to(self, device: torch.device | str) -> "MixedTargets":
+        """The same targets on another device."""
+        return MixedTargets(*(tensor.to(device) for tensor in self))
+
+
 def label_loss(logits_PV: torch.Tensor, labels_P: torch.Tensor) -> torch.Tensor:
     """Cross-entropy in nats, mean over labelled positions; 0, with a gradient of 0, where none has one."""
     total = cross_entropy(logits_PV, labels_P, ignore_index=NO_LABEL, reduction="sum")
     return total / (labels_P != NO_LABEL).sum().clamp(min=1)
 
 
-def tempered_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+def tempered_kl(
+    student: torch.Tensor, teacher: torch.Tensor, temperature: float | torch.Tensor
+) -> torch.Tensor:
     """T^2 KL(softmax(teacher / T) || softmax(student / T)) of each position [P], over the last dimension.
 
-    Arguments are logits or log-probabilities: a constant a position changes nothing.
+    Arguments are logits or log-probabilities: a constant a position changes nothing. T is one number, or one
+    a position [P, 1].
     """
     said = log_softmax(student / temperature, dim=-1)
     wanted = log_softmax(teacher / temperature, dim=-1)
-    return temperature**2 * kl_div(said, wanted, log_target=True, reduction="none").sum(-1)
+    return (temperature**2 * kl_div(said, wanted, log_target=True, reduction="none").sum(-1, True)).squeeze(
+        -1
+    )
+
+
+def sure_temperature(teacher_PC: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """A temperature a position [P, 1], higher where the teacher is surer: logits in, at T = 1.
+
+        T = low + (high - low) (c - 1/C) / (1 - 1/C),    c = the teacher's largest probability, C classes
+
+    So `low` where all classes are equally likely and `high` where one is certain: what a sure teacher says of
+    the other classes is softened most. After dynamic temperature distillation (Wen, Lai and Qian 2019,
+    arXiv:1911.07471; TextBrewer's flsw and cwsm), which looks at the student and at the rest of the batch
+    too; here a row has its temperature from the teacher alone, the same at every step.
+    """
+    even = 1 / teacher_PC.shape[-1]
+    sure = (teacher_PC.softmax(-1).amax(-1, keepdim=True) - even) / (1 - even)
+    return low + (high - low) * sure
 
 
 def distillation_loss(
     student_PV: torch.Tensor,
     teacher_PV: torch.Tensor,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
     divergence: Divergence = "forward",
     skew: float = 0.1,
 ) -> torch.Tensor:
@@ -89,7 +133,7 @@ def distillation_loss(
     With t the teacher and p the student, both at temperature T, times T^2:
     forward: KL(t || p). reverse: KL(p || t) (Gu et al. 2024, MiniLLM). jsd: (KL(t || m) + KL(p || m)) / 2
     with m = (t + p) / 2 (Agarwal et al. 2024, GKD). skewed: KL(t || skew t + (1 - skew) p) (Ko et al. 2024,
-    DistiLLM). Arguments are logits.
+    DistiLLM). Arguments are logits; T is one number, or one a position [P, 1].
     """
     if divergence == "forward":
         return tempered_kl(student_PV, teacher_PV, temperature).mean()
@@ -98,10 +142,10 @@ def distillation_loss(
     said, wanted = log_softmax(student_PV / temperature, -1), log_softmax(teacher_PV / temperature, -1)
     part = 0.5 if divergence == "jsd" else skew
     mixed = torch.logaddexp(wanted + _log(part), said + _log(1 - part))
-    loss = kl_div(mixed, wanted, log_target=True, reduction="none").sum(-1)
+    loss = kl_div(mixed, wanted, log_target=True, reduction="none").sum(-1, True)
     if divergence == "jsd":
-        loss = (loss + kl_div(mixed, said, log_target=True, reduction="none").sum(-1)) / 2
-    return temperature**2 * loss.mean()
+        loss = (loss + kl_div(mixed, said, log_target=True, reduction="none").sum(-1, True)) / 2
+    return (temperature**2 * loss).mean()
 
 
 def bucket_kl(student_PV: torch.Tensor, targets: SparseTargets, temperature: float = 1.0) -> torch.Tensor:
@@ -150,24 +194,28 @@ def sampled_kl(student_PV: torch.Tensor, targets: SparseTargets) -> torch.Tensor
 def recipe_loss(
     student_PV: torch.Tensor,
     labels_P: torch.Tensor,
-    teacher: torch.Tensor | SparseTargets,
+    teacher: torch.Tensor | SparseTargets | MixedTargets,
     alpha: float,
-    temperature: float,
+    temperature: float | torch.Tensor,
     divergence: Divergence = "forward",
     skew: float = 0.1,
     sampled: bool = False,
 ) -> torch.Tensor:
     """alpha CE + (1 - alpha) soft. A part with weight 0 is not computed.
 
-    `teacher` are logits, or entries: of a sampling codec (`sampled`), or of top-k.
+    `teacher` are logits (of several teachers: MixedTargets), or entries: of a sampling codec (`sampled`), or
+    of top-k. A temperature for each position [P, 1] needs logits.
     """
     if alpha == 1:
         return label_loss(student_PV, labels_P)
+    if isinstance(teacher, MixedTargets):
+        teacher = teacher.at(temperature)
     if isinstance(teacher, torch.Tensor):
         soft = distillation_loss(student_PV, teacher, temperature, divergence, skew)
     elif sampled:
         soft = sampled_kl(student_PV, teacher)
     else:
+        assert isinstance(temperature, int | float)  # one a row was refused: targets.refuse_truncated
         soft = bucket_kl(student_PV, teacher, temperature)
     soft = (1 - alpha) * soft
     return soft if alpha == 0 else alpha * label_loss(student_PV, labels_P) + soft

@@ -61,7 +61,7 @@ def section(rows: Sequence[Row], captures: Sequence[Row], training: dict[str, Ro
     runs = sorted((row for row in rows if row["kind"] == "run"), key=lambda r: (r["student"], r["recipe"]))
     runs = [{**row, "distilled": _teacher_rows(training[row["name"]]) > 0} for row in runs]
     runs = [_compared(row, runs, teachers, shown) for row in runs]
-    used = [c for c in captures if c["cache"] in {row["cache"] for row in runs}]
+    used = [c for c in captures if c["cache"] in {name for row in runs for name in _caches(row)}]
     palette = plots.Palette(_distinct(runs, "student"), _distinct(runs, "recipe"))
     saved = break_even(runs, used, training)
     scored = [row for row in [*teachers, *runs] if mean(row, shown.metric) is not None]
@@ -75,6 +75,11 @@ def section(rows: Sequence[Row], captures: Sequence[Row], training: dict[str, Ro
         "curves": plots.curves(_panels(runs, training, shown), palette, shown.curve_axis, shown.percent)
         if runs
         else "",
+        "choices": [
+            _choice(row["name"], training[row["name"]], shown)
+            for row in runs
+            if "choice" in training[row["name"]]
+        ],
         "agreement": _agreement(runs) if shown.percent else "",
         "lines": [row for row in [*teachers, *runs] if row.get("lines")],
         "time": _time(used, runs),
@@ -94,8 +99,9 @@ def break_even(runs: Sequence[Row], captures: Sequence[Row], training: dict[str,
     without = [0.0]
     for row in runs:
         for seed in training[row["name"]]["seeds"]:
-            if row["cache"] in rates and seed["teacher_rows_seen"]:
-                without.append(without[-1] + seed["teacher_rows_seen"] * rates[row["cache"]])
+            if rates.keys() >= {*_caches(row)} and seed["teacher_rows_seen"]:
+                asked = sum(rates[name] for name in _caches(row))
+                without.append(without[-1] + seed["teacher_rows_seen"] * asked)
     if len(without) == 1:
         return None
     paid = sum(c["seconds"] for c in captures)
@@ -149,6 +155,11 @@ def _compared(row: Row, runs: Sequence[Row], teachers: Sequence[Row], shown: Vie
     return {**row, "metrics": metrics}
 
 
+def _caches(row: Row) -> list[str]:
+    """The caches that a run learned from: those of its mixture, or its one."""
+    return row.get("caches") or [row["cache"]]
+
+
 def _teacher_rows(training: Row) -> int:
     return sum(seed["teacher_rows_seen"] for seed in training["seeds"])
 
@@ -184,6 +195,22 @@ def _panels(runs: Sequence[Row], training: dict[str, Row], shown: View) -> list[
             lines.append((row["recipe"], plots.Line("mean", shortest, mean), seeds if len(seeds) > 1 else []))
         panels.append((student, lines))
     return panels
+
+
+def _choice(name: str, training: Row, shown: View) -> dict[str, Any]:
+    """What a run's numbers were chosen from, as text: a line a candidate, means over the folds."""
+    choice = training["choice"]
+    kinds = {"accuracy": "percent" if shown.percent else "plain", "loss": "plain"}
+    lines = []
+    for tried in choice["candidates"]:
+        scores = {score: _spread(tried[score]) for score in kinds}
+        cells = [
+            {"text": _text(scores[score]["mean"], kind), "spread": _text(scores[score]["std"], kind)}
+            for score, kind in kinds.items()
+        ]
+        said = ", ".join(f"{field} {value}" for field, value in tried["values"].items())
+        lines.append({"name": said, "cells": cells, "best": tried["values"] == choice["chosen"]})
+    return {**choice, "name": name, "lines": lines}
 
 
 def _agreement(runs: Sequence[Row]) -> str:

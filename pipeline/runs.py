@@ -18,14 +18,18 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline import config, config_recipes, hardware, kinds, layer_maps
+import numpy as np
+
+from pipeline import choosing, config, config_recipes, hardware, kinds, layer_maps
 from pipeline.data import POOL, SPLITS, Rows, load_rows
 from pipeline.decoders import refuse_misfit
 from pipeline.progress import bars, log
+from pipeline.schedules import ends
 from pipeline.targets import refuse_task, refuse_truncated
 from pipeline.tokens import TextReader
 from storage import Cache
 from storage.errors import ConfigError, DataError, Mismatch, SpecMismatch, TrainingError
+from storage.mixture import Mixture, open_cache
 
 if TYPE_CHECKING:
     from pipeline.seeds import Trained
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
 PROGRESS_SECONDS = 0.5
 SEEDS_PER_CORE = 2  # three seeds on two cores end sooner sharing them than in two turns
 RECORD = "training.json"
+SKIPPED = "skipped"
 # Imported once, then forked; all but the first would be imported late by every seed, for two seconds.
 PRELOADED = ["pipeline.seeds", "torch._dynamo", "pyarrow.dataset", "pandas"]
 
@@ -45,18 +50,31 @@ class _Failure(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One seed of a run."""
+    """One training of a run."""
 
     seed: int
     threads: int  # at most so many
     student: kinds.Student
     recipe: config_recipes.Recipe
     paths: config.RunPaths
+    trial: choosing.Trial | None = None  # what it judges; None: a student that is kept
+
+    @property
+    def label(self) -> str:
+        """What people call it."""
+        return f"seed {self.seed}" if self.trial is None else str(self.trial)
 
 
 def open_inputs(paths: config.RunPaths) -> tuple[Cache, Rows]:
-    """The cache and the prepared rows of a run."""
-    return Cache.open(paths.cache), load_rows(paths.dataset)
+    """The cache (or mixture) and the prepared rows of a run.
+
+    Rows to train on that a mixture skips have the split SKIPPED: none that anything selects.
+    """
+    cache, rows = open_cache(paths.cache), load_rows(paths.dataset)
+    if isinstance(cache, Mixture) and cache.missing == "skip":
+        left_out = np.isin(rows.splits, ("train", POOL)) & ~cache.known(rows.row_ids)
+        rows = rows._replace(splits=np.where(left_out, SKIPPED, rows.splits))
+    return cache, rows
 
 
 def train(
@@ -78,11 +96,17 @@ def train(
     if paths.out.exists():
         shutil.rmtree(paths.out)
     make_reader(student, cache, rows, paths.out / "tokenizer", paths.init)
-    at_once = min(len(run.seeds), seeds_at_once or SEEDS_PER_CORE * hardware.num_cores())
-    threads = max(1, hardware.num_cores() // at_once)
-    jobs = [Job(seed, threads, student, recipe, paths) for seed in run.seeds]
-    trained = _side_by_side(name, jobs, at_once)
-    record = {"seeds": [_seed_record(job, done) for job, done in zip(jobs, trained, strict=True)]}
+    record: dict[str, Any] = {}
+    if skipped := len(rows.select(SKIPPED)):
+        record["skipped_rows"] = skipped
+        log(f"{name}: {skipped:,} rows are left out, because a cache lacks them")
+    if recipe.grid:
+        job = Job(run.seeds[0], 1, student, recipe, paths)
+        recipe, record["choice"] = _choose(name, rows, job, seeds_at_once)
+    jobs = [Job(seed, 1, student, recipe, paths) for seed in run.seeds]
+    trained = _side_by_side(name, jobs, seeds_at_once)
+    _tell(name, trained)
+    record["seeds"] = [_seed_record(job, done) for job, done in zip(jobs, trained, strict=True)]
     write_json(record, paths.out / RECORD)
     return record
 
@@ -134,7 +158,7 @@ def _refuse_misfit(
         raise SpecMismatch(
             f"{cache.path} is not the cache that was verified",
             [Mismatch("manifest", cache.manifest_sha256, known)],
-            f"Verify it: dvc repro verify@{cache.path.name}",
+            f"Verify it: dvc repro {'mix' if isinstance(cache, Mixture) else 'verify'}@{verified.stem}",
         )
     refuse_task(f"runs.{name}", cache.identity.spec.task, student.kind)
     if student.kind == "llama" and student.tokenizer != "teacher":
@@ -149,14 +173,21 @@ def _refuse_misfit(
         )
     if recipe.match:
         layer_maps.resolve(f"runs.{name}", recipe.match, student, cache.identity.spec.hidden)
-    if recipe.alpha < 1 and recipe.predicts:
-        refuse_truncated(f"runs.{name}", cache.codec, recipe.divergence, recipe.temperature)
-        if cache.identity.spec.per_position and recipe.temperature != 1:
+    for one in [recipe.chosen(values) for values in recipe.grid] or [recipe]:
+        if not one.predicts or min(ends(one.alpha)) == 1:
+            continue
+        refuse_truncated(f"runs.{name}", cache.codec, one.divergence, one.temperature)
+        if cache.identity.spec.per_position and any(end != 1 for end in ends(one.temperature)):
             raise SpecMismatch(
                 f"the cache does not fit runs.{name}",
-                [Mismatch("recipe.temperature", recipe.temperature, 1)],
+                [Mismatch("recipe.temperature", one.temperature, 1)],
                 "The loss of a language model's head has no temperature. Write temperature: 1.",
             )
+    if not len(rows.select("train")):
+        raise DataError(
+            f"runs.{name}: no row to train on is in all caches of {cache.path.parent}.\n"
+            "Mix caches of the same dataset: row ids are made of a dataset's name and its texts."
+        )
     wanted = rows.row_ids.take(rows.select(*SPLITS, *((POOL,) if recipe.pool else ())))
     cache.check(f"runs.{name}", labels=rows.label_names, row_ids=wanted)
 
@@ -190,6 +221,39 @@ def _refuse_other_run(name: str, cache: Cache, student: kinds.Student, init: Pat
         )  # fmt: skip
 
 
+def _choose(
+    name: str, rows: Rows, job: Job, seeds_at_once: int | None
+) -> tuple[config_recipes.Recipe, dict[str, Any]]:
+    """(the best recipe of the job's grid, all that was tried for it: see choosing.py)."""
+    grid, folds = job.recipe.grid, job.recipe.folds
+    for fold in range(folds):
+        choosing.held_out(rows, fold, folds)  # an empty one is refused before the first step
+    log(f"{name}: choosing among {len(grid)} recipes, {folds} trainings each")
+    jobs = [
+        job._replace(recipe=job.recipe.chosen(trial.values), trial=trial)
+        for trial in choosing.trials(job.recipe)
+    ]
+    trained = _side_by_side(name, jobs, seeds_at_once)
+    fits = [done.fit for done in trained]
+    scores = [
+        choosing.Score([fit.best_accuracy for fit in own], [fit.best_loss for fit in own])
+        for own in (fits[start : start + folds] for start in range(0, len(fits), folds))
+    ]
+    best = choosing.best(scores, trained[0].by_loss)
+    log(f"{name}: chose {choosing.told(grid[best])}")
+    tried = [
+        {"values": _plain(values), **score._asdict()} for values, score in zip(grid, scores, strict=True)
+    ]
+    record: dict[str, Any] = {"folds": folds, "seed": job.seed}
+    record |= {"judged_by": "loss" if trained[0].by_loss else "accuracy"}
+    record |= {"seconds": sum(fit.seconds for fit in fits), "chosen": _plain(grid[best]), "candidates": tried}
+    return job.recipe.chosen(grid[best]), record
+
+
+def _plain(values: choosing.Values) -> dict[str, Any]:
+    return {field: value if isinstance(value, int | float) else str(value) for field, value in values.items()}
+
+
 def _seed_record(job: Job, done: "Trained") -> dict[str, Any]:
     start = start_of(job.paths.init, job.seed) if job.paths.init else None
     return {
@@ -202,35 +266,43 @@ def _seed_record(job: Job, done: "Trained") -> dict[str, Any]:
     }
 
 
-def _side_by_side(name: str, jobs: list[Job], at_once: int) -> list["Trained"]:
-    """Train the seeds, `at_once` in processes side by side, with a bar each. The first error ends all."""
-    waiting = list(reversed(jobs))
-    running: dict[Connection[Any, Any], tuple[Job, BaseProcess]] = {}
+def _side_by_side(name: str, jobs: list[Job], seeds_at_once: int | None) -> list["Trained"]:
+    """Train the jobs in processes side by side, with a bar each; they share the cores. The first error ends
+    all."""
+    at_once = min(len(jobs), seeds_at_once or SEEDS_PER_CORE * hardware.num_cores())
+    threads = max(1, hardware.num_cores() // at_once)
+    jobs = [job._replace(threads=threads) for job in jobs]
+    waiting = list(reversed(range(len(jobs))))
+    running: dict[Connection[Any, Any], tuple[int, BaseProcess]] = {}
     trained: dict[int, Trained] = {}
     advance: dict[int, Callable[[int], None]] = {}
     with bars("targets") as add:
         try:
             while waiting or running:
                 while waiting and len(running) < at_once:
-                    pipe, process = _start(waiting[-1])
+                    pipe, process = _start(jobs[waiting[-1]])
                     running[pipe] = waiting.pop(), process
                 ready = set(wait(list(running)))
                 for pipe in [pipe for pipe in running if pipe in ready]:
-                    job, process = running[pipe]
-                    news = _hear(name, job, pipe)
+                    place, process = running[pipe]
+                    news = _hear(name, jobs[place], pipe)
                     if not isinstance(news, int):
-                        trained[job.seed] = news
+                        trained[place] = news
                         del running[pipe]
                         process.join()
-                    elif job.seed in advance:
-                        advance[job.seed](news)
+                    elif place in advance:
+                        advance[place](news)
                     else:  # the first number is that of all its rows
-                        advance[job.seed] = add(f"training {name}, seed {job.seed}", news)
+                        advance[place] = add(f"training {name}, {jobs[place].label}", news)
         finally:
             for _, process in running.values():
                 process.terminate()
                 process.join()
-    fits = [done.fit for done in trained.values()]
+    return [trained[place] for place in range(len(jobs))]
+
+
+def _tell(name: str, trained: list["Trained"]) -> None:
+    fits = [done.fit for done in trained]
     accuracy = sum(done.best_accuracy for done in fits) / len(fits)
     loss = sum(done.best_loss for done in fits) / len(fits)
     seconds = sum(done.seconds for done in fits) / len(fits)
@@ -238,7 +310,6 @@ def _side_by_side(name: str, jobs: list[Job], at_once: int) -> list["Trained"]:
         f"{name}: validation accuracy {accuracy:.3f}, loss {loss:.3f} over {len(fits)} seeds, "
         f"{seconds:.0f} core-seconds each"
     )
-    return [trained[job.seed] for job in jobs]
 
 
 def _start_importing() -> None:
@@ -273,12 +344,12 @@ def _hear(name: str, job: Job, pipe: "Connection[Any, Any]") -> "int | Trained":
         news: int | Trained | _Failure = pipe.recv()
     except EOFError:
         raise TrainingError(
-            f"runs.{name}, seed {job.seed}: its process ended without a word (see above).\n"
+            f"runs.{name}, {job.label}: its process ended without a word (see above).\n"
             "If memory was short, lower workers.seeds_at_once."
         ) from None
     if not isinstance(news, _Failure):
         return news
-    where = RuntimeError(f"in the process of seed {job.seed}:\n{news.traceback}")
+    where = RuntimeError(f"in the process of {job.label}:\n{news.traceback}")
     if isinstance(news.error, TrainingError):
-        raise TrainingError(f"runs.{name}, seed {job.seed}: {news.error}") from where
+        raise TrainingError(f"runs.{name}, {job.label}: {news.error}") from where
     raise news.error from where

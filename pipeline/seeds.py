@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from pipeline import hardware, initialise, kinds, lessons, students
+from pipeline import choosing, hardware, initialise, kinds, lessons, students
 from pipeline.data import POOL
 from pipeline.runs import Job, open_inputs, start_of
 from pipeline.tokens import TextReader
@@ -20,13 +20,14 @@ class Trained(NamedTuple):
     fit: Fit
     rows_seen: int  # of the cache, each as often as it was seen
     cut_rows: int  # rows that lost tokens to the student's maximum
+    by_loss: bool  # what its best state is chosen by: the lowest loss, or the highest accuracy
     setup: dict[str, Any]  # threads and precision, what was tried for them, padding
 
 
 def train_seed(
     job: Job, tell: Callable[[int], object] = lambda targets: None, every_seconds: float = 0.5
 ) -> Trained:
-    """Train and save one seed.
+    """Train one seed, and save it where it is no trial.
 
     `tell` hears how many targets there are in all, then how many more are done.
     Raises TrainingError where it diverges.
@@ -35,6 +36,8 @@ def train_seed(
     torch.manual_seed(job.seed)
     student, recipe = job.student, job.recipe
     cache, rows = open_inputs(job.paths)
+    if job.trial is not None:
+        rows = choosing.held_out(rows, job.trial.fold, job.trial.folds)
     rows = rows.only("train", "validation", *((POOL,) if recipe.pool else ()))
     reader = TextReader(job.paths.out / "tokenizer", student.max_length, "truncate")
     if cache.identity.spec.per_position:
@@ -72,9 +75,11 @@ def train_seed(
         ),
         _in_gulps(tell, every_seconds),
     )
-    students.save(job.paths.out / f"seed-{job.seed}", model, student, num_ids, lesson.num_outputs)
+    if job.trial is None:
+        students.save(job.paths.out / f"seed-{job.seed}", model, student, num_ids, lesson.num_outputs)
     rows_seen = round(done.rows_seen * lesson.rows_a_piece)
-    return Trained(done, rows_seen, lesson.cut_rows, {**setup._asdict(), "padding": lesson.padding})
+    told = {**setup._asdict(), "padding": lesson.padding}
+    return Trained(done, rows_seen, lesson.cut_rows, lesson.by_loss, told)
 
 
 def _in_gulps(tell: Callable[[int], object], every: float) -> Callable[[int], None]:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from pipeline.schedules import ByConfidence, Schedule, ends
 from pipeline.section import Section
 from storage.errors import Mismatch, SpecMismatch
 from storage.spec import Mask, Sample, Sha256, SparseCodec, Task, Threshold, TopK
@@ -119,7 +120,10 @@ def refuse_task(what: str, task: Task, kind: str) -> None:
 
 
 def refuse_truncated(
-    what: str, codec: Literal["dense"] | SparseCodec, divergence: str, temperature: float
+    what: str,
+    codec: Literal["dense"] | SparseCodec,
+    divergence: str,
+    temperature: float | Schedule | ByConfidence,
 ) -> None:
     """Raise SpecMismatch where a soft loss cannot be had from targets of this codec, with the reason."""
     if codec == "dense":
@@ -131,7 +135,10 @@ def refuse_truncated(
             f"{divergence} weighs ids by the student's own probability; on truncated targets it is ruled by "
             "ids that the cache does not hold."
         )
-    if isinstance(codec, Sample | Threshold) and temperature != 1:
+    if isinstance(temperature, ByConfidence):
+        faults.append(Mismatch("recipe.temperature", codec.name, f"dense (for {temperature})"))
+        reasons.append("How sure the teacher is of a row is known where all its classes are kept.")
+    elif isinstance(codec, Sample | Threshold) and any(end != 1 for end in ends(temperature)):
         faults.append(Mismatch("recipe.temperature", f"{codec.name} (temperature 1)", temperature))
         reasons.append(
             "A sampled weight is unbiased for the probability, not for a power of it: at another temperature "

@@ -59,15 +59,16 @@ class Fit(NamedTuple):
 def fit(
     model: torch.nn.Module,
     epoch_batches: Callable[[int], Iterable[DistillBatch]],
-    loss: Callable[[torch.nn.Module, DistillBatch], torch.Tensor],
+    loss: Callable[[torch.nn.Module, DistillBatch, float], torch.Tensor],
     validate: Callable[[torch.nn.Module], Validation],
     settings: Settings,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> Fit:
     """Train `model` and leave it in its best state by validation accuracy (ties: the lower loss), or by loss.
 
-    `epoch_batches(epoch)` yields the batches of an epoch; `loss(model, batch)` is minimised. `advance` is
-    told how many targets each step saw. Raises TrainingError where the loss is not finite.
+    `epoch_batches(epoch)` yields the batches of an epoch; `loss(model, batch, done)` is minimised, where
+    `done` goes from 0 at the first step to 1 at the last. `advance` is told how many targets each step saw.
+    Raises TrainingError where the loss is not finite.
     """
     precision = "bf16" if settings.bfloat16 else "no"
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
@@ -88,7 +89,7 @@ def fit(
         for batch in state.timed(epoch_batches(epoch)):
             batch = batch.to(accelerator.device)
             with accelerator.autocast():
-                value = loss(model, batch)
+                value = loss(model, batch, min(1.0, state.steps / max(1, total - 1)))
             accelerator.backward(value)
             accelerator.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
             optimizer.step()

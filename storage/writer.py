@@ -224,7 +224,7 @@ def seal(
             for source in sorted(path for path in basis.rglob("*") if path.is_file()):
                 target = aside / manifest.BASIS_DIR / source.relative_to(basis)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                _link(source, target)
+                link(source, target)
             based = _entries(aside, manifest.BASIS_DIR)
         row_ids: list[str] = []
         for shard in shards:
@@ -232,7 +232,7 @@ def seal(
             for file in shard.entry.files:
                 target = aside / file.path
                 target.parent.mkdir(parents=True, exist_ok=True)
-                _link(shard.root / file.path, target)
+                link(shard.root / file.path, target)
         sealed = Manifest(
             format_version=manifest.needed_version(identity, carried),
             identity=identity,
@@ -258,7 +258,8 @@ def _entries(root: Path, below: str = "") -> tuple[FileEntry, ...]:
     return tuple(file_entry(root, path.relative_to(root).as_posix()) for path in files)
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: str | Path, target: str | Path) -> None:
+    """One file under two names, without a second copy of its bytes where the file system can."""
     try:
         os.link(source, target)
     except OSError as error:

@@ -10,7 +10,7 @@ from pipeline.config import ChainedRun, Run
 from stages import paths
 from tests.imports import ROOT, closure
 
-CHEAP = ("prepare", "train", "train-after", "evaluate", "evaluate-after", "report")
+CHEAP = ("prepare", "mix", "train", "train-after", "evaluate", "evaluate-after", "report")
 DEAR = ("fetch", "teacher", "cache", "verify", "score")
 GRAPH: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
 
@@ -57,12 +57,16 @@ def test_the_graph_and_the_code_name_the_same_paths() -> None:
     assert names("teacher", "outs") == [str(paths.TEACHERS / key)]
     assert names("cache", "outs") == [str(paths.CACHES / key), str(paths.CAPTURE / f"{key}.json")]
     assert names("verify", "outs") == [str(paths.VERIFIED / f"{key}.json")]
+    assert names("mix", "outs") == [str(paths.CACHES / key), str(paths.VERIFIED / f"{key}.json")]
     assert names("train", "outs", "plots") == [str(paths.MODELS / key), str(paths.CURVES / f"{key}.csv")]
     assert names("evaluate", "metrics") == [str(paths.EVAL / f"{key}.json")]
     assert names("score", "metrics") == [str(paths.EVAL / f"teacher-{key}.json")]
     assert names("report", "outs") == [str(paths.REPORT.parent)]
     run = paths.of_run(key, Run(dataset="d", cache="c", student="s", recipe="r"))
     assert Path(names("train", "outs")[0]) == run.out
+    for place in (0, 1):
+        member = f"${{item.caches[{place}]}}"
+        assert {str(paths.CACHES / member), str(paths.VERIFIED / f"{member}.json")} <= {*names("mix", "deps")}
     reads = names("train", "deps")
     item = {"d": "${item.dataset}", "c": "${item.cache}"}
     assert str(paths.DATA / item["d"]) in reads

@@ -97,6 +97,7 @@ def params(**changes: Any) -> dict[str, Any]:
         "caches": {
             "toy": {"dataset": "toy", "teacher": "tiny", "hidden": {"layers": [1, 2]}, "shard_rows": 32}
         },
+        "mixtures": {},
         "students": {"fc": {"kind": "fc", "embedding": 8, "hidden": 8}},
         "recipes": {
             "ce": {"alpha": 1.0, "epochs": 2, "batch_rows": 16},

@@ -278,11 +278,12 @@ def test_what_cannot_learn_from_it_is_refused_before_the_first_step(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("temperature", [2.0, [1.0, 2.0], {"schedule": "linear", "from": 1.0, "to": 2.0}])
 def test_a_temperature_is_refused_for_top_k_entries_of_a_language_model_too(
-    prose_topk: Prose, tmp_path: Path
+    prose_topk: Prose, tmp_path: Path, temperature: Any
 ) -> None:
     with pytest.raises(SpecMismatch, match="has no temperature"):
-        train(prose_topk, tmp_path / "run", student(), recipe(temperature=2.0), [0])
+        train(prose_topk, tmp_path / "run", student(), recipe(temperature=temperature), [0])
 
 
 def test_lines_are_the_same_for_the_same_seed_and_end_where_asked() -> None:

@@ -215,6 +215,25 @@ def test_a_teacher_that_two_caches_share_was_fine_tuned_once(world: World) -> No
     assert world.page().count("fine-tuning big") == 1
 
 
+def test_what_a_number_was_chosen_from_is_shown_with_its_spread(world: World) -> None:
+    assert "How numbers were chosen" not in world.page()
+    candidates = [
+        {"values": {"alpha": 0.0}, "accuracy": [0.6, 0.8], "loss": [0.5, 0.5]},
+        {"values": {"alpha": 0.5}, "accuracy": [0.8, 0.9], "loss": [0.4, 0.6]},
+    ]
+    choice = {"folds": 2, "seed": 0, "judged_by": "accuracy", "seconds": 12.0, "chosen": {"alpha": 0.5}}
+    record = json.loads((world.root / "models/small-kd/training.json").read_text())
+    record["choice"] = {**choice, "candidates": candidates}
+    world.write("models/small-kd/training.json", record)
+    page = world.page()
+    assert "small-kd: 2 folds of the training rows, seed 0, by accuracy" in page
+    lines = dict(re.findall(r'<th scope="row">(alpha .*?)</th>(.*?)</tr>', page))
+    assert list(lines) == ["alpha 0.0", "alpha 0.5 (chosen)"]
+    assert re.findall(r">([^<>]+)<small>± ([^<]+)</small>", lines["alpha 0.0"])[0] == ("70.0 %", "14.1 %")
+    assert 'class="best"' in lines["alpha 0.5 (chosen)"]
+    assert 'class="best"' not in lines["alpha 0.0"]
+
+
 def test_the_page_needs_no_network(world: World) -> None:
     page = re.sub(r'xmlns(:\w+)?="http[^"]*"|<!DOCTYPE[^>]*>', "", world.page())
     assert "http" not in page

@@ -46,7 +46,7 @@ def epoch(number: int) -> Iterator[DistillBatch]:
         yield DistillBatch(ids, torch.ones_like(ids).bool(), labels, torch.zeros(32, 0))
 
 
-def loss(model: torch.nn.Module, batch: DistillBatch) -> torch.Tensor:
+def loss(model: torch.nn.Module, batch: DistillBatch, done: float = 0.0) -> torch.Tensor:
     return label_loss(model(batch.ids_BL, batch.mask_BL), batch.labels_T)
 
 
@@ -153,7 +153,7 @@ def test_a_step_of_the_schedule_is_a_step_of_the_optimizer() -> None:
         model.head.weight.zero_()
         model.head.bias.zero_()
 
-    def track(net: torch.nn.Module, batch: DistillBatch) -> torch.Tensor:
+    def track(net: torch.nn.Module, batch: DistillBatch, done: float) -> torch.Tensor:
         seen.append(model.head.bias[0].item())
         logits: torch.Tensor = net(batch.ids_BL, batch.mask_BL)
         return logits[:, 0].mean()  # a constant gradient: AdamW moves by the learning rate, whatever its size
@@ -166,7 +166,7 @@ def test_a_step_of_the_schedule_is_a_step_of_the_optimizer() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_training_loss_that_is_no_number_is_one_clear_error(bad: float) -> None:
     with pytest.raises(TrainingError, match=r"the training loss is .* at step 1") as said:
-        fit(Linear(), epoch, lambda net, batch: loss(net, batch) * bad, validate, SETTINGS)
+        fit(Linear(), epoch, lambda net, batch, done: loss(net, batch) * bad, validate, SETTINGS)
     assert isinstance(said.value, StillroomError)
     assert isinstance(said.value, ArithmeticError)
     assert "Lower learning_rate" in str(said.value)

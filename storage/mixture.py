@@ -1,0 +1,194 @@
+"""Several caches read as one: what their teachers said of a row, side by side, and how much each counts.
+
+A mixture is a directory that explains itself: mixture.json, and the whole caches below it. Nothing is
+averaged in it, because the mean of probabilities depends on the temperature that a student asks for
+(pipeline.losses.MixedTargets). docs/cache-format.md is its law.
+
+Shape letters: M caches, N rows, C classes.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field, StringConstraints, ValidationError
+
+from storage.errors import ManifestInvalid, Mismatch, SpecMismatch
+from storage.manifest import MAX_MANIFEST_BYTES
+from storage.reader import Cache
+from storage.records import LogitRows
+from storage.spec import Identity, Sha256, Strict, canonical_json, sha256_json
+from storage.writer import link
+
+MIXTURE_NAME = "mixture.json"
+AVERAGED = ("sequence-classification",)  # tasks whose logits are those of one distribution over the classes
+
+Missing = Literal["error", "skip"]
+
+
+class MemberEntry(Strict):
+    """One cache of a mixture: the directory of this name beside mixture.json."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+    weight: Annotated[float, Field(gt=0, le=1)]
+    manifest: Sha256  # Cache.manifest_sha256: it stands for every byte of the cache
+
+
+class MixtureFile(Strict):
+    """The content of mixture.json."""
+
+    format: Literal["stillroom-mixture"] = "stillroom-mixture"
+    format_version: Literal[1] = 1
+    members: Annotated[tuple[MemberEntry, ...], Field(min_length=2, max_length=100, strict=False)]
+    missing: Missing
+
+
+class Member(NamedTuple):
+    """One cache of an open mixture."""
+
+    name: str
+    weight: float  # weights of all members sum to 1
+    cache: Cache
+
+
+class Mixture(Cache):
+    """The first of several caches, read together with the others.
+
+    What is one teacher's by nature (tokenizer, weights, hidden states, order of shards) is the first one's.
+    """
+
+    def __init__(self, root: Path, members: tuple[Member, ...], missing: Missing) -> None:
+        first = members[0].cache
+        super().__init__(first.path, first.manifest)
+        self.root, self.members, self.missing = root, members, missing
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """The mixture at `path`. Raises ManifestInvalid, and what Cache.open raises for each cache in it."""
+        root = Path(path)
+        again = f"Copy it again (`dvc checkout --force {root}`), or mix it again: dvc repro mix@{root.name}"
+        file = root / MIXTURE_NAME
+        try:
+            raw = file.read_bytes() if file.stat().st_size <= MAX_MANIFEST_BYTES else b""
+            read = MixtureFile.model_validate(json.loads(raw))
+        except (OSError, ValidationError, ValueError, RecursionError) as error:
+            raise ManifestInvalid(f"{file} does not describe a mixture: {error}.\n{again}") from None
+        members = tuple(Member(m.name, m.weight, Cache.open(root / m.name)) for m in read.members)
+        wrong = [
+            Mismatch(f"{member.name}.manifest", member.cache.manifest_sha256, entry.manifest)
+            for member, entry in zip(members, read.members, strict=True)
+            if member.cache.manifest_sha256 != entry.manifest
+        ]
+        if wrong:
+            raise SpecMismatch(f"{root} holds other caches than it names", wrong, again)
+        return cls(root, members, read.missing)
+
+    @property
+    def manifest_sha256(self) -> str:
+        """sha256 hex of the content of mixture.json: it stands for every byte of every cache in it."""
+        return sha256_json(_file(self.members, self.missing))
+
+    @property
+    def weights_M(self) -> npt.NDArray[np.float32]:  # noqa: N802 (the letter of its shape)
+        """How much each cache counts; they sum to 1."""
+        return np.array([member.weight for member in self.members], np.float32)
+
+    def check(
+        self,
+        what: str,
+        *,
+        identity: Identity | None = None,
+        labels: Iterable[str] | None = None,
+        row_ids: pa.StringArray | None = None,
+        whole: bool = False,
+        advice: str = "Choose a cache that was made for this data, or rebuild it.",
+    ) -> None:
+        """Refuse the first of the caches that does not fit `what`: see Cache.check."""
+        for member in self.members:
+            member.cache.check(
+                what, identity=identity, labels=labels, row_ids=row_ids, whole=whole, advice=advice
+            )
+
+    def known(self, row_ids: pa.StringArray) -> npt.NDArray[np.bool_]:
+        """Which of these rows every cache has a target for [N]."""
+        held = np.ones(len(row_ids), bool)
+        for member in self.members:
+            found = pc.is_in(row_ids, value_set=member.cache.row_ids())
+            held &= found.to_numpy(zero_copy_only=False)
+        return held
+
+    def others(self, row_ids: pa.StringArray) -> npt.NDArray[np.float32]:
+        """Logits of these rows in all caches but the first [M - 1, N, C], in memory; 0 where one has none."""
+        logits_MNC = np.zeros((len(self.members) - 1, len(row_ids), len(self.labels)), np.float32)
+        for logits_NC, member in zip(logits_MNC, self.members[1:], strict=True):
+            for shard in member.cache.shards:
+                held = member.cache.read(shard)
+                assert isinstance(held, LogitRows)  # others were refused when it was mixed
+                place = pc.index_in(row_ids, value_set=held.row_ids)
+                here = place.is_valid().to_numpy(zero_copy_only=False)
+                logits_NC[here] = held.logits[place.drop_null().to_numpy()]
+        return logits_MNC
+
+
+def open_cache(path: Path) -> Cache:
+    """The cache at `path`, or the mixture."""
+    return Mixture.open(path) if (path / MIXTURE_NAME).is_file() else Cache.open(path)
+
+
+def mix(out: Path, caches: Mapping[str, tuple[Cache, float]], missing: Missing) -> Mixture:
+    """Link caches into the directory `out` and write its mixture.json last. Replaces what was there.
+
+    `caches` maps names to caches or mixtures and how much each counts, relative to the others; a mixture is
+    taken apart, and a cache that is met twice counts twice. Raises SpecMismatch where one cannot be averaged
+    with the first: not dense, not of one distribution a row, or other labels, or in another order.
+    """
+    found: dict[str, Member] = {}
+    total = sum(weight for _, weight in caches.values())
+    for name, (cache, weight) in caches.items():
+        for part in cache.members if isinstance(cache, Mixture) else (Member(name, 1.0, cache),):
+            before = found[part.name].weight if part.name in found else 0.0
+            found[part.name] = part._replace(weight=before + part.weight * weight / total)
+    members = tuple(found.values())
+    for member in members:
+        _refuse(out.name, member, members[0])
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    for stale in out.parent.glob(f".{out.name}.*"):
+        shutil.rmtree(stale)
+    for member in members:
+        shutil.copytree(member.cache.path, aside / member.name, copy_function=link)
+    (aside / MIXTURE_NAME).write_bytes(canonical_json(_file(members, missing)) + b"\n")
+    shutil.rmtree(out, ignore_errors=True)
+    os.rename(aside, out)
+    return Mixture.open(out)
+
+
+def _file(members: Iterable[Member], missing: Missing) -> dict[str, Any]:
+    entries = tuple(
+        MemberEntry(name=member.name, weight=member.weight, manifest=member.cache.manifest_sha256)
+        for member in members
+    )
+    return MixtureFile(members=entries, missing=missing).model_dump(mode="json")
+
+
+def _refuse(name: str, member: Member, first: Member) -> None:
+    spec, faults = member.cache.identity.spec, []
+    if spec.task not in AVERAGED:
+        faults.append(Mismatch("spec.task", spec.task, " or ".join(AVERAGED)))
+    if spec.codec != "dense":
+        faults.append(Mismatch("spec.codec", spec.codec.name, "dense"))
+    if member.cache.labels != first.cache.labels:
+        faults.append(Mismatch("spec.labels", list(member.cache.labels), list(first.cache.labels)))
+    if faults:
+        raise SpecMismatch(
+            f"caches.{member.name} cannot be averaged with caches.{first.name} in mixtures.{name}",
+            faults,
+            "Probabilities are averaged class by class: mix dense caches of classifiers whose labels are the "
+            "same, in the same order.",
+        )
