@@ -44,6 +44,13 @@ class Run(Section):
     ] = (0,)
 
 
+class Export(Section):
+    """What an exported model may lose."""
+
+    int8_max_loss: Annotated[float, Field(ge=0)] = 1.0
+    """Points of accuracy on the test split that int8 may lose; an export that loses more is refused."""
+
+
 class Workers(Section):
     """How work is spread over this machine. Never changes a result."""
 
@@ -70,6 +77,7 @@ class Params(Section):
     students: dict[Name, Student]
     recipes: dict[Name, Recipe]
     runs: dict[Name, Run]
+    export: Export = Export()
     workers: Workers = Workers()
 
 

@@ -21,6 +21,9 @@ class Recipe(Section):
     """Of the skewed divergence: the teacher's share of the mixture."""
     pool: bool = False
     """Train on the unlabelled pool too."""
+    pseudo_labels: bool = False
+    """Rows of the pool get the teacher's first choice as their label (Lee 2013): what the extra text gives
+    without the teacher's probabilities. Needs alpha: 1 and pool: true."""
     epochs: Positive = 5
     batch_rows: Positive = 64
     """Rows a step."""
@@ -34,10 +37,23 @@ class Recipe(Section):
     patience: Positive = 4
     """Evaluations without improvement before it stops. The best state is kept."""
 
+    @property
+    def labels_only(self) -> bool:
+        """Whether no step of it looks at the teacher."""
+        return self.alpha == 1 and not self.pseudo_labels
+
+    @property
+    def family(self) -> str:
+        """Which of the four that are compared it is: CE or KD, with or without extra text."""
+        learns = "CE" if self.labels_only or self.pseudo_labels else "KD"
+        return f"{learns} + extra text" if self.pool else learns
+
     @model_validator(mode="after")
     def _pool_needs_a_teacher(self) -> "Recipe":
-        if self.pool and self.alpha == 1:
+        if self.pool and self.labels_only:
             raise ValueError(
                 "alpha 1 trains on labels only, and the pool has none: set alpha below 1, or pool: false"
             )
+        if self.pseudo_labels and not (self.pool and self.alpha == 1):
+            raise ValueError("pseudo_labels trains on labels, the pool's too: set alpha: 1 and pool: true")
         return self

@@ -16,7 +16,7 @@ from pipeline.batches import CachedRows, DistillBatch
 from pipeline.data import POOL, Rows
 from pipeline.documents import CachedDocuments
 from pipeline.head_loss import head_loss, mixed
-from pipeline.losses import SparseTargets, label_loss, recipe_loss
+from pipeline.losses import SparseTargets, label_loss, pseudo_labels, recipe_loss
 from pipeline.reading import read_held_out
 from pipeline.tokens import TextReader
 from pipeline.training import Validation
@@ -62,8 +62,11 @@ def of_rows(
     sampled = isinstance(cache.codec, Sample | Threshold)
 
     def loss(model: torch.nn.Module, batch: DistillBatch) -> torch.Tensor:
+        labels_T = batch.labels_T
+        if recipe.pseudo_labels:
+            labels_T = pseudo_labels(labels_T, _logits(batch.teacher, len(cache.labels)))
         return recipe_loss(
-            model(batch.ids_BL, batch.mask_BL), batch.labels_T, batch.teacher, recipe.alpha,
+            model(batch.ids_BL, batch.mask_BL), labels_T, batch.teacher, recipe.alpha,
             recipe.temperature, recipe.divergence, recipe.skew, sampled,
         )  # fmt: skip
 
@@ -143,7 +146,11 @@ def answers(model: torch.nn.Module, cached: CachedRows) -> tuple[torch.Tensor, t
     with torch.inference_mode():
         for batch in cached.in_order(EVALUATION_ROWS):
             said.append(model(batch.ids_BL.to(device), batch.mask_BL.to(device)).cpu())
-            wanted = batch.teacher
-            teacher.append(wanted if isinstance(wanted, torch.Tensor) else wanted.logits(said[-1].shape[1]))
+            teacher.append(_logits(batch.teacher, said[-1].shape[1]))
             labels.append(batch.labels_T)
     return torch.cat(said), torch.cat(teacher), torch.cat(labels)
+
+
+def _logits(teacher: torch.Tensor | SparseTargets, num_classes: int) -> torch.Tensor:
+    """Targets of a batch as logits [B, C], whatever the cache holds."""
+    return teacher if isinstance(teacher, torch.Tensor) else teacher.logits(num_classes)

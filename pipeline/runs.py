@@ -82,7 +82,10 @@ def train(
     threads = max(1, hardware.num_cores() // at_once)
     jobs = [Job(seed, threads, student, recipe, paths) for seed in run.seeds]
     trained = _side_by_side(name, jobs, at_once)
-    record = {"seeds": [_seed_record(job, done) for job, done in zip(jobs, trained, strict=True)]}
+    record = {
+        "family": recipe.family,
+        "seeds": [_seed_record(job, done) for job, done in zip(jobs, trained, strict=True)],
+    }
     write_json(record, paths.out / RECORD)
     return record
 
@@ -137,6 +140,11 @@ def _refuse_misfit(
             f"the student of runs.{name} has a tokenizer of its own ({student.tokenizer} entries), but "
             "learns to expect the teacher's tokens.\nWrite tokenizer: teacher."
         )
+    if recipe.pseudo_labels and cache.identity.spec.per_position:
+        raise ConfigError(
+            f"runs.{name}: its recipe gives the pool pseudo-labels, and text that is to be continued has "
+            "labels of its own, the next tokens.\nWrite pseudo_labels: false."
+        )
     if recipe.pool and not len(rows.select(POOL)):
         raise DataError(
             f"runs.{name}: its recipe trains on the pool, and the dataset has none.\n"
@@ -162,7 +170,7 @@ def _refuse_start(name: str, cache: Cache, student: kinds.Student) -> None:
 def _seed_record(job: Job, done: "Trained") -> dict[str, Any]:
     return {
         "seed": job.seed,
-        "teacher_rows_seen": 0 if job.recipe.alpha == 1 else done.rows_seen,
+        "teacher_rows_seen": 0 if job.recipe.labels_only else done.rows_seen,
         "cut_rows": done.cut_rows,
         **done.setup,
         **done.fit._asdict(),

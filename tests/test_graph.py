@@ -10,7 +10,7 @@ from pipeline.config import Run
 from stages import paths
 from tests.imports import ROOT, closure
 
-CHEAP = ("prepare", "train", "evaluate", "report")
+CHEAP = ("prepare", "train", "evaluate", "export", "report")
 DEAR = ("fetch", "teacher", "cache", "verify", "score")
 GRAPH: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
 
@@ -59,6 +59,8 @@ def test_the_graph_and_the_code_name_the_same_paths() -> None:
     assert names("verify", "outs") == [str(paths.VERIFIED / f"{key}.json")]
     assert names("train", "outs", "plots") == [str(paths.MODELS / key), str(paths.CURVES / f"{key}.csv")]
     assert names("evaluate", "metrics") == [str(paths.EVAL / f"{key}.json")]
+    assert names("export", "outs") == [str(paths.EXPORTED / key)]
+    assert names("export", "metrics") == [str(paths.EXPORT / f"{key}.json")]
     assert names("score", "metrics") == [str(paths.EVAL / f"teacher-{key}.json")]
     assert names("report", "outs") == [str(paths.REPORT.parent)]
     run = paths.of_run(key, Run(dataset="d", cache="c", student="s", recipe="r"))
