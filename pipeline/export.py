@@ -69,7 +69,7 @@ def export(
     write_models(students.load(trained), out)
     files = {"torch": trained / "model.safetensors", **{form: out / FILES[form] for form in FILES}}
     forms: dict[str, Answers] = {"torch": students.load(trained)}
-    forms |= {form: _told_by(Model(files[form])) for form in FILES}
+    forms |= {form: told_by(Model(files[form])) for form in FILES}
     found = compare(name, rows, tokens, reader.pad_id, forms, limits.int8_max_loss)
     chosen = np.arange(len(rows.row_ids))
     for size in (1, BATCH_ROWS):
@@ -154,7 +154,7 @@ def _logits(answers: Answers, tokens: Tokens, pad_id: int, size: int) -> Logits:
     return np.concatenate(said)
 
 
-def _told_by(model: Model) -> Answers:
+def told_by(model: Model) -> Answers:
     """An ONNX model, asked as a student is."""
     return lambda ids_BL, mask_BL: model(ids_BL.numpy(), mask_BL.numpy())
 
