@@ -132,7 +132,8 @@ def test_int8_holds_every_large_weight_in_eight_bits_and_lstms_compute_in_it(
     weights = onnx.load(made.directory / answering.FILES["int8"]).graph.initializer
     large = [w for w in weights if np.prod(w.dims) >= 20 * 32]  # the embeddings, and more
     assert large
-    assert {w.data_type for w in large} <= {onnx.TensorProto.UINT8, onnx.TensorProto.INT8}
+    types = {w.data_type for w in large}  # onnxruntime's LSTM takes signed weights alone
+    assert types == {onnx.TensorProto.UINT8} | ({onnx.TensorProto.INT8} if kind == "bilstm" else set())
     assert "MatMulInteger" in made.ops("int8")
     assert ("DynamicQuantizeLSTM" in made.ops("int8")) == (kind == "bilstm")
     assert "LSTM" not in made.ops("int8")
