@@ -93,7 +93,11 @@ def best_seed(record: dict[str, Any]) -> int:
 
 
 def write_models(model: torch.nn.Module, out: Path) -> None:
-    """Write a student as ONNX, in float32 and int8, into `out`. Both take batches of any rows and tokens."""
+    """Write a student as ONNX, in float32 and int8, into `out`. Both take batches of any rows and tokens.
+
+    One student with an LSTM a process: torch's exporter (2.13) changes how LSTMs are traced, and a second one
+    would be refused for its fixed length.
+    """
     ids_BL, mask_BL = torch.ones((2, 3), dtype=torch.int64), torch.tensor([[True] * 3, [True, True, False]])
     any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     with _quietly():
