@@ -57,6 +57,13 @@ class ChainedRun(Run):
     one."""
 
 
+class Export(Section):
+    """What an exported model may lose."""
+
+    int8_max_loss: Annotated[float, Field(ge=0)] = 1.0
+    """Points of accuracy on the test split that int8 may lose; an export that loses more is refused."""
+
+
 class Workers(Section):
     """How work is spread over this machine. Never changes a result."""
 
@@ -86,6 +93,7 @@ class Params(Section):
     recipes: dict[Name, Recipe]
     runs: dict[Name, Run]
     chained: dict[Name, ChainedRun] = Field(default_factory=dict)
+    export: Export = Export()
     workers: Workers = Workers()
 
     @property

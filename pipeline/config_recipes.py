@@ -37,6 +37,9 @@ class Recipe(Section):
     """Inner states of the teacher that the student is matched with: caches with hidden."""
     pool: bool | Literal["only"] = False
     """Train on the unlabelled pool too; only: on nothing else."""
+    pseudo_labels: bool = False
+    """Rows of the pool get the teacher's first choice as their label (Lee 2013): what the extra text gives
+    without the teacher's probabilities. Needs alpha: 1 and pool: true."""
     epochs: Positive = 5
     batch_rows: Positive = 64
     """Rows a step."""
@@ -68,12 +71,18 @@ class Recipe(Section):
     @property
     def labels_only(self) -> bool:
         """Whether no step of it looks at the teacher."""
-        return min(ends(self.alpha)) == 1 and self.match is None
+        return min(ends(self.alpha)) == 1 and self.match is None and not self.pseudo_labels
 
     @property
     def predicts(self) -> bool:
         """Whether predictions count, and not inner states alone."""
         return self.match is None or self.match.prediction > 0
+
+    @property
+    def family(self) -> str:
+        """Which of the four that are compared it is: CE or KD, with or without extra text."""
+        learns = "CE" if self.labels_only or self.pseudo_labels else "KD"
+        return f"{learns} + extra text" if self.pool else learns
 
     @model_validator(mode="after")
     def _pool_needs_a_teacher(self) -> "Recipe":
@@ -81,6 +90,8 @@ class Recipe(Section):
             raise ValueError(
                 "alpha 1 trains on labels only, and the pool has none: set alpha below 1, or pool: false"
             )
+        if self.pseudo_labels and not (self.pool and self.alpha == 1):
+            raise ValueError("pseudo_labels trains on labels, the pool's too: set alpha: 1 and pool: true")
         return self
 
     @model_validator(mode="wrap")  # the last of the validators, so that the others see each candidate

@@ -16,7 +16,14 @@ from pipeline.batches import CachedRows, DistillBatch
 from pipeline.data import POOL, Rows
 from pipeline.documents import CachedDocuments
 from pipeline.head_loss import head_loss, mixed
-from pipeline.losses import MixedTargets, SparseTargets, label_loss, recipe_loss, sure_temperature
+from pipeline.losses import (
+    MixedTargets,
+    SparseTargets,
+    label_loss,
+    pseudo_labels,
+    recipe_loss,
+    sure_temperature,
+)
 from pipeline.matched import Matched, look
 from pipeline.reading import read_held_out
 from pipeline.schedules import ByConfidence, at
@@ -76,8 +83,11 @@ def of_rows(
         return Matched(cast(students.TinyBERT, model), match, plan, hidden)
 
     def predictions_loss(logits_BC: torch.Tensor, batch: DistillBatch, done: float) -> torch.Tensor:
+        labels_T = batch.labels_T
+        if recipe.pseudo_labels:
+            labels_T = pseudo_labels(labels_T, _logits(batch.teacher, len(cache.labels)))
         return recipe_loss(
-            logits_BC, batch.labels_T, batch.teacher, at(recipe.alpha, done),
+            logits_BC, labels_T, batch.teacher, at(recipe.alpha, done),
             _temperature(recipe, batch, done), recipe.divergence, recipe.skew, sampled,
         )  # fmt: skip
 
@@ -182,7 +192,12 @@ def answers(model: torch.nn.Module, cached: CachedRows) -> tuple[torch.Tensor, t
     with torch.inference_mode():
         for batch in cached.in_order(EVALUATION_ROWS):
             said.append(model(batch.ids_BL.to(device), batch.mask_BL.to(device)).cpu())
-            wanted = _averaged(batch.teacher)
-            teacher.append(wanted if isinstance(wanted, torch.Tensor) else wanted.logits(said[-1].shape[1]))
+            teacher.append(_logits(batch.teacher, said[-1].shape[1]))
             labels.append(batch.labels_T)
     return torch.cat(said), torch.cat(teacher), torch.cat(labels)
+
+
+def _logits(targets: torch.Tensor | SparseTargets | MixedTargets, num_classes: int) -> torch.Tensor:
+    """Targets of a batch as logits [B, C], whatever the cache holds."""
+    teacher = _averaged(targets)
+    return teacher if isinstance(teacher, torch.Tensor) else teacher.logits(num_classes)

@@ -221,6 +221,11 @@ def recipe_loss(
     return soft if alpha == 0 else alpha * label_loss(student_PV, labels_P) + soft
 
 
+def pseudo_labels(labels_P: torch.Tensor, teacher_PV: torch.Tensor) -> torch.Tensor:
+    """The labels [P], and the teacher's first choice where there is none (Lee 2013)."""
+    return torch.where(labels_P == NO_LABEL, teacher_PV.argmax(-1), labels_P)
+
+
 def _log(value: float) -> float:
     return math.log(value) if value > 0 else -math.inf
 

@@ -4,7 +4,7 @@ Shape letters: N rows, C classes.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,22 +76,35 @@ def latency(
     size: int,
 ) -> float:
     """Median milliseconds of one call on `size` rows, tokens to logits, on one thread; always other rows."""
+    return latencies({"": answer}, tokens, rows, pad_id, size)[""]
+
+
+def latencies(
+    ways: Mapping[str, Callable[[torch.Tensor, torch.Tensor], object]],
+    tokens: Tokens,
+    rows: npt.NDArray[np.int64],
+    pad_id: int,
+    size: int,
+) -> dict[str, float]:
+    """The same of several ways to answer, which take turns: a slow moment of the machine hits all alike."""
     picked = np.resize(rows, (LATENCY_WARMUP + LATENCY_REPEATS) * size).reshape(-1, size)
-    times = []
+    times: dict[str, list[float]] = {name: [] for name in ways}
     threads = torch.get_num_threads()
     hardware.pin_threads(1)
     try:
         with torch.inference_mode():
-            for batch in picked:
+            for calls, batch in enumerate(picked, 1):
                 ids, mask = (torch.from_numpy(array) for array in tokens.padded(batch, pad_id))
-                started = time.perf_counter()
-                answer(ids, mask)
-                times.append(time.perf_counter() - started)
-                if sum(times) > LATENCY_SECONDS and len(times) >= LATENCY_WARMUP + LATENCY_LEAST:
+                for name, answer in ways.items():
+                    started = time.perf_counter()
+                    answer(ids, mask)
+                    times[name].append(time.perf_counter() - started)
+                spent = sum(map(sum, times.values())) / len(ways)
+                if spent > LATENCY_SECONDS and calls >= LATENCY_WARMUP + LATENCY_LEAST:
                     break
     finally:
         hardware.pin_threads(threads)
-    return 1000 * float(np.median(times[LATENCY_WARMUP:]))
+    return {name: 1000 * float(np.median(found[LATENCY_WARMUP:])) for name, found in times.items()}
 
 
 def over_seeds(values: Sequence[dict[str, float | None]]) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, StrictUndefined
 
 from pipeline import plots
+from pipeline.comparison import fair, pairs
 from pipeline.findings import Row, View, headline, mean, teacher_of, view
+from pipeline.shipped import shipped
 from storage.errors import AssetError
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
@@ -33,17 +35,18 @@ class BreakEven(NamedTuple):
     after: int | None  # trainings after which the cache has paid for itself
 
 
-def build(eval_dir: Path, capture_dir: Path, models_dir: Path, out: Path) -> None:
+def build(eval_dir: Path, capture_dir: Path, models_dir: Path, export_dir: Path, out: Path) -> None:
     """Write the report over all results. Raises AssetError where a run's training record is missing."""
     rows = [_row(path) for path in sorted(eval_dir.glob("*.json"))]
     if not rows:
         raise AssetError(f"there are no results in {eval_dir}: run `dvc repro` first.")
     captures = [_read(path) for path in sorted(capture_dir.glob("*.json"))]
+    exports = [_read(path) for path in sorted(export_dir.glob("*.json"))]
     training = {
         row["name"]: _read(models_dir / row["name"] / "training.json") for row in rows if row["kind"] == "run"
     }
     sections = [
-        section([row for row in rows if row["dataset"] == dataset], captures, training)
+        section([row for row in rows if row["dataset"] == dataset], captures, training, exports)
         for dataset in sorted({row["dataset"] for row in rows})
     ]
     environment = Environment(
@@ -54,12 +57,18 @@ def build(eval_dir: Path, capture_dir: Path, models_dir: Path, out: Path) -> Non
     out.write_text(page)
 
 
-def section(rows: Sequence[Row], captures: Sequence[Row], training: dict[str, Row]) -> dict[str, Any]:
+def section(
+    rows: Sequence[Row], captures: Sequence[Row], training: dict[str, Row], exports: Sequence[Row]
+) -> dict[str, Any]:
     """Everything that the page says about one dataset."""
     shown = view(rows)
     teachers = [row for row in rows if row["kind"] == "teacher"]
     runs = sorted((row for row in rows if row["kind"] == "run"), key=lambda r: (r["student"], r["recipe"]))
-    runs = [{**row, "distilled": _teacher_rows(training[row["name"]]) > 0} for row in runs]
+    runs = [
+        {**row, "distilled": _teacher_rows(trained) > 0, "family": trained["family"]}
+        for row in runs
+        for trained in (training[row["name"]],)
+    ]
     runs = [_compared(row, runs, teachers, shown) for row in runs]
     used = [c for c in captures if c["cache"] in {name for row in runs for name in _caches(row)}]
     palette = plots.Palette(_distinct(runs, "student"), _distinct(runs, "recipe"))
@@ -80,6 +89,8 @@ def section(rows: Sequence[Row], captures: Sequence[Row], training: dict[str, Ro
             for row in runs
             if "choice" in training[row["name"]]
         ],
+        "fair": fair(runs, shown),
+        "shipped": shipped(exports, rows[0]["dataset"]),
         "agreement": _agreement(runs) if shown.percent else "",
         "lines": [row for row in [*teachers, *runs] if row.get("lines")],
         "time": _time(used, runs),
@@ -139,19 +150,17 @@ def _compared(row: Row, runs: Sequence[Row], teachers: Sequence[Row], shown: Vie
     seed; for classifiers also the share of its teacher's accuracy.
     """
     metrics = dict(row["metrics"])
-    name, scale = ("accuracy", 100) if shown.percent else ("lm_loss", -1)
-    if mean(row, name) is None:
+    if mean(row, shown.metric) is None:
         return row
-    found = dict(zip(row["seeds"], metrics[name]["values"], strict=True))
     plain = next((r for r in runs if r["student"] == row["student"] and not r["distilled"]), None)
-    if plain is not None and plain["name"] != row["name"] and mean(plain, name) is not None:
-        base = dict(zip(plain["seeds"], plain["metrics"][name]["values"], strict=True))
-        pairs = [scale * (found[seed] - base[seed]) for seed in found if seed in base]
-        if pairs:
-            metrics["over_labels"] = _spread(pairs)
+    if plain is not None and plain["name"] != row["name"] and mean(plain, shown.metric) is not None:
+        gains = pairs(row, plain, shown)
+        if gains:
+            metrics["over_labels"] = _spread(gains)
     teacher = teacher_of(row, teachers)
     if teacher is not None and shown.percent:
-        metrics["of_teacher"] = _spread([value / mean(teacher, "accuracy") for value in found.values()])
+        found = metrics["accuracy"]["values"]
+        metrics["of_teacher"] = _spread([value / mean(teacher, "accuracy") for value in found])
     return {**row, "metrics": metrics}
 
 

@@ -96,7 +96,7 @@ def train(
     if paths.out.exists():
         shutil.rmtree(paths.out)
     make_reader(student, cache, rows, paths.out / "tokenizer", paths.init)
-    record: dict[str, Any] = {}
+    record: dict[str, Any] = {"family": recipe.family}
     if skipped := len(rows.select(SKIPPED)):
         record["skipped_rows"] = skipped
         log(f"{name}: {skipped:,} rows are left out, because a cache lacks them")
@@ -165,6 +165,11 @@ def _refuse_misfit(
         raise ConfigError(
             f"the student of runs.{name} has a tokenizer of its own ({student.tokenizer} entries), but "
             "learns to expect the teacher's tokens.\nWrite tokenizer: teacher."
+        )
+    if recipe.pseudo_labels and cache.identity.spec.per_position:
+        raise ConfigError(
+            f"runs.{name}: its recipe gives the pool pseudo-labels, and text that is to be continued has "
+            "labels of its own, the next tokens.\nWrite pseudo_labels: false."
         )
     if recipe.pool and not len(rows.select(POOL)):
         raise DataError(

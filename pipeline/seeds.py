@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from pipeline import choosing, hardware, initialise, kinds, lessons, students
-from pipeline.data import POOL
+from pipeline import choosing, config_recipes, hardware, initialise, kinds, lessons, students
+from pipeline.data import POOL, Rows
 from pipeline.runs import Job, open_inputs, start_of
 from pipeline.tokens import TextReader
 from pipeline.training import Fit, Settings, fit
@@ -18,7 +18,7 @@ class Trained(NamedTuple):
     """What became of one seed."""
 
     fit: Fit
-    rows_seen: int  # of the cache, each as often as it was seen
+    rows_seen: int  # whose target in the cache was looked at, each as often as it was
     cut_rows: int  # rows that lost tokens to the student's maximum
     by_loss: bool  # what its best state is chosen by: the lowest loss, or the highest accuracy
     setup: dict[str, Any]  # threads and precision, what was tried for them, padding
@@ -77,9 +77,15 @@ def train_seed(
     )
     if job.trial is None:
         students.save(job.paths.out / f"seed-{job.seed}", model, student, num_ids, lesson.num_outputs)
-    rows_seen = round(done.rows_seen * lesson.rows_a_piece)
+    rows_seen = round(done.rows_seen * lesson.rows_a_piece * _share_asked(recipe, rows))
     told = {**setup._asdict(), "padding": lesson.padding}
     return Trained(done, rows_seen, lesson.cut_rows, lesson.by_loss, told)
+
+
+def _share_asked(recipe: config_recipes.Recipe, rows: Rows) -> float:
+    """Of the rows that are seen: those whose target is looked at."""
+    pool = len(rows.select(POOL))
+    return pool / (pool + len(rows.select("train"))) if recipe.pseudo_labels else 1.0
 
 
 def _in_gulps(tell: Callable[[int], object], every: float) -> Callable[[int], None]:

@@ -8,7 +8,7 @@ from stages import cli, paths
 def main() -> None:
     """Build the report."""
     paths.REPORT.parent.mkdir(parents=True, exist_ok=True)
-    report.build(paths.EVAL, paths.CAPTURE, paths.MODELS, paths.REPORT)
+    report.build(paths.EVAL, paths.CAPTURE, paths.MODELS, paths.EXPORT, paths.REPORT)
     log(f"report: {paths.REPORT.resolve()}")
 
 

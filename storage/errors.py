@@ -6,6 +6,7 @@ StillroomError: what a person can mend; the message says what, where, found, exp
 ├── DataError        (ValueError)       a dataset cannot be used as it is
 ├── TeacherError     (ValueError)       a teacher cannot be used as it is, or said something that is no number
 ├── TrainingError    (ArithmeticError)  a student's training left the numbers
+├── ExportError      (ValueError)       an exported model is not what the student is, or a run has none
 ├── TeacherElsewhere (RuntimeError)     a teacher would start here that has done its work on another machine
 ├── StoreFull        (OSError)          the disk ran full; finished shards are kept
 ├── ShardUnwritten   (OSError)          a shard could not be written otherwise; finished shards are kept
@@ -48,6 +49,10 @@ class TeacherError(StillroomError, ValueError):
 
 class TrainingError(StillroomError, ArithmeticError):
     """A student's training left the numbers."""
+
+
+class ExportError(StillroomError, ValueError):
+    """An exported model is not what the student is, or a run has none."""
 
 
 class TeacherElsewhere(StillroomError, RuntimeError):

@@ -2,10 +2,11 @@
 
 import ast
 import sys
+import tomllib
 
 import pytest
 
-from tests.imports import ROOT, imported, modules
+from tests.imports import ROOT, closure, imported, modules
 
 MAY_IMPORT = {
     "stages": {"stages", "pipeline", "storage"},
@@ -39,6 +40,13 @@ def test_storage_needs_four_libraries_and_pipeline_holds_no_dask() -> None:
         if name.split(".")[0] == "storage":
             assert libraries <= STORAGE_LIBRARIES | {"storage"}, name
         assert not libraries & {"dask", "distributed"}, name
+
+
+def test_an_install_for_predict_alone_has_what_predict_imports() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    installed = {*project["dependencies"], *project["optional-dependencies"]["predict"]}
+    libraries = {name.split(".")[0] for file in closure("stages.predict") for name in imported(ROOT / file)}
+    assert libraries - set(sys.stdlib_module_names) - set(MAY_IMPORT) == {n.split(".")[0] for n in installed}
 
 
 def test_every_file_says_what_it_is_and_is_one_idea_long() -> None:

@@ -10,7 +10,8 @@ from pipeline.config import ChainedRun, Run
 from stages import paths
 from tests.imports import ROOT, closure
 
-CHEAP = ("prepare", "mix", "train", "train-after", "evaluate", "evaluate-after", "report")
+AGAIN = ("train-after", "evaluate-after", "export-after")
+CHEAP = ("prepare", "mix", "train", "evaluate", "export", "report", *AGAIN)
 DEAR = ("fetch", "teacher", "cache", "verify", "score")
 GRAPH: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
 
@@ -60,6 +61,8 @@ def test_the_graph_and_the_code_name_the_same_paths() -> None:
     assert names("mix", "outs") == [str(paths.CACHES / key), str(paths.VERIFIED / f"{key}.json")]
     assert names("train", "outs", "plots") == [str(paths.MODELS / key), str(paths.CURVES / f"{key}.csv")]
     assert names("evaluate", "metrics") == [str(paths.EVAL / f"{key}.json")]
+    assert names("export", "outs") == [str(paths.EXPORTED / key)]
+    assert names("export", "metrics") == [str(paths.EXPORT / f"{key}.json")]
     assert names("score", "metrics") == [str(paths.EVAL / f"teacher-{key}.json")]
     assert names("report", "outs") == [str(paths.REPORT.parent)]
     run = paths.of_run(key, Run(dataset="d", cache="c", student="s", recipe="r"))

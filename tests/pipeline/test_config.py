@@ -71,7 +71,10 @@ def test_an_unknown_key_is_refused_at_any_depth_with_the_nearest_one(
         ),
         (lambda p: p["caches"]["toy"].update(dataset="toys"), "caches.toy.dataset: no 'toys' in datasets"),
         (lambda p: p["caches"]["toy"].update(teacher="tine"), "caches.toy.teacher: no 'tine' in teachers"),
-        (lambda p: p["runs"]["fc-ce"].update(cache="tooy"), "runs.fc-ce.cache: no 'tooy' in caches or mixtures"),
+        (
+            lambda p: p["runs"]["fc-ce"].update(cache="tooy"),
+            "runs.fc-ce.cache: no 'tooy' in caches or mixtures",
+        ),
         (lambda p: p["runs"]["fc-ce"].update(student="fcc"), "runs.fc-ce.student: no 'fcc' in students"),
         (lambda p: p["runs"]["fc-ce"].update(recipe="kd-pol"), "runs.fc-ce.recipe: no 'kd-pol' in recipes"),
     ],

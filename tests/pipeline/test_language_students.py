@@ -267,6 +267,7 @@ def test_the_same_seed_gives_the_same_bits_and_transformers_loads_it(made: Prose
         (STUDENT | {"tokenizer": 300}, {}, ConfigError, "tokenizer of its own"),
         (STUDENT, {"temperature": 2.0}, SpecMismatch, "temperature"),
         (STUDENT, {"divergence": "reverse"}, SpecMismatch, "divergence"),
+        (STUDENT, {"alpha": 1.0, "pool": True, "pseudo_labels": True}, ConfigError, "labels of its own"),
     ],
 )
 def test_what_cannot_learn_from_it_is_refused_before_the_first_step(

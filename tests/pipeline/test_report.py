@@ -4,6 +4,7 @@ import html
 import itertools
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,14 @@ def metrics(accuracy: list[float | None], **others: float) -> dict[str, Any]:
         for name in FIELDS
     }
     mean = sum(known) / len(known) if known else None
-    return {**found, "accuracy": {"mean": mean, "std": None, "values": accuracy}}
+    std = statistics.stdev(known) if len(known) > 1 else None
+    return {**found, "accuracy": {"mean": mean, "std": std, "values": accuracy}}
+
+
+def plain(page: str) -> str:
+    """Text without its markup, single spaces between words."""
+    bare = re.sub(r"<[^>]*>", " ", re.sub("</?b>", "", page))
+    return " ".join(html.unescape(bare).split())
 
 
 class World:
@@ -52,7 +60,7 @@ class World:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        for name in ("eval", "capture", "models"):
+        for name in ("eval", "capture", "models", "export"):
             (root / name).mkdir()
 
     def run(
@@ -60,13 +68,14 @@ class World:
     ) -> None:
         """A run that saw `taught` rows of the teacher with each seed."""
         name = f"{student}-{recipe}"
+        family = others.pop("family", "KD" if taught else "CE")
         seeds = others.pop("seeds", list(range(len(accuracy))))
         about = {"kind": "run", "name": name, "student": student, "recipe": recipe, "seeds": seeds, **ABOUT}
         about |= {"cache": "reviews", "teacher": "big", **others.pop("about", {})}
         self.write(f"eval/{name}.json", {**metrics(accuracy, **others), "about": about})
         curve = [{"rows": 100 * look, "validation_accuracy": 0.5 + 0.1 * look} for look in (1, 2)]
         record = [{"seed": seed, "teacher_rows_seen": taught, "curve": curve} for seed in seeds]
-        self.write(f"models/{name}/training.json", {"seeds": record})
+        self.write(f"models/{name}/training.json", {"family": family, "seeds": record})
 
     def teacher(self, name: str, accuracy: float, **others: float) -> None:
         """A teacher's row."""
@@ -89,7 +98,7 @@ class World:
     def page(self) -> str:
         """The report over all that was written."""
         out = self.root / "report" / "index.html"
-        report.build(self.root / "eval", self.root / "capture", self.root / "models", out)
+        report.build(*(self.root / name for name in ("eval", "capture", "models", "export")), out)
         return out.read_text()
 
     def finding(self) -> str:

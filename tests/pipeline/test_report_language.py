@@ -42,7 +42,7 @@ class Prose(World):
         self.write(f"eval/{name}.json", {**metrics(losses, **others), "about": about})
         curve = [{"rows": 10 * i, "validation_accuracy": 0.1, "validation_loss": 9.0 - i} for i in (1, 2)]
         seeds = [{"seed": s, "teacher_rows_seen": taught, "curve": curve} for s in range(len(losses))]
-        self.write(f"models/{name}/training.json", {"seeds": seeds})
+        self.write(f"models/{name}/training.json", {"family": "KD" if taught else "CE", "seeds": seeds})
 
 
 @pytest.fixture

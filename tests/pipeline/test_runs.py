@@ -43,6 +43,7 @@ def test_the_record_of_a_run_tells_of_every_seed(trained: Path, world: World) ->
     record = json.loads((trained / "training.json").read_text())
     rows = world.rows()
     num = len(rows.select("train", POOL))
+    assert record["family"] == "KD + extra text"
     assert [seed["seed"] for seed in record["seeds"]] == [0, 1]
     for seed in record["seeds"]:
         assert seed["rows_seen"] == seed["teacher_rows_seen"] == 2 * num

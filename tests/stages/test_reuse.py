@@ -11,7 +11,7 @@ def test_the_whole_chain_runs_and_ends_with_a_report(finished: Project) -> None:
     ran = finished.first.stages  # type: ignore[attr-defined]
     assert ran == {
         "prepare@toy", "teacher@tiny", "cache@toy", "verify@toy", "train@fc-ce", "train@fc-kd-pool",
-        "evaluate@fc-ce", "evaluate@fc-kd-pool", "score@tiny", "report",
+        "evaluate@fc-ce", "evaluate@fc-kd-pool", "export@fc-ce", "export@fc-kd-pool", "score@tiny", "report",
     }  # fmt: skip
     page = (finished.root / "report" / "index.html").read_text()
     assert all(name in page for name in ("fc-ce", "fc-kd-pool", "teacher-tiny"))
@@ -26,7 +26,7 @@ def test_a_second_repro_runs_nothing_and_neither_does_a_change_of_workers(projec
 def test_a_changed_recipe_runs_only_its_runs(project: Project) -> None:
     recipes = toy.params()["recipes"]
     project.params(recipes=recipes | {"ce": recipes["ce"] | {"epochs": 3}})
-    assert project.repro().stages == {"train@fc-ce", "evaluate@fc-ce", "report"}
+    assert project.repro().stages == {"train@fc-ce", "evaluate@fc-ce", "export@fc-ce", "report"}
 
 
 def test_a_new_student_trains_only_its_run(project: Project) -> None:
@@ -34,7 +34,9 @@ def test_a_new_student_trains_only_its_run(project: Project) -> None:
     runs = base["runs"] | {"small-ce": base["runs"]["fc-ce"] | {"student": "small"}}
     students = base["students"] | {"small": {"kind": "bilstm", "embedding": 4, "hidden": 4, "tokenizer": 40}}
     project.params(runs=runs, students=students)
-    assert project.repro().stages == {"train@small-ce", "evaluate@small-ce", "report"}
+    assert project.repro().stages == {
+        "train@small-ce", "evaluate@small-ce", "export@small-ce", "report",
+    }  # fmt: skip
 
 
 def read_csv(path: Path) -> list[list[str]]:
