@@ -1,7 +1,8 @@
 """The schema of params.yaml: frozen, strict, and the only place that says what a field means.
 
-Entries of the shelves are described in config_data.py (assets, datasets), config_teachers.py (teachers,
-caches), kinds.py (students) and config_recipes.py; runs, and how a file is read and checked, are here.
+Entries of the shelves are described in config_data.py (assets, datasets), config_augmented.py,
+config_teachers.py (teachers, caches), kinds.py (students) and config_recipes.py; runs, and how a file is read
+and checked, are here.
 An unknown key is an error that names the nearest known one; so is a name that no shelf holds. Numbers carry
 their unit in the docstring below the field. Defaults are the values that a newcomer should start from.
 """
@@ -18,6 +19,7 @@ from pydantic import (
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from pipeline.config_augmented import Augmented
 from pipeline.config_data import Asset, Dataset
 from pipeline.config_recipes import Recipe
 from pipeline.config_teachers import CacheEntry, Teacher
@@ -65,6 +67,7 @@ class Params(Section):
 
     assets: dict[Name, Asset] = Field(default_factory=dict)
     datasets: dict[Name, Dataset]
+    augmented: dict[Name, Augmented] = Field(default_factory=dict)
     teachers: dict[Name, Teacher]
     caches: dict[Name, CacheEntry]
     students: dict[Name, Student]
@@ -76,7 +79,7 @@ class Params(Section):
 class _Reference(NamedTuple):
     field: str
     name: str
-    shelf: str
+    shelf: str  # or two, parted by " or "
 
 
 def load(path: Path = PARAMS) -> Params:
@@ -96,12 +99,16 @@ def load(path: Path = PARAMS) -> Params:
     except ValidationError as error:
         found = "\n".join(f"  {fault}" for fault in faults(error, Params))
         raise ConfigError(f"{path} cannot be used:\n{found}") from None
-    if unknown := [r for r in _references(params) if r.name not in getattr(params, r.shelf)]:
+    if unknown := [r for r in _references(params) if r.name not in _names(params, r)]:
         lines = [
-            f"  {r.field}: no {r.name!r} in {r.shelf}{nearest(r.name, getattr(params, r.shelf))}"
-            for r in unknown
+            f"  {r.field}: no {r.name!r} in {r.shelf}{nearest(r.name, _names(params, r))}" for r in unknown
         ]
         raise ConfigError(f"{path} names things that are not on the shelf:\n" + "\n".join(lines))
+    if twice := sorted({*params.datasets} & {*params.augmented}):
+        raise ConfigError(
+            f"{path}: {twice[0]!r} stands in datasets and in augmented: both would be data/{twice[0]}.\n"
+            "Give one of them another name."
+        )
     if wrong := list(misfits(params)):
         raise ConfigError(f"{path} asks teachers for what they cannot give:\n  " + "\n  ".join(wrong))
     return params
@@ -114,14 +121,24 @@ def pick(shelf: Mapping[str, Entry], kind: str, name: str) -> Entry:
     return shelf[name]
 
 
+def _names(params: Params, reference: _Reference) -> list[str]:
+    return [name for shelf in reference.shelf.split(" or ") for name in getattr(params, shelf)]
+
+
+def _prepared(params: Params) -> str:
+    return "datasets or augmented" if params.augmented else "datasets"
+
+
 def _references(params: Params) -> Iterator[_Reference]:
+    for name, augmented in params.augmented.items():
+        yield _Reference(f"augmented.{name}.dataset", augmented.dataset, "datasets")
     for name, teacher in params.teachers.items():
         yield _Reference(f"teachers.{name}.dataset", teacher.dataset, "datasets")
     for name, cache in params.caches.items():
-        yield _Reference(f"caches.{name}.dataset", cache.dataset, "datasets")
+        yield _Reference(f"caches.{name}.dataset", cache.dataset, _prepared(params))
         yield _Reference(f"caches.{name}.teacher", cache.teacher, "teachers")
     for name, run in params.runs.items():
-        yield _Reference(f"runs.{name}.dataset", run.dataset, "datasets")
+        yield _Reference(f"runs.{name}.dataset", run.dataset, _prepared(params))
         yield _Reference(f"runs.{name}.cache", run.cache, "caches")
         yield _Reference(f"runs.{name}.student", run.student, "students")
         yield _Reference(f"runs.{name}.recipe", run.recipe, "recipes")

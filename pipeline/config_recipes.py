@@ -21,6 +21,11 @@ class Recipe(Section):
     """Of the skewed divergence: the teacher's share of the mixture."""
     pool: bool = False
     """Train on the unlabelled pool too."""
+    views: Annotated[int, Field(ge=0)] = 0
+    """Train on so many views of each training row too; the dataset is one of the shelf `augmented`."""
+    view_labels: bool = False
+    """Give views the label of their row. Without, they give the KL part alone: the teacher says what a text
+    means after a word of it was exchanged or left out."""
     epochs: Positive = 5
     batch_rows: Positive = 64
     """Rows a step."""
@@ -40,4 +45,10 @@ class Recipe(Section):
             raise ValueError(
                 "alpha 1 trains on labels only, and the pool has none: set alpha below 1, or pool: false"
             )
+        if self.views and self.alpha == 1 and not self.view_labels:
+            raise ValueError(
+                "alpha 1 trains on labels only, and views have none: set alpha below 1, or view_labels: true"
+            )
+        if self.view_labels and not self.views:
+            raise ValueError("view_labels is about views, and this recipe takes none: set views above 0")
         return self

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline import config, config_recipes, hardware, kinds
-from pipeline.data import POOL, SPLITS, Rows, load_rows
+from pipeline.data import POOL, SPLITS, VIEWS, Rows, load_rows
 from pipeline.decoders import refuse_misfit
 from pipeline.progress import bars, log
 from pipeline.targets import refuse_task, refuse_truncated
@@ -150,7 +150,14 @@ def _refuse_misfit(
                 [Mismatch("recipe.temperature", recipe.temperature, 1)],
                 "The loss of a language model's head has no temperature. Write temperature: 1.",
             )
-    wanted = rows.row_ids.take(rows.select(*SPLITS, *((POOL,) if recipe.pool else ())))
+    there = 0 if rows.views is None else int(rows.views.max())
+    if recipe.views > there:
+        raise DataError(
+            f"runs.{name}: its recipe trains on {recipe.views} views of each training row, and the dataset "
+            f"has {there}.\nMake more of them (augmented.NAME.views), or lower the recipe's views."
+        )
+    rows = rows.with_views(recipe.views, recipe.view_labels)
+    wanted = rows.row_ids.take(rows.select(*SPLITS, VIEWS, *((POOL,) if recipe.pool else ())))
     cache.check(f"runs.{name}", labels=rows.label_names, row_ids=wanted)
 
 

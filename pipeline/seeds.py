@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from pipeline import hardware, initialise, kinds, lessons, students
-from pipeline.data import POOL
 from pipeline.runs import Job, open_inputs
 from pipeline.tokens import TextReader
 from pipeline.training import Fit, Settings, fit
@@ -35,7 +34,8 @@ def train_seed(
     torch.manual_seed(job.seed)
     student, recipe = job.student, job.recipe
     cache, rows = open_inputs(job.paths)
-    rows = rows.only("train", "validation", *((POOL,) if recipe.pool else ()))
+    rows = rows.with_views(recipe.views, recipe.view_labels)
+    rows = rows.only("validation", *lessons.taught_by(recipe))
     reader = TextReader(job.paths.out / "tokenizer", student.max_length, "truncate")
     if cache.identity.spec.per_position:
         lesson = lessons.of_documents(student, recipe, cache, rows, job.seed)

@@ -10,7 +10,7 @@ from pipeline.config import Run
 from stages import paths
 from tests.imports import ROOT, closure
 
-CHEAP = ("prepare", "train", "evaluate", "report")
+CHEAP = ("prepare", "augment", "train", "evaluate", "report")
 DEAR = ("fetch", "teacher", "cache", "verify", "score")
 GRAPH: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
 
@@ -54,6 +54,7 @@ def test_the_graph_and_the_code_name_the_same_paths() -> None:
     key = "${key}"
     assert names("fetch", "outs") == [str(paths.ASSETS / key)]
     assert names("prepare", "outs") == [str(paths.DATA / key)]
+    assert names("augment", "outs") == [str(paths.DATA / key)]
     assert names("teacher", "outs") == [str(paths.TEACHERS / key)]
     assert names("cache", "outs") == [str(paths.CACHES / key), str(paths.CAPTURE / f"{key}.json")]
     assert names("verify", "outs") == [str(paths.VERIFIED / f"{key}.json")]
