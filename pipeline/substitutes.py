@@ -64,13 +64,18 @@ class Vocabulary:
         ]
         self.words = [word for word, _ in whole]
         self.ids = np.array([i for _, i in whole], np.int64)  # W, ascending
-        self.folded = np.array([word.casefold() for word in self.words], np.str_)  # W
+        self._number = {f: n for n, f in enumerate(dict.fromkeys(word.casefold() for word in self.words))}
+        self._folded = np.array([self._number[word.casefold()] for word in self.words], np.int64)  # W
         self._place = {word: place for place, word in enumerate(self.words)}
 
     def place(self, word: str) -> int | None:
         """Which of the W a word of a text is, as this tokenizer writes it."""
         normalizer = self.tokenizer.normalizer
         return self._place.get(normalizer.normalize_str(word) if normalizer else word)
+
+    def same(self, word: str) -> npt.NDArray[np.bool_]:
+        """Which of the W are this word, whatever their case."""
+        return self._folded == self._number.get(word.casefold(), -1)
 
 
 class Neighbours:
@@ -95,7 +100,7 @@ class Neighbours:
             part = asked[start : start + ASKED_AT_ONCE]
             cosine_QW = self._unit_WD[part] @ self._unit_WD.T
             for word, scores_W in zip(part, cosine_QW, strict=True):
-                same = self._vocabulary.folded == self._vocabulary.folded[word]
+                same = self._vocabulary.same(self._vocabulary.words[word])
                 best = best_first(scores_W, same, self._num)
                 self._known[word] = [self._vocabulary.words[place] for place in best]
 
@@ -153,8 +158,8 @@ class Masked:
         return np.split(said.cpu().numpy(), np.cumsum(masked.sum(1).cpu().numpy())[:-1])
 
     def _candidates(self, word: str, scores_W: npt.NDArray[np.float64]) -> list[str]:
-        same = self._vocabulary.folded == word.casefold()
-        return [self._vocabulary.words[place] for place in best_first(scores_W, same, self._num)]
+        best = best_first(scores_W, self._vocabulary.same(word), self._num)
+        return [self._vocabulary.words[place] for place in best]
 
 
 def best_first(
