@@ -18,7 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline import config, config_recipes, hardware, kinds
+from pipeline import by_config, config, config_recipes, encoders, hardware, kinds
 from pipeline.data import POOL, SPLITS, VIEWS, Rows, load_rows
 from pipeline.decoders import refuse_misfit
 from pipeline.progress import bars, log
@@ -162,6 +162,15 @@ def _refuse_misfit(
 
 
 def _refuse_start(name: str, cache: Cache, student: kinds.Student) -> None:
+    if isinstance(student, kinds.Transformers):
+        by_config.settings(student, 2, len(cache.labels))
+    if (
+        isinstance(student, kinds.FC | kinds.BiLSTM | kinds.TinyBERT)
+        and student.init
+        and student.init.from_teacher
+    ):
+        what, held = f"the student of runs.{name}", cache.weights_dir
+        encoders.refuse_misfit(what, student, held, cache.weights_layers)
     if isinstance(student, kinds.Llama) and student.init:
         refuse_misfit(f"the student of runs.{name}", student, cache.weights_dir, cache.weights_layers)
 

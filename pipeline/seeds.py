@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from pipeline import hardware, initialise, kinds, lessons, students
+from pipeline import by_config, encoder_start, hardware, initialise, kinds, lessons, students
 from pipeline.runs import Job, open_inputs
 from pipeline.tokens import TextReader
 from pipeline.training import Fit, Settings, fit
@@ -44,8 +44,14 @@ def train_seed(
         lesson = lessons.of_rows(student, recipe, cache, rows, reader, job.seed)
         num_ids = reader.num_ids
     model = students.build(student, num_ids, lesson.num_outputs)
+    if isinstance(student, kinds.Transformers):
+        settings = by_config.settings(student, num_ids, lesson.num_outputs, reader.pad_id, cache.labels)
+        cast(students.Transformers, model).rebuild(settings)
+        by_config.refuse_unfit(model, student, num_ids)
     if isinstance(student, kinds.Llama) and student.init:
         initialise.from_teacher(cast(students.Llama, model), student, cache.weights_dir)
+    elif isinstance(student, kinds.FC | kinds.BiLSTM | kinds.TinyBERT) and student.init:
+        encoder_start.begin(model, student, cache.weights_dir if cache.weights_layers else None)
     setup = Setup(1, "float32", {})
     if cache.identity.spec.per_position:
         setup = fastest(model, lesson, job.threads, recipe.precision)

@@ -75,7 +75,8 @@ class Vocabulary:
 
     def same(self, word: str) -> npt.NDArray[np.bool_]:
         """Which of the W are this word, whatever their case."""
-        return self._folded == self._number.get(word.casefold(), -1)
+        found: npt.NDArray[np.bool_] = self._folded == self._number.get(word.casefold(), -1)
+        return found
 
 
 class Neighbours:
