@@ -53,11 +53,11 @@ def build(chosen: kinds.Transformers, pad_id: int = 0) -> students.Transformers:
 def test_neither_padding_nor_what_stands_there_nor_the_company_changes_an_answer(
     model_type: str, pad_id: int
 ) -> None:
-    model = build(entry(model_type), pad_id)
     if model_type == "roberta" and pad_id == 49:  # it counts positions from behind the padding id
-        with pytest.raises(ConfigError, match="cannot read 12 tokens"):
-            by_config.refuse_unfit(model, entry(model_type), VOCAB)
+        with pytest.raises(ConfigError, match="cannot be built"):
+            build(entry(model_type), pad_id)
         return
+    model = build(entry(model_type), pad_id)
     by_config.refuse_unfit(model, entry(model_type), VOCAB)
     with torch.inference_mode():
         together = model(*batch())
