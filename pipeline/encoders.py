@@ -6,13 +6,16 @@ That is known from sizes alone. The weights themselves are the business of weigh
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import model_validator
 
 from pipeline.decoders import Layers
 from pipeline.section import Section
 from storage.errors import Mismatch, SpecMismatch
+
+if TYPE_CHECKING:
+    from pipeline.kinds import FC, BiLSTM, TinyBERT
 
 EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 POSITIONS = "bert.embeddings.position_embeddings.weight"
@@ -72,15 +75,6 @@ class EncoderStart(Section):
         return self.layers is not None or self.embeddings is not None
 
 
-class Student(Protocol):
-    """What is asked of a student here."""
-
-    @property
-    def init(self) -> Start | EncoderStart | None: ...  # noqa: D102
-    @property
-    def max_length(self) -> int: ...  # noqa: D102
-
-
 def tensor_names(layers: Sequence[int]) -> list[str]:
     """What a BERT for rows calls all that a student of these layers needs."""
     return [
@@ -89,47 +83,51 @@ def tensor_names(layers: Sequence[int]) -> list[str]:
     ]
 
 
-def refuse_misfit(what: str, student: Student, weights: Path, carried: Sequence[int]) -> None:
+def refuse_misfit(
+    what: str, student: "FC | BiLSTM | TinyBERT", weights: Path, carried: Sequence[int]
+) -> None:
     """Raise SpecMismatch where `student` cannot start from the weights in this directory, with every reason.
 
     `carried` are the layers that lie there.
     """
-    init = student.init
-    if init is None or not init.from_teacher:
+    if student.init is None or not student.init.from_teacher:
         return
     teacher = json.loads((weights / "config.json").read_text())
-    faults, advice = [], []
+    faults, advice = [], ""
     if teacher.get("model_type") != "bert":
         faults.append(Mismatch("the teacher's model_type", teacher.get("model_type"), "bert"))
-        raise SpecMismatch(f"{what} cannot start from {weights}", faults, "Remove init.")
-    field = "width" if hasattr(student, "width") else "embedding"
-    width, most = getattr(student, field), teacher["hidden_size"]
-    if isinstance(init, EncoderStart) and init.layers is not None:
-        if not set(init.layers) <= set(carried):
-            faults.append(Mismatch("init.layers", list(init.layers), f"of {sorted(carried)}"))
-            advice.append(
-                "Name layers that the cache carries, or more of them under caches.NAME.weights, and run "
-                "`dvc repro cache@NAME`: the teacher is not asked again."
-            )
-        positions = max(student.max_length, LEAST_POSITIONS)
-        own: dict[str, Any] = {
-            "hidden_size": width,
-            "num_attention_heads": getattr(student, "heads", None),
-            "intermediate_size": INNER * width,
-            **SETTINGS,
-        }
-        faults += [
-            Mismatch(key, value, teacher.get(key, SETTINGS.get(key)))
-            for key, value in own.items()
-            if teacher.get(key, SETTINGS.get(key)) != value
-        ]
-        if positions > teacher["max_position_embeddings"]:
-            fault = Mismatch("max_length", positions, f"at most {teacher['max_position_embeddings']}")
-            faults.append(fault)
-        if faults and not advice:
-            advice.append("Layers are copied: take the teacher's sizes, or init: {embeddings: svd}.")
-    elif width > most:
-        faults.append(Mismatch(field, width, f"at most {most}"))
-        advice.append("No factorisation of the teacher's embeddings is wider than they are.")
+        advice = "Remove init."
+    elif student.kind == "tinybert" and student.init.layers is not None:
+        faults, advice = _misfits_of_layers(student, student.init.layers, teacher, carried)
+    else:
+        field = "width" if student.kind == "tinybert" else "embedding"
+        if getattr(student, field) > teacher["hidden_size"]:
+            faults.append(Mismatch(field, getattr(student, field), f"at most {teacher['hidden_size']}"))
+            advice = "No factorisation of the teacher's embeddings is wider than they are."
     if faults:
-        raise SpecMismatch(f"{what} cannot start from {weights}", faults, " ".join(advice))
+        raise SpecMismatch(f"{what} cannot start from {weights}", faults, advice)
+
+
+def _misfits_of_layers(
+    student: "TinyBERT", layers: tuple[int, ...], teacher: dict[str, Any], carried: Sequence[int]
+) -> tuple[list[Mismatch], str]:
+    """(what differs from a teacher whose layers are to be copied, what to do)."""
+    own = {
+        "hidden_size": student.width,
+        "num_attention_heads": student.heads,
+        "intermediate_size": INNER * student.width,
+        **SETTINGS,
+    }
+    theirs = {key: teacher.get(key, SETTINGS.get(key)) for key in own}
+    faults = [Mismatch(key, value, theirs[key]) for key, value in own.items() if theirs[key] != value]
+    positions, most = max(student.max_length, LEAST_POSITIONS), teacher["max_position_embeddings"]
+    if positions > most:
+        faults.append(Mismatch("max_length", positions, f"at most {most}"))
+    advice = ["Layers are copied: take the teacher's sizes, or init: {embeddings: svd}."] if faults else []
+    if not set(layers) <= set(carried):
+        faults.append(Mismatch("init.layers", list(layers), f"of {sorted(carried)}"))
+        advice.append(
+            "Name layers that the cache carries, or more of them under caches.NAME.weights, and run "
+            "`dvc repro cache@NAME`: the teacher is not asked again."
+        )
+    return faults, " ".join(advice)
