@@ -86,7 +86,7 @@ def made(texts: Sequence[str], entry: Augmented, number: int, substitutes: Subst
     chances = [_draws(text, len(own), entry.seed, number) for text, own in zip(texts, words, strict=True)]
     if substitutes is not None:
         requests = [
-            Request(own, np.flatnonzero(u[:, 0] < entry.replace).tolist())
+            Request(own, [p for p in np.flatnonzero(u[:, 0] < entry.replace).tolist() if core(own[p])])
             for own, u in zip(words, chances, strict=True)
         ]
         for request, u, found in zip(requests, chances, substitutes(requests), strict=True):

@@ -25,8 +25,9 @@ from storage.errors import TeacherError
 PARTS = re.compile(r"^(\W*)(.*?)(\W*)$", re.DOTALL)  # of a word: what stands around it stays
 BEFORE_WORDS = "\u0120\u2581"  # how byte-level and sentencepiece vocabularies write the space before a word
 GRID = 1e6  # steps of a score from 0 to 1
-ASKED_AT_ONCE = 512  # words, or texts
-MAX_LENGTH = 512  # tokens of a text
+WORDS_AT_ONCE = 512
+TOKENS_AT_ONCE = 2048  # each has a float64 for every id: half a GB for 30,000 ids
+MAX_LENGTH = 512  # tokens of a text; fewer where the model has fewer positions
 
 
 class Request(NamedTuple):
@@ -97,8 +98,8 @@ class Neighbours:
         return [[[] if p is None else self._known[p] for p in row] for row in places]
 
     def _look_up(self, asked: list[int]) -> None:
-        for start in tracked("neighbours of words", range(0, len(asked), ASKED_AT_ONCE), "batches"):
-            part = asked[start : start + ASKED_AT_ONCE]
+        for start in tracked("neighbours of words", range(0, len(asked), WORDS_AT_ONCE), "batches"):
+            part = asked[start : start + WORDS_AT_ONCE]
             cosine_QW = self._unit_WD[part] @ self._unit_WD.T
             for word, scores_W in zip(part, cosine_QW, strict=True):
                 same = self._vocabulary.same(self._vocabulary.words[word])
@@ -117,6 +118,8 @@ class Masked:
             raise TeacherError(f"{error}\nOr write words: embeddings, which needs no such head.") from error
         if "mask_token" not in self._reader.special:
             raise TeacherError(f"the tokenizer in {model} has no mask token.\nWrite words: embeddings.")
+        positions = getattr(self._model.config, "max_position_embeddings", MAX_LENGTH)
+        self._reader.max_length = min(MAX_LENGTH, positions)
         self._mask_id = self._reader.special["mask_token"]
         self._mask = str(self._reader.tokenizer.id_to_token(self._mask_id))
         self._vocabulary = Vocabulary(self._reader)
@@ -126,10 +129,8 @@ class Masked:
         """See Substitutes. Any word can be masked."""
         texts = [self._masked(request) for request in requests]
         tokens = self._reader.read(texts, [""] * len(texts))
-        by_length = np.argsort(tokens.lengths, kind="stable")
         found: list[list[list[str]]] = [[] for _ in requests]
-        for start in tracked("words for masks", range(0, len(texts), ASKED_AT_ONCE), "batches"):
-            part = by_length[start : start + ASKED_AT_ONCE]
+        for part in tracked("words for masks", _batches(tokens.lengths), "batches"):
             ids_BL, mask_BL = tokens.padded(part, self._reader.pad_id)
             for row, scores_MW in zip(part, self._scores(ids_BL, mask_BL), strict=True):
                 # Places that the maximum cut off have no scores, and keep their words.
@@ -176,6 +177,17 @@ def best_first(
         order, kept = order[chosen], kept[chosen]
     best: npt.NDArray[np.int64] = kept[np.argsort(order)]
     return best
+
+
+def _batches(lengths: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+    """Rows of like length, the longest first, so many as make TOKENS_AT_ONCE."""
+    longest_first = np.argsort(-lengths, kind="stable")
+    parts, start = [], 0
+    while start < len(lengths):
+        num = max(1, TOKENS_AT_ONCE // int(lengths[longest_first[start]]))
+        parts.append(longest_first[start : start + num])
+        start += num
+    return parts
 
 
 def core(word: str) -> str:

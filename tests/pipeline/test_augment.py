@@ -19,7 +19,7 @@ from pipeline.config_augmented import Augmented
 from pipeline.config_recipes import Recipe
 from pipeline.data import NO_LABEL, VIEWS, Rows, load_rows
 from pipeline.losses import recipe_loss
-from pipeline.substitutes import Masked, Neighbours, Request, best_first, with_core
+from pipeline.substitutes import Masked, Neighbours, Request, _batches, best_first, with_core
 from pipeline.tokens import TextReader
 from storage import Cache
 from storage.errors import AssetError, DataError, SpecMismatch, TeacherError
@@ -98,6 +98,19 @@ def test_a_new_word_stands_in_the_punctuation_of_the_old_and_takes_its_capital(m
     assert with_core("--", "x") == "--x"
 
 
+@pytest.mark.parametrize("kind", ["embeddings", "mlm"])
+def test_what_is_no_word_is_not_exchanged(model: Path, masked: Path, kind: str) -> None:
+    others = Neighbours(model, 5) if kind == "embeddings" else Masked(masked, 5)
+    made = augment.made(["film , plot -- !"], entry(replace=1.0, delete=0.0, words=kind), 1, others)
+    assert [made[0].split()[place] for place in (1, 3, 4)] == [",", "--", "!"]
+
+
+def test_texts_are_read_in_batches_of_like_length_and_bounded_size() -> None:
+    lengths = np.array([5, 4096, 7, 512, 1, 512, 512, 512, 512])
+    parts = _batches(lengths)
+    assert [part.tolist() for part in parts] == [[1], [3, 5, 6, 7], [8, 2, 0, 4]]
+
+
 def test_neighbours_are_those_of_the_largest_cosine_and_never_the_word_itself(model: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     words_VD = tensors["bert.embeddings.word_embeddings.weight"].double()
@@ -137,11 +150,8 @@ def test_a_masked_model_is_asked_about_the_places_alone_and_offers_what_it_expec
         assert found == sorted(whole, key=lambda word: -logits[vocabulary[word]])[:3]
 
 
-def test_words_past_the_maximum_and_masks_that_a_text_brings_are_left_alone(
-    masked: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipeline.substitutes.MAX_LENGTH", 6)
-    found = Masked(masked, 2)([Request(["film", "[MASK]", "plot", "film", "film", "film"], [2, 5])])
+def test_words_past_the_models_positions_and_masks_that_a_text_brings_are_left_alone(masked: Path) -> None:
+    found = Masked(masked, 2)([Request(["film", "[MASK]", "plot", *["film"] * encoders.MOST], [2, 34])])
     assert len(found[0][0]) == 2
     assert found[0][1] == []
 
