@@ -1,7 +1,8 @@
 """The schema of params.yaml: frozen, strict, and the only place that says what a field means.
 
-Entries of the shelves are described in config_data.py (assets, datasets), config_teachers.py (teachers,
-caches), kinds.py (students), config_recipes.py and config_match.py (recipes); runs, and how a file is read
+Entries of the shelves are described in config_data.py (assets, datasets), config_augmented.py,
+config_teachers.py (teachers, caches), kinds.py (students), config_recipes.py and config_match.py (recipes);
+runs, and how a file is read
 and checked, are here.
 An unknown key is an error that names the nearest known one; so is a name that no shelf holds. Numbers carry
 their unit in the docstring below the field. Defaults are the values that a newcomer should start from.
@@ -19,6 +20,7 @@ from pydantic import (
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from pipeline.config_augmented import Augmented
 from pipeline.config_data import Asset, Dataset
 from pipeline.config_recipes import Recipe
 from pipeline.config_teachers import CacheEntry, MixtureEntry, Teacher
@@ -86,6 +88,7 @@ class Params(Section):
 
     assets: dict[Name, Asset] = Field(default_factory=dict)
     datasets: dict[Name, Dataset]
+    augmented: dict[Name, Augmented] = Field(default_factory=dict)
     teachers: dict[Name, Teacher]
     caches: dict[Name, CacheEntry]
     mixtures: dict[Name, MixtureEntry] = Field(default_factory=dict)
@@ -107,14 +110,10 @@ class Params(Section):
         return {**self.caches, **self.mixtures}
 
 
-# What people call the shelves that references lead to.
-SHELVES = {"every_cache": "caches or mixtures", "every_run": "runs or chained"}
-
-
 class _Reference(NamedTuple):
     field: str
     name: str
-    shelf: str
+    shelf: str  # or two, parted by " or "
 
 
 def load(path: Path = PARAMS) -> Params:
@@ -134,13 +133,16 @@ def load(path: Path = PARAMS) -> Params:
     except ValidationError as error:
         found = "\n".join(f"  {fault}" for fault in faults(error, Params))
         raise ConfigError(f"{path} cannot be used:\n{found}") from None
-    if unknown := [r for r in _references(params) if r.name not in getattr(params, r.shelf)]:
+    if unknown := [r for r in _references(params) if r.name not in _names(params, r)]:
         lines = [
-            f"  {r.field}: no {r.name!r} in {SHELVES.get(r.shelf, r.shelf)}"
-            f"{nearest(r.name, getattr(params, r.shelf))}"
-            for r in unknown
+            f"  {r.field}: no {r.name!r} in {r.shelf}{nearest(r.name, _names(params, r))}" for r in unknown
         ]
         raise ConfigError(f"{path} names things that are not on the shelf:\n" + "\n".join(lines))
+    if twice := sorted({*params.datasets} & {*params.augmented}):
+        raise ConfigError(
+            f"{path}: {twice[0]!r} stands in datasets and in augmented: both would be data/{twice[0]}.\n"
+            "Give one of them another name."
+        )
     if broken := list(_broken_chains(params)):
         raise ConfigError(f"{path} chains runs that do not fit:\n  " + "\n  ".join(broken))
     if circular := list(_circular(params)):
@@ -157,23 +159,36 @@ def pick(shelf: Mapping[str, Entry], kind: str, name: str) -> Entry:
     return shelf[name]
 
 
+def _names(params: Params, reference: _Reference) -> list[str]:
+    return [name for shelf in reference.shelf.split(" or ") for name in getattr(params, shelf)]
+
+
+def _either(params: Params, shelf: str, other: str) -> str:
+    """Both shelves where the other one has entries."""
+    return f"{shelf} or {other}" if getattr(params, other) else shelf
+
+
 def _references(params: Params) -> Iterator[_Reference]:
+    prepared = _either(params, "datasets", "augmented")
+    caches = _either(params, "caches", "mixtures")
+    for name, augmented in params.augmented.items():
+        yield _Reference(f"augmented.{name}.dataset", augmented.dataset, "datasets")
     for name, teacher in params.teachers.items():
         yield _Reference(f"teachers.{name}.dataset", teacher.dataset, "datasets")
     for name, cache in params.caches.items():
-        yield _Reference(f"caches.{name}.dataset", cache.dataset, "datasets")
+        yield _Reference(f"caches.{name}.dataset", cache.dataset, prepared)
         yield _Reference(f"caches.{name}.teacher", cache.teacher, "teachers")
     for name, mixture in params.mixtures.items():
         for cache_name in mixture.caches:
-            yield _Reference(f"mixtures.{name}.caches", cache_name, "every_cache")
+            yield _Reference(f"mixtures.{name}.caches", cache_name, caches)
     for shelf in ("runs", "chained"):
         for name, run in getattr(params, shelf).items():
-            yield _Reference(f"{shelf}.{name}.dataset", run.dataset, "datasets")
-            yield _Reference(f"{shelf}.{name}.cache", run.cache, "every_cache")
+            yield _Reference(f"{shelf}.{name}.dataset", run.dataset, prepared)
+            yield _Reference(f"{shelf}.{name}.cache", run.cache, caches)
             yield _Reference(f"{shelf}.{name}.student", run.student, "students")
             yield _Reference(f"{shelf}.{name}.recipe", run.recipe, "recipes")
     for name, chained in params.chained.items():
-        yield _Reference(f"chained.{name}.init", chained.init, "every_run")
+        yield _Reference(f"chained.{name}.init", chained.init, "runs or chained")
 
 
 def _broken_chains(params: Params) -> Iterator[str]:

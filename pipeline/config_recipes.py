@@ -40,6 +40,11 @@ class Recipe(Section):
     pseudo_labels: bool = False
     """Rows of the pool get the teacher's first choice as their label (Lee 2013): what the extra text gives
     without the teacher's probabilities. Needs alpha: 1 and pool: true."""
+    views: Annotated[int, Field(ge=0)] = 0
+    """Train on so many views of each training row too; the dataset is one of the shelf `augmented`."""
+    view_labels: bool = False
+    """Give views the label of their row. Without, they give the KL part alone: the teacher says what a text
+    means after a word of it was exchanged or left out."""
     epochs: Positive = 5
     batch_rows: Positive = 64
     """Rows a step."""
@@ -82,7 +87,7 @@ class Recipe(Section):
     def family(self) -> str:
         """Which of the four that are compared it is: CE or KD, with or without extra text."""
         learns = "CE" if self.labels_only or self.pseudo_labels else "KD"
-        return f"{learns} + extra text" if self.pool else learns
+        return f"{learns} + extra text" if self.pool or self.views else learns
 
     @model_validator(mode="after")
     def _pool_needs_a_teacher(self) -> "Recipe":
@@ -92,6 +97,14 @@ class Recipe(Section):
             )
         if self.pseudo_labels and not (self.pool and self.alpha == 1):
             raise ValueError("pseudo_labels trains on labels, the pool's too: set alpha: 1 and pool: true")
+        if self.views and self.pool == "only":
+            raise ValueError("pool: only trains on nothing else, and views are of training rows: remove one")
+        if self.views and self.alpha == 1 and not self.view_labels:
+            raise ValueError(
+                "alpha 1 trains on labels only, and views have none: set alpha below 1, or view_labels: true"
+            )
+        if self.view_labels and not self.views:
+            raise ValueError("view_labels is about views, and this recipe takes none: set views above 0")
         return self
 
     @model_validator(mode="wrap")  # the last of the validators, so that the others see each candidate
@@ -101,6 +114,11 @@ class Recipe(Section):
         lists = {field: values for field, values in lists.items() if isinstance(values, list)}
         if not lists:
             return handler(value)
+        if value.get("views"):
+            raise ValueError(
+                f"{next(iter(lists))}: a fold would be judged by rows whose views it was trained on; "
+                "choose the number with views: 0, then write it here"
+            )
         for field, values in lists.items():
             if len(values) < 2:
                 raise ValueError(f"{field}: a list of {len(values)} leaves no choice; write a number")

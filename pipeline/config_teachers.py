@@ -1,12 +1,28 @@
 """Entries of params.yaml: `teachers`, `caches`, what they are asked, and `mixtures` of caches."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.decoders import Weights
 from pipeline.section import Fraction, Name, Positive, Section, distinct
 from pipeline.targets import Dense, MaskedShare, Targets
+
+
+class Lora(Section):
+    """Low-rank adapters (Hu et al. 2021): trained in place of the weights, then merged into them."""
+
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """Adapters count alpha / rank."""
+    dropout: Fraction = 0.0
+    """Of what the adapters read."""
+    targets: Annotated[
+        Literal["auto"]
+        | Annotated[tuple[str, ...], Field(min_length=1, strict=False), AfterValidator(distinct)],
+        Field(union_mode="left_to_right"),
+    ] = "auto"
+    """Names of the linear layers that get adapters; auto: what is usual for the model's kind."""
 
 
 class TeacherTraining(Section):
@@ -30,6 +46,14 @@ class TeacherTraining(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the forward pass. auto: bfloat16 where the hardware computes in it, else float32."""
     seed: Annotated[int, Field(ge=0)] = 0
+    lora: Lora | None = None
+    """Train adapters and the head alone; null: the weights."""
+
+    @model_validator(mode="after")
+    def _adapters_freeze(self) -> Self:
+        if self.lora and self.frozen_layers is not None:
+            raise ValueError("lora leaves all layers as they are but for its targets: remove frozen_layers")
+        return self
 
 
 class Teacher(Section):

@@ -2,7 +2,8 @@
 
 A prepared dataset is a directory with two files:
     rows.parquet   row_id, text, label (position in `labels`, -1 for none), split (one of SPLITS, or POOL);
-                   for token classification also tags (positions in `labels`, one a word; none in the pool)
+                   for token classification also tags (positions in `labels`, one a word; none in the pool);
+                   of an augmented dataset (augment.py) also view, and the split VIEWS
     summary.json   label names, counts of what was kept, cut, dropped or repeated, the content's fingerprint;
                    the task, where it is neither of the two that labels tell apart
 Tokens are not in it: every teacher and student reads the same rows with a tokenizer of its own.
@@ -32,6 +33,7 @@ from storage.spec import Task, content_fingerprint, row_id
 
 SPLITS = ("train", "validation", "test")
 POOL = "pool"
+VIEWS = "views"
 NO_LABEL = -1
 BUILDERS = {
     ".csv": "csv",
@@ -62,6 +64,7 @@ class Rows(NamedTuple):
     label_names: tuple[str, ...]
     task: Task = "sequence-classification"
     tags: pa.ListArray | None = None  # N lists of positions in label_names, one a word; token classification
+    views: npt.NDArray[np.int32] | None = None  # N, which view of a training row, 0 for rows; augmented data
 
     def select(self, *splits: str) -> npt.NDArray[np.int64]:
         """Positions of the rows of these splits, in order."""
@@ -69,13 +72,23 @@ class Rows(NamedTuple):
 
     def only(self, *splits: str) -> "Rows":
         """The rows of these splits alone, in order."""
-        chosen = self.select(*splits)
+        return self._take(self.select(*splits))
+
+    def with_views(self, most: int, labelled: bool) -> "Rows":
+        """All rows, with the first `most` views of each; views have their row's label, or none."""
+        if self.views is None:
+            return self
+        labels = self.labels if labelled else np.where(self.views > 0, np.int32(NO_LABEL), self.labels)
+        return self._replace(labels=labels)._take(np.flatnonzero(self.views <= most))
+
+    def _take(self, chosen: npt.NDArray[np.int64]) -> "Rows":
         return self._replace(
             row_ids=self.row_ids.take(chosen),
             texts=self.texts.take(chosen),
             labels=self.labels[chosen],
             splits=self.splits[chosen],
             tags=None if self.tags is None else self.tags.take(chosen),
+            views=None if self.views is None else self.views[chosen],
         )
 
 
@@ -98,6 +111,7 @@ def load_rows(directory: Path) -> Rows:
         tuple(about["labels"]),
         about.get("task") or ("sequence-classification" if about["labels"] else "causal-lm"),
         columns.get("tags"),
+        columns["view"].to_numpy() if "view" in columns else None,
     )
 
 

@@ -24,10 +24,10 @@ Layers = Annotated[
 
 
 class Weights(Section):
-    """Weights of the teacher that students may start from: its embeddings, its final norm and some layers."""
+    """Weights of the teacher that students may start from: some of its layers, and what is around them."""
 
     layers: Layers
-    """Decoder layers, the first one 0."""
+    """Of the teacher, the first one 0. One at least, also where students take its embeddings alone."""
 
 
 class Init(Section):

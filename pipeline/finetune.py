@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline import config_teachers, engine, hardware, language, targets, teachers
+from pipeline import adapters, config_teachers, engine, hardware, language, targets, teachers
 from pipeline.batches import BUCKET_BATCHES, DistillBatch
 from pipeline.data import Rows, load_rows
 from pipeline.losses import label_loss
@@ -75,6 +75,8 @@ def make_teacher(name: str, entry: config_teachers.Teacher, dataset: Path, out: 
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "training": done._asdict() if done else None,
     }
+    if entry.train and entry.train.lora:
+        record["lora"] = entry.train.lora.model_dump(mode="json")
     (out / teachers.RECORD).write_text(json.dumps(record, indent=2) + "\n")
     log(f"{name}: {record['accuracy']['test']:.1%} of the test {'words' if words else 'rows'} right")
     return record
@@ -144,6 +146,7 @@ def _fine_tune(
     _try_extremes(model, tokens, pad_id)
     if train.frozen_layers is not None:
         _freeze(name, model, train.frozen_layers)
+    learner = adapters.adapted(name, model, train.lora) if train.lora else model
     chosen = rows.select("train")
 
     def batches(epoch: int) -> Iterator[DistillBatch]:
@@ -166,11 +169,11 @@ def _fine_tune(
     )
     with bar(f"fine-tuning {name}", train.epochs * len(chosen), "rows") as advance:
         done = fit(
-            _Classifier(model), batches,
+            _Classifier(learner), batches,
             lambda net, batch, _: label_loss(net(batch.ids_BL, batch.mask_BL), batch.labels_T),
             lambda _: _validation(model, rows, tokens, pad_id), settings, advance,
         )  # fmt: skip
-    return model, done
+    return (adapters.merged(learner) if train.lora else model), done
 
 
 def _freeze(name: str, model: "PreTrainedModel", num_layers: int) -> None:
@@ -200,7 +203,7 @@ def _extremes(tokens: Tokens) -> npt.NDArray[np.int64]:
 class _Classifier(torch.nn.Module):
     """A transformers classifier with the students' signature."""
 
-    def __init__(self, model: "PreTrainedModel") -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.model = model
 

@@ -13,7 +13,7 @@ import torch
 
 from pipeline import config_recipes, kinds, layer_maps, students
 from pipeline.batches import CachedRows, DistillBatch
-from pipeline.data import POOL, Rows
+from pipeline.data import POOL, VIEWS, Rows
 from pipeline.documents import CachedDocuments
 from pipeline.head_loss import head_loss, mixed
 from pipeline.losses import (
@@ -56,7 +56,7 @@ def taught_by(recipe: config_recipes.Recipe) -> tuple[str, ...]:
     """The splits that a recipe trains on."""
     if recipe.pool == "only":
         return (POOL,)
-    return ("train", POOL) if recipe.pool else ("train",)
+    return ("train", *((POOL,) if recipe.pool else ()), *((VIEWS,) if recipe.views else ()))
 
 
 def of_rows(

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pipeline import choosing, config, config_recipes, hardware, kinds, layer_maps
-from pipeline.data import POOL, SPLITS, Rows, load_rows
+from pipeline import by_config, choosing, config, config_recipes, encoders, hardware, kinds, layer_maps
+from pipeline.data import POOL, SPLITS, VIEWS, Rows, load_rows
 from pipeline.decoders import refuse_misfit
 from pipeline.progress import bars, log
 from pipeline.schedules import ends
@@ -193,7 +193,14 @@ def _refuse_misfit(
             f"runs.{name}: no row to train on is in all caches of {cache.path.parent}.\n"
             "Mix caches of the same dataset: row ids are made of a dataset's name and its texts."
         )
-    wanted = rows.row_ids.take(rows.select(*SPLITS, *((POOL,) if recipe.pool else ())))
+    there = 0 if rows.views is None else int(rows.views.max())
+    if recipe.views > there:
+        raise DataError(
+            f"runs.{name}: its recipe trains on {recipe.views} views of each training row, and the dataset "
+            f"has {there}.\nMake more of them (augmented.NAME.views), or lower the recipe's views."
+        )
+    rows = rows.with_views(recipe.views, recipe.view_labels)
+    wanted = rows.row_ids.take(rows.select(*SPLITS, VIEWS, *((POOL,) if recipe.pool else ())))
     cache.check(f"runs.{name}", labels=rows.label_names, row_ids=wanted)
 
 
@@ -204,8 +211,17 @@ def start_of(init: Path, seed: int) -> Path:
 
 
 def _refuse_start(name: str, cache: Cache, student: kinds.Student, init: Path | None) -> None:
+    if isinstance(student, kinds.Transformers):
+        by_config.settings(student, 2, len(cache.labels))
     if init:
         _refuse_other_run(name, cache, student, init)
+    elif (
+        isinstance(student, kinds.FC | kinds.BiLSTM | kinds.TinyBERT)
+        and student.init
+        and student.init.from_teacher
+    ):
+        what, held = f"the student of runs.{name}", cache.weights_dir
+        encoders.refuse_misfit(what, student, held, cache.weights_layers)
     elif isinstance(student, kinds.Llama) and student.init:
         refuse_misfit(f"the student of runs.{name}", student, cache.weights_dir, cache.weights_layers)
 

@@ -6,7 +6,17 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from pipeline import choosing, config_recipes, hardware, initialise, kinds, lessons, students
+from pipeline import (
+    by_config,
+    choosing,
+    config_recipes,
+    encoder_start,
+    hardware,
+    initialise,
+    kinds,
+    lessons,
+    students,
+)
 from pipeline.data import POOL, Rows
 from pipeline.runs import Job, open_inputs, start_of
 from pipeline.tokens import TextReader
@@ -36,9 +46,10 @@ def train_seed(
     torch.manual_seed(job.seed)
     student, recipe = job.student, job.recipe
     cache, rows = open_inputs(job.paths)
+    rows = rows.with_views(recipe.views, recipe.view_labels)
     if job.trial is not None:
         rows = choosing.held_out(rows, job.trial.fold, job.trial.folds)
-    rows = rows.only("train", "validation", *((POOL,) if recipe.pool else ()))
+    rows = rows.only("validation", *lessons.taught_by(recipe))
     reader = TextReader(job.paths.out / "tokenizer", student.max_length, "truncate")
     if cache.identity.spec.per_position:
         lesson = lessons.of_documents(student, recipe, cache, rows, job.seed)
@@ -47,10 +58,16 @@ def train_seed(
         lesson = lessons.of_rows(student, recipe, cache, rows, reader, job.seed)
         num_ids = reader.num_ids
     model = students.build(student, num_ids, lesson.num_outputs)
+    if isinstance(student, kinds.Transformers):
+        settings = by_config.settings(student, num_ids, lesson.num_outputs, reader.pad_id, cache.labels)
+        cast(students.Transformers, model).rebuild(settings)
+        by_config.refuse_unfit(model, student, num_ids)
     if job.paths.init:
         model.load_state_dict(students.load(start_of(job.paths.init, job.seed)).state_dict())
     elif isinstance(student, kinds.Llama) and student.init:
         initialise.from_teacher(cast(students.Llama, model), student, cache.weights_dir)
+    elif isinstance(student, kinds.FC | kinds.BiLSTM | kinds.TinyBERT) and student.init:
+        encoder_start.begin(model, student, cache.weights_dir if cache.weights_layers else None)
     setup = Setup(1, "float32", {})
     if cache.identity.spec.per_position:
         setup = fastest(model, lesson, job.threads, recipe.precision)

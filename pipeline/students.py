@@ -19,11 +19,12 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline import kinds
+from pipeline import by_config, kinds
+from pipeline.encoders import INNER, LEAST_POSITIONS
 from storage.errors import AssetError
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
+    from transformers import LlamaConfig, PreTrainedConfig
 
 EMBEDDING_STD = 0.1  # wide enough for the mean of embeddings to carry a signal from the first step
 
@@ -106,10 +107,10 @@ class TinyBERT(nn.Module):
                 hidden_size=entry.width,
                 num_hidden_layers=entry.layers,
                 num_attention_heads=entry.heads,
-                intermediate_size=4 * entry.width,
+                intermediate_size=INNER * entry.width,
                 hidden_dropout_prob=entry.dropout,
                 attention_probs_dropout_prob=0.0,  # keeps the fused attention kernel on a CPU
-                max_position_embeddings=max(entry.max_length, 16),
+                max_position_embeddings=max(entry.max_length, LEAST_POSITIONS),
                 num_labels=num_labels,
             )
         )
@@ -192,7 +193,28 @@ class Llama(nn.Module):
         return logits_V
 
 
-KINDS: dict[str, Any] = {"fc": FC, "bilstm": BiLSTM, "tinybert": TinyBERT, "llama": Llama}
+class Transformers(nn.Module):
+    """A classifier of transformers, as its config says; saved as transformers saves it."""
+
+    def __init__(self, entry: kinds.Transformers, vocab_size: int, num_labels: int) -> None:
+        super().__init__()
+        self.rebuild(by_config.settings(entry, vocab_size, num_labels))
+
+    def rebuild(self, settings: "PreTrainedConfig") -> None:
+        """Have random weights, of these settings."""
+        self.settings = settings
+        self.net = by_config.network(settings)
+
+    def forward(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        """Logits [B, C]."""
+        ids_BL = ids_BL.masked_fill(~mask_BL, self.settings.pad_token_id)  # some look for the last true token
+        logits_BC: torch.Tensor = self.net(input_ids=ids_BL, attention_mask=mask_BL.long()).logits
+        return logits_BC
+
+
+KINDS: dict[str, Any] = {
+    "fc": FC, "bilstm": BiLSTM, "tinybert": TinyBERT, "llama": Llama, "transformers": Transformers
+}  # fmt: skip
 
 
 def build(entry: kinds.Student, vocab_size: int, num_labels: int) -> nn.Module:
@@ -204,10 +226,14 @@ def build(entry: kinds.Student, vocab_size: int, num_labels: int) -> nn.Module:
 def save(directory: Path, model: nn.Module, entry: kinds.Student, vocab_size: int, num_labels: int) -> None:
     """Write model.safetensors and student.json."""
     directory.mkdir(parents=True, exist_ok=True)
+    held = model.net if isinstance(model, Transformers) else model
     save_file(
-        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+        {name: tensor.contiguous() for name, tensor in held.state_dict().items()},
         directory / "model.safetensors",
+        metadata={"format": "pt"} if isinstance(model, Transformers) else None,
     )
+    if isinstance(model, Transformers):
+        model.settings.save_pretrained(directory)
     if isinstance(model, Llama):
         model.model.config.save_pretrained(directory)
     facts = {"student": entry.model_dump(mode="json"), "vocab_size": vocab_size, "num_labels": num_labels}
@@ -223,6 +249,12 @@ def load(directory: Path) -> nn.Module:
     facts = json.loads((directory / "student.json").read_text())
     entry: kinds.Student = TypeAdapter(kinds.Student).validate_python(facts["student"])
     model = build(entry, facts["vocab_size"], facts["num_labels"])
+    if isinstance(model, Transformers):
+        from transformers import AutoConfig
+
+        model.rebuild(AutoConfig.from_pretrained(directory))
+        model.net.load_state_dict(load_file(directory / "model.safetensors"))
+        return model.eval()
     if isinstance(
         model, Llama
     ):  # a teacher that it started from may have settled what its entry does not say

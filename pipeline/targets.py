@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # Which caches each kind of student is trained on.
 STUDENT_TASKS: dict[str, Task] = {
     "fc": "sequence-classification", "bilstm": "sequence-classification",
-    "tinybert": "sequence-classification", "llama": "causal-lm",
+    "tinybert": "sequence-classification", "llama": "causal-lm", "transformers": "sequence-classification",
 }  # fmt: skip
 
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RECORD = "teacher.json"
-# Keys of config.json that say how a checkpoint was saved or where, and nothing about what it computes.
 # How transformers calls the models of each task.
 MODELS = {
     "sequence-classification": "AutoModelForSequenceClassification",
@@ -33,6 +32,7 @@ MODELS = {
     "causal-lm": "AutoModelForCausalLM",
     "masked-lm": "AutoModelForMaskedLM",
 }
+# Keys of config.json that say how a checkpoint was saved or where, and nothing about what it computes.
 VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures"}
 
 
@@ -100,19 +100,43 @@ def load_language(directory: Path, precision: str, task: Task = "causal-lm") -> 
     return model
 
 
+def input_embeddings(directory: Path) -> torch.Tensor:
+    """The input embeddings [V, D] of the model in `directory`, on the CPU in float32; it needs no head.
+
+    Raises AssetError or TeacherError.
+    """
+    from transformers import AutoModel
+
+    model, missing = _from_files(AutoModel, directory, "transformers model", dtype=torch.float32)
+    embeddings_VD: torch.Tensor = model.get_input_embeddings().weight.detach()
+    if any("embed" in name for name in missing):
+        raise TeacherError(f"the weights in {directory} lack the input embeddings.\nTake a complete model.")
+    return embeddings_VD
+
+
 def _load(directory: Path, task: Task, kind: str, **options: Any) -> "tuple[PreTrainedModel, str]":
     """(the model, names of weights that it lacks: transformers fills them with random numbers)."""
     import transformers
 
+    model, missing = _from_files(getattr(transformers, MODELS[task]), directory, kind, **options)
+    return model.to(hardware.device()).eval(), ", ".join(missing[:4])
+
+
+def _from_files(
+    loader: Any, directory: Path, kind: str, **options: Any
+) -> "tuple[PreTrainedModel, list[str]]":
+    """(the model, names of weights that it lacks: transformers fills them with random numbers)."""
+    from transformers import logging
+
     weight_files(directory)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     options |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
-        model, loaded = getattr(transformers, MODELS[task]).from_pretrained(directory, **options)
+        model, loaded = loader.from_pretrained(directory, **options)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise TeacherError(f"the model in {directory} cannot be loaded as a {kind}: {error}") from error
-    return model.to(hardware.device()).eval(), ", ".join(sorted(loaded["missing_keys"])[:4])
+    return model, sorted(loaded["missing_keys"])
 
 
 def from_gguf(file: Path, out: Path) -> None:

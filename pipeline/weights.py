@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
+from pipeline import encoders
 from pipeline.decoders import EMBEDDINGS, FILE, NORM, PARTS, Weights, tensor_name
 from pipeline.teachers import weight_files
 from storage import Cache
@@ -27,7 +28,7 @@ def find(name: str, teacher: Path, layers: Sequence[int]) -> dict[str, Path]:
     Raises TeacherError where the teacher has no such layer, or is of another kind.
     """
     model = json.loads((teacher / "config.json").read_text())
-    if model.get("model_type") != "llama":
+    if model.get("model_type") not in ("llama", "bert"):
         raise _unsupported(name, teacher, f"its model_type is {model.get('model_type')!r}")
     if past := [layer for layer in layers if layer >= model["num_hidden_layers"]]:
         raise TeacherError(
@@ -38,12 +39,16 @@ def find(name: str, teacher: Path, layers: Sequence[int]) -> dict[str, Path]:
     for path in weight_files(teacher):
         with safe_open(path, "pt") as file:
             where |= dict.fromkeys(file.keys(), path)
-    wanted = [EMBEDDINGS, NORM, *(tensor_name(layer, part) for layer in layers for part in PARTS)]
-    if not model.get("tie_word_embeddings", False):
-        wanted.append(HEAD)
+    prefix = encoders.LAYER_PREFIX if model["model_type"] == "bert" else "model.layers."
+    if model["model_type"] == "bert":
+        wanted = encoders.tensor_names(layers)
+    else:
+        wanted = [EMBEDDINGS, NORM, *(tensor_name(layer, part) for layer in layers for part in PARTS)]
+        if not model.get("tie_word_embeddings", False):
+            wanted.append(HEAD)
     if missing := [tensor for tensor in wanted if tensor not in where]:
         raise _unsupported(name, teacher, f"it has no {', '.join(missing[:3])}")
-    own = tuple(f"model.layers.{layer}." for layer in layers)
+    own = tuple(f"{prefix}{layer}." for layer in layers)
     if more := [t for t in where if t.startswith(own) and t not in wanted and not t.endswith(BUFFER)]:
         raise _unsupported(name, teacher, f"it has {', '.join(sorted(more)[:3])} too")
     return {tensor: where[tensor] for tensor in wanted}
@@ -84,5 +89,6 @@ def _unsupported(name: str, teacher: Path, reason: str) -> TeacherError:
         f"caches.{name}.weights: the teacher in {teacher} is not of a kind that students can start from: "
         f"{reason}.\nSupported is model_type llama with the tensors {EMBEDDINGS}, {NORM}, {HEAD} (unless "
         f"tied) and, in model.layers.N, {', '.join(f'{part}.weight' for part in PARTS)}: no biases, not "
-        "quantised.\nLeave `weights` out to keep what the teacher says alone."
+        "quantised; and model_type bert as BertForSequenceClassification saves it.\n"
+        "Leave `weights` out to keep what the teacher says alone."
     )

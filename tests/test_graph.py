@@ -11,7 +11,7 @@ from stages import paths
 from tests.imports import ROOT, closure
 
 AGAIN = ("train-after", "evaluate-after", "export-after")
-CHEAP = ("prepare", "mix", "train", "evaluate", "export", "report", *AGAIN)
+CHEAP = ("prepare", "augment", "mix", "train", "evaluate", "export", "report", *AGAIN)
 DEAR = ("fetch", "teacher", "cache", "verify", "score")
 GRAPH: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
 
@@ -55,6 +55,7 @@ def test_the_graph_and_the_code_name_the_same_paths() -> None:
     key = "${key}"
     assert names("fetch", "outs") == [str(paths.ASSETS / key)]
     assert names("prepare", "outs") == [str(paths.DATA / key)]
+    assert names("augment", "outs") == [str(paths.DATA / key)]
     assert names("teacher", "outs") == [str(paths.TEACHERS / key)]
     assert names("cache", "outs") == [str(paths.CACHES / key), str(paths.CAPTURE / f"{key}.json")]
     assert names("verify", "outs") == [str(paths.VERIFIED / f"{key}.json")]

@@ -93,6 +93,7 @@ def params(**changes: Any) -> dict[str, Any]:
                 "pool": {"where": {"source": "pool"}},
             }
         },
+        "augmented": {},
         "teachers": {"tiny": {"model": "model", "dataset": "toy", "max_length": 32}},
         "caches": {
             "toy": {"dataset": "toy", "teacher": "tiny", "hidden": {"layers": [1, 2]}, "shard_rows": 32}

@@ -70,10 +70,21 @@ def test_an_unknown_key_is_refused_at_any_depth_with_the_nearest_one(
             "teachers.tiny.dataset: no 'toys' in datasets",
         ),
         (lambda p: p["caches"]["toy"].update(dataset="toys"), "caches.toy.dataset: no 'toys' in datasets"),
+        (
+            lambda p: p["augmented"].update(more={"dataset": "tooy", "model": "model"}),
+            "augmented.more.dataset: no 'tooy' in datasets",
+        ),
+        (
+            lambda p: (
+                p["augmented"].update(more={"dataset": "toy", "model": "model"}),
+                p["runs"]["fc-ce"].update(dataset="moore"),
+            ),
+            "runs.fc-ce.dataset: no 'moore' in datasets or augmented",
+        ),
         (lambda p: p["caches"]["toy"].update(teacher="tine"), "caches.toy.teacher: no 'tine' in teachers"),
         (
             lambda p: p["runs"]["fc-ce"].update(cache="tooy"),
-            "runs.fc-ce.cache: no 'tooy' in caches or mixtures",
+            "runs.fc-ce.cache: no 'tooy' in caches",
         ),
         (lambda p: p["runs"]["fc-ce"].update(student="fcc"), "runs.fc-ce.student: no 'fcc' in students"),
         (lambda p: p["runs"]["fc-ce"].update(recipe="kd-pol"), "runs.fc-ce.recipe: no 'kd-pol' in recipes"),
@@ -288,3 +299,12 @@ def test_a_name_on_the_command_line_is_refused_with_the_nearest_one(tmp_path: Pa
 def test_params_cannot_be_changed_after_loading(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="frozen"):
         load(tmp_path).recipes["ce"].alpha = 0.1  # type: ignore[misc]
+
+
+def test_augmented_datasets_are_datasets_to_caches_and_runs_under_a_name_of_their_own(tmp_path: Path) -> None:
+    def more(p: dict[str, Any], name: str = "more") -> None:
+        p["augmented"][name] = {"dataset": "toy", "model": "model"}
+        p["caches"]["toy"]["dataset"] = p["runs"]["fc-ce"]["dataset"] = name
+
+    assert load(tmp_path, more).augmented["more"].views == 1
+    assert "'toy' stands in datasets and in augmented" in refusal(tmp_path, lambda p: more(p, "toy"))
