@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 import torch
 
 from pipeline.data import Rows
+from pipeline.inputs import Inputs
 from pipeline.losses import SparseTargets
-from pipeline.tokens import Tokens
 from storage import Cache, order
 from storage.entries import Entries, concatenate
 from storage.records import LogitRows
@@ -34,9 +34,9 @@ Item = TypeVar("Item")
 class DistillBatch(NamedTuple):
     """What a student sees in one step."""
 
-    ids_BL: torch.Tensor  # int64, padded on the right
+    ids_BL: torch.Tensor  # int64, padded on the right; of images pixels, uint8
     mask_BL: torch.Tensor  # bool, true for tokens
-    labels_T: torch.Tensor  # int64, NO_LABEL for none
+    labels_T: torch.Tensor  # int64, NO_LABEL for none; float32 [T, C], nan for none (Rows.truth)
     teacher: torch.Tensor | SparseTargets  # float32 logits [T, C], or entries of the T targets
 
     def to(self, device: torch.device) -> "DistillBatch":
@@ -78,9 +78,10 @@ class CachedRows:
     """
 
     def __init__(
-        self, cache: Cache, rows: Rows, tokens: Tokens, pad_id: int, splits: tuple[str, ...]
+        self, cache: Cache, rows: Rows, tokens: Inputs, pad_id: int, splits: tuple[str, ...]
     ) -> None:
         self.cache, self.rows, self.tokens, self.pad_id = cache, rows, tokens, pad_id
+        self._truth = rows.truth
         self._by_shard = places(cache, rows, splits)
         self.num_rows = sum(len(place.rows) for place in self._by_shard)
 
@@ -112,7 +113,7 @@ class CachedRows:
     def _window(self, shards: Iterable[int]) -> tuple[npt.NDArray[np.int64], "_Dense | Entries"]:
         """(rows of the dataset, their targets) of some shards."""
         rows: list[npt.NDArray[np.int64]] = [np.zeros(0, np.int64)]
-        dense = [np.zeros((0, len(self.cache.labels)), np.float32)]
+        dense = [np.zeros((0, self.cache.identity.spec.num_outputs), np.float32)]
         sparse = []
         for shard in shards:
             dataset_rows, shard_rows = self._by_shard[shard]
@@ -128,7 +129,7 @@ class CachedRows:
 
     def _batch(self, rows: npt.NDArray[np.int64], targets: "_Dense | Entries") -> DistillBatch:
         ids_BL, mask_BL = self.tokens.padded(rows, self.pad_id)
-        labels_T = self.rows.labels[rows].astype(np.int64)
+        labels_T = self._truth[rows]
         teacher = (
             torch.from_numpy(targets.logits) if isinstance(targets, _Dense) else SparseTargets.of(targets)
         )

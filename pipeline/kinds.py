@@ -8,14 +8,17 @@ from pipeline.decoders import Decoder
 from pipeline.section import Fraction, Positive, Section
 
 
-class _Student(Section):
+class _Trained(Section):
+    dropout: Fraction = 0.1
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+
+
+class _Student(_Trained):
     tokenizer: Literal["teacher"] | Positive = "teacher"
     """`teacher`: the teacher's, from the cache. A number: its own WordPiece of so many entries, learned from
     the training and pool text."""
     max_length: Positive = 128
     """The most tokens that it reads of a row. The rest is cut; the run's record counts the rows."""
-    dropout: Fraction = 0.1
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
 
 
 class FC(_Student):
@@ -67,4 +70,12 @@ class Llama(_Student, Decoder):
         return self
 
 
-Student = Annotated[FC | BiLSTM | TinyBERT | Llama, Field(discriminator="kind")]
+class MLP(_Trained):
+    """Layers of ReLUs over all numbers of an image."""
+
+    kind: Literal["mlp"]
+    hidden: Annotated[tuple[Positive, ...], Field(min_length=1, strict=False)] = (32,)
+    """Units of each layer between the pixels and the logits."""
+
+
+Student = Annotated[FC | BiLSTM | TinyBERT | Llama | MLP, Field(discriminator="kind")]

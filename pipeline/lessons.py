@@ -11,14 +11,13 @@ from typing import NamedTuple, cast
 
 import torch
 
-from pipeline import config_recipes, kinds, students
+from pipeline import config_recipes, inputs, kinds, row_tasks, students
 from pipeline.batches import CachedRows, DistillBatch
 from pipeline.data import POOL, Rows
 from pipeline.documents import CachedDocuments
 from pipeline.head_loss import head_loss, mixed
-from pipeline.losses import SparseTargets, label_loss, recipe_loss
+from pipeline.losses import SparseTargets
 from pipeline.reading import read_held_out
-from pipeline.tokens import TextReader
 from pipeline.training import Validation
 from storage import Cache
 from storage.spec import Sample, Threshold
@@ -52,34 +51,33 @@ def of_rows(
     recipe: config_recipes.Recipe,
     cache: Cache,
     rows: Rows,
-    reader: TextReader,
+    reader: inputs.Reader,
     seed: int,
 ) -> Lesson:
-    """A classifier's: logits of each row against its label and its cached target."""
-    tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
+    """That of a target a row: the answer to each row against its label and its cached target."""
+    tokens, task = inputs.read(reader, rows), row_tasks.of(cache.identity.spec.task)
     cached = CachedRows(cache, rows, tokens, reader.pad_id, taught_by(recipe))
     held_out = CachedRows(cache, rows, tokens, reader.pad_id, ("validation",))
     sampled = isinstance(cache.codec, Sample | Threshold)
 
     def loss(model: torch.nn.Module, batch: DistillBatch) -> torch.Tensor:
-        return recipe_loss(
+        return task.loss(
             model(batch.ids_BL, batch.mask_BL), batch.labels_T, batch.teacher, recipe.alpha,
             recipe.temperature, recipe.divergence, recipe.skew, sampled,
         )  # fmt: skip
 
     def validate(model: torch.nn.Module) -> Validation:
-        logits, _, labels = answers(model, held_out)
-        right = (logits.argmax(1) == labels).float().mean().item()
-        return Validation(right, label_loss(logits, labels).item())
+        said, teacher, truth = answers(model, held_out)
+        return task.look(said, truth, teacher)
 
     return Lesson(
-        num_outputs=len(cache.labels),
+        num_outputs=cache.identity.spec.num_outputs,
         num_targets=cached.num_rows,
         steps=recipe.epochs * cached.num_batches(recipe.batch_rows),
         batches=lambda epoch: cached.epoch(seed, epoch, recipe.batch_rows),
         loss=loss,
         validate=validate,
-        by_loss=False,
+        by_loss=task.by_loss,
         cut_rows=tokens.num_cut,
         padding=None,
         rows_a_piece=1.0,
@@ -87,7 +85,7 @@ def of_rows(
 
 
 def of_documents(
-    student: kinds.Student, recipe: config_recipes.Recipe, cache: Cache, rows: Rows, seed: int
+    student: kinds.Llama, recipe: config_recipes.Recipe, cache: Cache, rows: Rows, seed: int
 ) -> Lesson:
     """A language model's: states of each token through the head, against the next token and the entries."""
     cached = CachedDocuments(cache, rows, taught_by(recipe), student.max_length)

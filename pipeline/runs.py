@@ -22,7 +22,7 @@ from pipeline import config, config_recipes, hardware, kinds
 from pipeline.data import POOL, SPLITS, Rows, load_rows
 from pipeline.decoders import refuse_misfit
 from pipeline.progress import bars, log
-from pipeline.targets import refuse_task, refuse_truncated
+from pipeline.targets import refuse_recipe, refuse_task, refuse_truncated
 from pipeline.tokens import TextReader
 from storage import Cache
 from storage.errors import ConfigError, DataError, Mismatch, SpecMismatch, TrainingError
@@ -92,7 +92,9 @@ def make_reader(student: kinds.Student, cache: Cache, rows: Rows, directory: Pat
 
     A learned one sees the training and pool text of the dataset, never validation or test.
     """
-    if student.tokenizer == "teacher":
+    if isinstance(student, kinds.MLP):
+        directory.parent.mkdir(parents=True)  # images are read without one
+    elif student.tokenizer == "teacher":
         shutil.copytree(cache.tokenizer_dir, directory)
     else:
         texts = rows.texts.take(rows.select("train", POOL)).to_pylist()
@@ -132,6 +134,7 @@ def _refuse_misfit(
             f"Verify it: dvc repro verify@{cache.path.name}",
         )
     refuse_task(f"runs.{name}", cache.identity.spec.task, student.kind)
+    refuse_recipe(f"runs.{name}", cache.identity.spec.task, recipe)
     if student.kind == "llama" and student.tokenizer != "teacher":
         raise ConfigError(
             f"the student of runs.{name} has a tokenizer of its own ({student.tokenizer} entries), but "

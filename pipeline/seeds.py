@@ -6,10 +6,9 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from pipeline import hardware, initialise, kinds, lessons, students
+from pipeline import hardware, initialise, inputs, kinds, lessons, students
 from pipeline.data import POOL
 from pipeline.runs import Job, open_inputs
-from pipeline.tokens import TextReader
 from pipeline.training import Fit, Settings, fit
 from pipeline.tuning import Setup, fastest
 
@@ -36,8 +35,8 @@ def train_seed(
     student, recipe = job.student, job.recipe
     cache, rows = open_inputs(job.paths)
     rows = rows.only("train", "validation", *((POOL,) if recipe.pool else ()))
-    reader = TextReader(job.paths.out / "tokenizer", student.max_length, "truncate")
-    if cache.identity.spec.per_position:
+    reader = inputs.of_student(student, rows, job.paths.out / "tokenizer")
+    if isinstance(student, kinds.Llama):
         lesson = lessons.of_documents(student, recipe, cache, rows, job.seed)
         num_ids = lesson.num_outputs
     else:
