@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, StrictUndefined
 
 from pipeline import plots
-from pipeline.findings import Row, View, headline, mean, teacher_of, view
+from pipeline.findings import CLASSIFIERS, Row, View, headline, mean, teacher_of, view
 from storage.errors import AssetError
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
@@ -75,7 +75,7 @@ def section(rows: Sequence[Row], captures: Sequence[Row], training: dict[str, Ro
         "curves": plots.curves(_panels(runs, training, shown), palette, shown.curve_axis, shown.percent)
         if runs
         else "",
-        "agreement": _agreement(runs) if shown.percent else "",
+        "agreement": _agreement(runs) if shown is CLASSIFIERS else "",
         "lines": [row for row in [*teachers, *runs] if row.get("lines")],
         "time": _time(used, runs),
         "saved": saved,
@@ -133,7 +133,7 @@ def _compared(row: Row, runs: Sequence[Row], teachers: Sequence[Row], shown: Vie
     seed; for classifiers also the share of its teacher's accuracy.
     """
     metrics = dict(row["metrics"])
-    name, scale = ("accuracy", 100) if shown.percent else ("lm_loss", -1)
+    name, scale = shown.compared
     if mean(row, name) is None:
         return row
     found = dict(zip(row["seeds"], metrics[name]["values"], strict=True))
@@ -143,8 +143,8 @@ def _compared(row: Row, runs: Sequence[Row], teachers: Sequence[Row], shown: Vie
         pairs = [scale * (found[seed] - base[seed]) for seed in found if seed in base]
         if pairs:
             metrics["over_labels"] = _spread(pairs)
-    teacher = teacher_of(row, teachers)
-    if teacher is not None and shown.percent:
+    teacher = teacher_of(row, teachers, shown)
+    if teacher is not None and shown is CLASSIFIERS:
         metrics["of_teacher"] = _spread([value / mean(teacher, "accuracy") for value in found.values()])
     return {**row, "metrics": metrics}
 
