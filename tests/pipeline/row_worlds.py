@@ -99,8 +99,8 @@ def images(root: Path) -> World:
 def several(root: Path, columns: bool = False) -> World:
     """Texts with several labels each, and a BERT to fine-tune."""
     write_texts(root / "rows.jsonl")
-    toy.write_model(root / "model")
     names = ["film", "plot", "good"]
+    toy.write_model(root / "model", labels=tuple(names))
     own = {"columns": {"label": names if columns else "topics"}, "labels": names}
     task = {"task": "multi-label-classification", "path": str(root / "rows.jsonl"), **own}
     return World(root, task, {"model": str(root / "model"), "train": {"epochs": 1}})

@@ -95,7 +95,7 @@ def test_the_loss_from_the_cache_is_that_with_the_teacher_in_memory(
     again = live(world, rows)
     said = model(batch.ids_BL, batch.mask_BL)
     order = [int(np.flatnonzero((again.numpy() == t).all(1))[0]) for t in batch.teacher.numpy()]
-    truth = torch.from_numpy(rows.truth)[order]
+    truth = torch.from_numpy(rows.truth[order])
     expected = {
         "images": lambda: 0.5 * torch.nn.functional.cross_entropy(said, truth)
         + 0.5 * 4 * torch.nn.functional.kl_div(
