@@ -1,9 +1,10 @@
-"""A teacher, asked about rows: classifiers give logits of a row or of each token, language models entries.
+"""A teacher, asked about rows: one gives logits (or values, or a vector) of a row, or logits of each token;
+language models give entries.
 
 Both are loaded when they are first asked, so that a capture with nothing missing loads none.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -14,13 +15,15 @@ import pyarrow as pa
 import torch
 
 from pipeline import draws, engine, language, teachers
+from pipeline.data import Rows
+from pipeline.inputs import Inputs, Pixels, Reader, read
 from pipeline.prompts import Prompts, prompts
 from pipeline.sparsify import Keys, rounding_noise, sparsify
 from pipeline.states import Overheard, deaf
 from pipeline.tokens import TextReader, Tokens
 from storage.entries import ranges
 from storage.records import EntryRows, LogitRows
-from storage.spec import Spec
+from storage.spec import LANGUAGE, Spec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,14 +45,20 @@ class Questions(NamedTuple):
 
     teacher: Path
     spec: Spec
-    prompts: Prompts
+    prompts: Prompts | Pixels
     row_ids: pa.StringArray
     pad_id: int
     before_loading: Callable[[], None] = lambda: None
 
     @property
-    def tokens(self) -> Tokens:
+    def inputs(self) -> Inputs:
         """What it reads."""
+        return self.prompts.tokens if isinstance(self.prompts, Prompts) else self.prompts
+
+    @property
+    def tokens(self) -> Tokens:
+        """What it reads of text."""
+        assert isinstance(self.prompts, Prompts)
         return self.prompts.tokens
 
     def read(self, part: Indices) -> npt.NDArray[np.int32]:
@@ -79,31 +88,34 @@ class Asker(Protocol):
 def questions(
     teacher: Path,
     spec: Spec,
-    reader: TextReader,
-    texts: Iterable[str],
-    row_ids: pa.StringArray,
+    reader: Reader,
+    rows: Rows,
     before_loading: Callable[[], None] = lambda: None,
 ) -> Questions:
-    """Read texts as the teacher of this spec reads them. Raises DataError for rows that are too long."""
-    tokens = reader.read(texts, row_ids)
-    read = prompts(spec.task, spec.mask, tokens, row_ids, reader.special)
-    return Questions(teacher, spec, read, row_ids, reader.pad_id, before_loading)
+    """Read rows as the teacher of this spec reads them. Raises DataError for rows that are too long."""
+    found = read(reader, rows)
+    if isinstance(found, Tokens) and isinstance(reader, TextReader):
+        asked = prompts(spec.task, spec.mask, found, rows.row_ids, reader.special)
+        return Questions(teacher, spec, asked, rows.row_ids, reader.pad_id, before_loading)
+    assert isinstance(found, Pixels)
+    return Questions(teacher, spec, found, rows.row_ids, reader.pad_id, before_loading)
 
 
 def asker(about: Questions) -> Asker:
     """The one that fits the task."""
-    return _Classifier(about) if about.spec.labels else _Language(about)
+    return _Language(about) if about.spec.task in LANGUAGE else _Rows(about)
 
 
-class _Classifier:
+class _Rows:
     def __init__(self, questions: Questions) -> None:
         self._q = questions
 
     @cached_property
     def _model(self) -> "PreTrainedModel":
         self._q.before_loading()
-        model = teachers.load(self._q.teacher, task=self._q.spec.task, pad_token_id=self._q.pad_id)
-        self._q.overheard(model, np.arange(0))  # what it has none of is refused now
+        q, how = self._q, self._q.spec.image or self._q.spec.embedding
+        model = teachers.load(q.teacher, task=q.spec.task, how=how, pad_token_id=q.pad_id)
+        q.overheard(model, np.arange(0))  # what it has none of is refused now
         return model
 
     def load(self) -> None:
@@ -118,7 +130,7 @@ class _Classifier:
 
     def ask(self, part: Indices, advance: Advance = lambda rows: None) -> Answer:
         q, row_ids = self._q, self._q.row_ids.take(pa.array(part))
-        inputs, lengths = q.tokens.hashes(part), q.tokens.lengths[part].astype(np.int32)
+        inputs, lengths = q.inputs.hashes(part), q.inputs.lengths[part].astype(np.int32)
         if q.spec.per_position:
             names, heard = q.row_ids.to_pylist(), q.overheard(self._model, part)
             logits = engine.infer_tokens(
@@ -139,13 +151,14 @@ class _Classifier:
         q = self._q
         names = q.row_ids.to_pylist()
         return engine.infer(
-            self._model, q.tokens, part, q.pad_id, q.spec.precision, q.spec.hidden, names, advance
+            self._model, q.inputs, part, q.pad_id, q.spec.precision, q.spec.hidden, names, advance
         )
 
 
 class _Language:
     def __init__(self, questions: Questions) -> None:
-        self._q = questions
+        assert isinstance(questions.prompts, Prompts)
+        self._q, self._prompts = questions, questions.prompts
 
     @cached_property
     def _head(self) -> language.LanguageHead:
@@ -165,7 +178,7 @@ class _Language:
         share = 1.0 if q.spec.mask is None else q.spec.mask.share  # of tokens that have a target
         enough = int(np.searchsorted(q.tokens.offsets, num_targets / share)) + 1
         first = np.arange(min(enough, len(q.row_ids)))
-        return language.mass(self._head, q.prompts, first, q.pad_id)
+        return language.mass(self._head, self._prompts, first, q.pad_id)
 
     def ask(self, part: Indices, advance: Advance = lambda rows: None) -> Answer:
         q, codec = self._q, self._q.spec.codec
@@ -173,7 +186,9 @@ class _Language:
         names, lengths = q.row_ids.to_pylist(), q.tokens.lengths[part]
         heard = q.overheard(self._head.model, part)
         hear = heard.hear if heard else deaf
-        entries, entropy = language.infer(self._head, q.prompts, part, q.pad_id, codec, names, advance, hear)
+        entries, entropy = language.infer(
+            self._head, self._prompts, part, q.pad_id, codec, names, advance, hear
+        )
         row_ids = q.row_ids.take(pa.array(part))
         words = np.repeat(draws.row_words(row_ids.to_pylist()), lengths, axis=0)
         keys = Keys(words, np.concatenate([np.arange(length) for length in lengths]))

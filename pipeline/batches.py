@@ -19,8 +19,8 @@ import torch
 
 from pipeline.cached_states import States, laid_end_to_end, narrowed, read_states, refuse_unkept
 from pipeline.data import Rows
+from pipeline.inputs import Inputs
 from pipeline.losses import MixedTargets, SparseTargets
-from pipeline.tokens import Tokens
 from storage import Cache, order
 from storage.entries import Entries, concatenate, ends
 from storage.errors import Mismatch, SpecMismatch
@@ -37,9 +37,9 @@ Item = TypeVar("Item")
 class DistillBatch(NamedTuple):
     """What a student sees in one step."""
 
-    ids_BL: torch.Tensor  # int64, padded on the right
+    ids_BL: torch.Tensor  # int64, padded on the right; of images pixels, uint8
     mask_BL: torch.Tensor  # bool, true for tokens
-    labels_T: torch.Tensor  # int64, NO_LABEL for none
+    labels_T: torch.Tensor  # int64, NO_LABEL for none; float32 [T, C], nan for none (Rows.truth)
     # float32 logits [T, C]; those of several teachers; or entries of the T targets
     teacher: torch.Tensor | SparseTargets | MixedTargets
     # What the teacher thought, float32 by name: [B, W] pooled, [all true tokens, W] in the order of the mask.
@@ -91,13 +91,14 @@ class CachedRows:
         self,
         cache: Cache,
         rows: Rows,
-        tokens: Tokens,
+        tokens: Inputs,
         pad_id: int,
         splits: tuple[str, ...],
         hidden: tuple[str, ...] = (),
     ) -> None:
         refuse_unkept(cache, hidden)
         self.cache, self.rows, self.tokens, self.pad_id, self.hidden = cache, rows, tokens, pad_id, hidden
+        self._truth = rows.truth
         self._by_shard = places(cache, rows, splits)
         # Of a mixture, the first cache is read shard by shard; the logits of the others are in memory.
         self._others_MNC = cache.others(rows.row_ids) if isinstance(cache, Mixture) else None
@@ -151,7 +152,7 @@ class CachedRows:
     def _window(self, shards: Iterable[int]) -> tuple[npt.NDArray[np.int64], "_Held"]:
         """(rows of the dataset, what the cache holds of them) of some shards."""
         rows: list[npt.NDArray[np.int64]] = [np.zeros(0, np.int64)]
-        dense = [np.zeros((0, len(self.cache.labels)), np.float32)]
+        dense = [np.zeros((0, self.cache.identity.spec.num_outputs), np.float32)]
         sparse = []
         hidden: list[dict[str, States]] = []
         for shard in shards:
@@ -171,7 +172,7 @@ class CachedRows:
     def _batch(self, rows: npt.NDArray[np.int64], held: "_Held") -> DistillBatch:
         targets = held.targets
         ids_BL, mask_BL = self.tokens.padded(rows, self.pad_id)
-        labels_T = self.rows.labels[rows].astype(np.int64)
+        labels_T = self._truth[rows]
         teacher: torch.Tensor | SparseTargets | MixedTargets = (
             torch.from_numpy(targets.logits) if isinstance(targets, _Dense) else SparseTargets.of(targets)
         )

@@ -28,7 +28,16 @@ from storage import compact, hidden
 from storage.errors import ShardUnwritten, StoreFull, TeacherError
 from storage.manifest import Manifest
 from storage.records import EntryRows
-from storage.spec import HiddenSpec, Identity, Sha256, Spec, sha256_json, shard_key
+from storage.spec import (
+    EmbeddingSpec,
+    HiddenSpec,
+    Identity,
+    ImageSpec,
+    Sha256,
+    Spec,
+    sha256_json,
+    shard_key,
+)
 from storage.writer import Store, StoredShard, Weights, seal
 
 STORE = Path(".stillroom")
@@ -63,7 +72,7 @@ def identity(
     states as principal components.
     """
     record = teachers.record(teacher)
-    reader = teachers.reader(teacher)
+    reader, how = teachers.reader(teacher), teachers.how(teacher)
     spec = Spec(
         task=record["task"],
         labels=tuple(record["labels"]),
@@ -74,6 +83,8 @@ def identity(
         precision=hardware.precision(entry.precision),
         hidden=_hidden_spec(entry.hidden, teacher, basis),
         mask=targets.mask(record["task"], entry.mask),
+        image=how if isinstance(how, ImageSpec) else None,
+        embedding=how if isinstance(how, EmbeddingSpec) else None,
     )
     return Identity(
         capture_version=CAPTURE_VERSION,
@@ -124,7 +135,7 @@ def capture(
     carried = _carried(name, entry.weights, teacher)
     hardware.pin_threads(hardware.num_cores())  # also where nothing is missing: provenance tells it
     reader = teachers.reader(teacher)
-    asked = questions(teacher, who.spec, reader, rows.texts.to_pylist(), rows.row_ids, before_teacher)
+    asked = questions(teacher, who.spec, reader, rows, before_teacher)
     teaching = asker(asked)
     store.sweep()
     row_ids = rows.row_ids.to_pylist()
@@ -150,7 +161,7 @@ def capture(
     files = {file: (teacher / file).read_bytes() for file in FILES if (teacher / file).is_file()}
     table = None if ranks is None else ranks.tolist()
     sealed = seal(out, who, taken, files, _provenance(entry, teacher), table, carried, basis)
-    return Captured(sealed, todo, sum(shard.seconds for shard in taken), asked.tokens.num_cut)
+    return Captured(sealed, todo, sum(shard.seconds for shard in taken), asked.inputs.num_cut)
 
 
 def summary(
@@ -302,12 +313,13 @@ def _hidden_spec(
 
 def _provenance(entry: config_teachers.CacheEntry, teacher: Path) -> dict[str, Any]:
     """For people: versions, machine, how good the teacher is. No time of day: bytes must not hold one."""
+    made = teachers.record(teacher)
     packages = ("torch", "transformers", "tokenizers", "pyarrow", "zarr", "numpy")
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "machine": hardware.machine(),
         "threads": torch.get_num_threads(),
         "teacher": entry.teacher,
-        "teacher_accuracy": teachers.record(teacher)["accuracy"],
+        **{f"teacher_{key}": made[key] for key in ("accuracy", "quality") if key in made},
         "dataset": entry.dataset,
     }

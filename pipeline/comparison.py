@@ -36,7 +36,7 @@ class Difference(NamedTuple):
 
 def pairs(row: Row, base: Row, shown: View) -> list[float]:
     """How much better `row` is than `base` with each seed that both have: points, or nats of loss."""
-    name, scale = _measure(shown)
+    name, scale = shown.compared
     found, plain = (dict(zip(r["seeds"], r["metrics"][name]["values"], strict=True)) for r in (row, base))
     return [scale * (found[seed] - plain[seed]) for seed in found if seed in plain]
 
@@ -68,7 +68,7 @@ def fair(runs: Sequence[Row], shown: View) -> list[dict[str, Any]]:
                 difference(pairs(row, base, shown)) if base is not None and base is not row else None
                 for base in (plain, same if row["family"].startswith("KD") else None)
             )
-            found = row["metrics"][_measure(shown)[0]]
+            found = row["metrics"][shown.compared[0]]
             lines.append(
                 {
                     "row": row,
@@ -80,11 +80,6 @@ def fair(runs: Sequence[Row], shown: View) -> list[dict[str, Any]]:
             )
         compared.append({"student": student, "lines": lines, "parts": _parts(lines)})
     return compared
-
-
-def _measure(shown: View) -> tuple[str, int]:
-    """(the metric that differences are taken of, what makes them points, or nats below)."""
-    return ("accuracy", 100) if shown.percent else ("lm_loss", -1)
 
 
 def _baseline(rows: Sequence[Row], family: str, shown: View) -> Row | None:

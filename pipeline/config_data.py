@@ -14,7 +14,7 @@ from pydantic import (
 
 from pipeline.blocks import Blocks
 from pipeline.section import Fraction, Positive, Section, distinct
-from storage.spec import Task
+from storage.spec import LANGUAGE, Task
 
 
 class Asset(Section):
@@ -35,8 +35,20 @@ class Columns(Section):
 
     text: str = "text"
     """Texts; for token-classification lists of words, or texts that white space cuts into words."""
-    label: str = "label"
-    """Labels; for token-classification lists of tags, one a word."""
+    label: str | Annotated[tuple[str, ...], Field(strict=False)] = "label"
+    """Labels; for token-classification lists of tags, one a word. For multi-label-classification lists of
+    labels, for regression numbers (or lists of them). A list of columns, in these two: one for each of
+    `labels`, in order; of 0 and 1, or of numbers."""
+    image: str | None = "image"
+    """Images: of `datasets` (imagefolder, or bytes of a file), or lists of pixels. null: each pixel has a
+    column of its own, all columns but those of labels and split, in their order."""
+
+
+class Images(Section):
+    """What images become: height x width x channels bytes. Others are resized (bilinear) and counted."""
+
+    shape: Annotated[tuple[Positive, Positive, Literal[1, 3]], Field(strict=False)]
+    """Height, width, and channels: 1 for grey, 3 for red, green and blue."""
 
 
 class Split(Section):
@@ -78,8 +90,10 @@ class Dataset(Section):
     """Raw rows, and how to read them."""
 
     task: Task = "sequence-classification"
-    """What its text is for: rows with a label each (sequence-classification), words with a tag each
-    (token-classification), or text without labels, to continue (causal-lm) or to fill in (masked-lm)."""
+    """What its text is for: rows with a label each (sequence-classification), with any number of labels
+    (multi-label-classification), with numbers (regression) or with nothing (sentence-embedding: a vector
+    each), words with a tag each (token-classification), or text without labels, to continue (causal-lm) or to
+    fill in (masked-lm). Or images with a label each (image-classification)."""
     path: Annotated[str, Field(min_length=1)]
     """A file or directory: local, or below assets/. DVC watches it."""
     files: str = ""
@@ -87,13 +101,18 @@ class Dataset(Section):
     format: str = "auto"
     """A builder of `datasets.load_dataset` (csv, json, parquet, text, arrow, ...); auto: by ending.
     """
+    header: bool = True
+    """Of CSV: whether the first line names the columns. false: they are called "0", "1", ..."""
     columns: Columns = Columns()
+    images: Images | None = None
+    """Of image-classification: what its images become."""
     where: dict[str, str | int] = Field(default_factory=dict)
     """Keep rows whose column equals this value."""
     labels: Annotated[
         tuple[str, ...], Field(strict=False, validate_default=True), AfterValidator(distinct)
     ] = ()
-    """Class names in order. The label column holds these names, or their positions from 0."""
+    """Class names in order. The label column holds these names, or their positions from 0. For regression:
+    what the numbers are called."""
     rows: Positive | None = None
     """How many rows to keep, chosen by a stable hash; null: all. Documents count before they are cut."""
     blocks: Blocks | None = None
@@ -107,15 +126,41 @@ class Dataset(Section):
     """What to do about rows without text. Dropped rows are counted in the summary."""
     pool: Pool | None = None
 
+    @property
+    def content_column(self) -> str | None:
+        """The column of texts, or of images; None where each pixel has one of its own."""
+        return self.columns.text if self.images is None else self.columns.image
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """The columns of labels."""
+        label = self.columns.label
+        return () if not self.labels else (label,) if isinstance(label, str) else label
+
     @field_validator("labels")
     @classmethod
     def _labels_fit_the_task(cls, labels: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        if (task := info.data.get("task")) in ("causal-lm", "masked-lm"):
+        if (task := info.data.get("task")) in (*LANGUAGE, "sentence-embedding"):
             if labels:
                 raise ValueError(f"documents of a {task} dataset have no labels: remove them")
-        elif len(labels) < 2:
+        elif task == "regression" and not labels:
+            raise ValueError("regression needs a name for each of its numbers: labels: [...]")
+        elif task != "regression" and len(labels) < 2:
             raise ValueError("a classifier needs two labels at least")
         return labels
+
+    @model_validator(mode="after")
+    def _columns_and_images_fit_the_task(self) -> "Dataset":
+        if (self.images is not None) != (self.task == "image-classification"):
+            raise ValueError(f"images is for image-classification and needed there; the task is {self.task}")
+        if self.images is not None and self.pool is not None:
+            raise ValueError("a pool is text: a dataset of images has none")
+        if isinstance(label := self.columns.label, tuple):
+            if self.task not in ("multi-label-classification", "regression"):
+                raise ValueError(f"columns.label: {self.task} has one column of labels, found {len(label)}")
+            if len(label) != len(self.labels):
+                raise ValueError(f"columns.label: {len(label)} columns for {len(self.labels)} labels")
+        return self
 
     @field_validator("blocks")
     @classmethod

@@ -28,9 +28,10 @@ class Recipe(Section):
     temperature: Temperature = 1.0
     """T of the KL part. The cache holds logits at T = 1. A number, a schedule, or one for each row:
     {by: confidence, low: 1, high: 4}."""
-    divergence: Literal["forward", "reverse", "jsd", "skewed"] = "forward"
+    divergence: Literal["forward", "reverse", "jsd", "skewed", "cosine", "mse"] = "forward"
     """Of student p from teacher t: KL(t || p), KL(p || t), Jensen-Shannon, or KL(t || skew t + (1 - skew) p).
-    All but forward need a dense cache."""
+    All but forward need a dense cache. Of several labels: forward, of each label's probability. Of numbers:
+    mse. Of vectors: cosine, or mse."""
     skew: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Of the skewed divergence: the teacher's share of the mixture."""
     match: Match | None = None

@@ -56,12 +56,22 @@ class TeacherTraining(Section):
         return self
 
 
+class Embedding(Section):
+    """How a teacher of sentence-embedding makes one vector of a row."""
+
+    pool: Literal["first", "mean"] = "mean"
+    """The first token's last hidden state, or the mean over the row's tokens."""
+    normalised: bool = True
+    """Whether vectors are divided by their length."""
+
+
 class Teacher(Section):
     """A model, taken as it is or fine-tuned on a dataset."""
 
     model: Annotated[str, Field(min_length=1)]
     """A directory with config.json, *.safetensors and tokenizer files: local, or below assets/. A language
-    model may also be a GGUF file, or a directory with one."""
+    model may also be a GGUF file, or a directory with one. Of images: without a tokenizer; a config.json with
+    `model_type: stillroom-mlp` needs no weights either, and is trained here."""
     dataset: Name
     """The dataset that it is trained on (with `train`) and scored on."""
     labels: Annotated[tuple[str, ...], Field(strict=False), AfterValidator(distinct)] | None = None
@@ -70,6 +80,8 @@ class Teacher(Section):
     """The most tokens that it reads of a row."""
     too_long: Literal["error", "truncate"] = "error"
     """What to do about longer rows. Truncated rows are counted in the capture's summary."""
+    embedding: Embedding | None = None
+    """Of sentence-embedding: how vectors are made; null: as the model's own modules.json says."""
     train: TeacherTraining | None = None
 
 

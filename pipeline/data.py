@@ -3,16 +3,18 @@
 A prepared dataset is a directory with two files:
     rows.parquet   row_id, text, label (position in `labels`, -1 for none), split (one of SPLITS, or POOL);
                    for token classification also tags (positions in `labels`, one a word; none in the pool);
+                   for several labels or numbers a row values (one for each of `labels`: 1 where a row has the
+                   label and 0 where not, or the number; null in the pool); for images pixels instead of text;
                    of an augmented dataset (augment.py) also view, and the split VIEWS
     summary.json   label names, counts of what was kept, cut, dropped or repeated, the content's fingerprint;
-                   the task, where it is neither of the two that labels tell apart
+                   the task, where it is neither of the two that labels tell apart; the shape of images
 Tokens are not in it: every teacher and student reads the same rows with a tokenizer of its own.
 """
 
 import hashlib
 import json
+import math
 import re
-import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -26,8 +28,10 @@ import pyarrow.parquet as pq
 
 from pipeline.blocks import SENTENCE_END, cut
 from pipeline.config_data import Dataset, Pool, Split
-from pipeline.labels import joined, positions, tags
+from pipeline.images import named, pixels
+from pipeline.labels import joined, positions, several, tags
 from pipeline.progress import tracked
+from pipeline.raw import read_raw
 from storage.errors import DataError
 from storage.spec import Task, content_fingerprint, row_id
 
@@ -35,23 +39,7 @@ SPLITS = ("train", "validation", "test")
 POOL = "pool"
 VIEWS = "views"
 NO_LABEL = -1
-BUILDERS = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".arrow": "arrow",
-}
 MARKUP = re.compile(r"<[^>]+>")
-
-
-class Raw(NamedTuple):
-    """The columns that are needed of a raw dataset, in its order."""
-
-    columns: dict[str, list[Any]]
-    class_names: dict[str, list[str]]  # of columns that carry names for their numbers (ClassLabel)
 
 
 class Rows(NamedTuple):
@@ -65,6 +53,14 @@ class Rows(NamedTuple):
     task: Task = "sequence-classification"
     tags: pa.ListArray | None = None  # N lists of positions in label_names, one a word; token classification
     views: npt.NDArray[np.int32] | None = None  # N, which view of a training row, 0 for rows; augmented data
+    values: npt.NDArray[np.float32] | None = None  # N x K; nan where a row has none. See `prepare`
+    pixels: npt.NDArray[np.uint8] | None = None  # N x numbers of an image; its text is empty
+    shape: tuple[int, ...] = ()  # of each image: height, width, channels
+
+    @property
+    def truth(self) -> npt.NDArray[Any]:
+        """What rows are labelled with: a position each (int64), or several numbers (float32)."""
+        return self.labels.astype(np.int64) if self.values is None else self.values
 
     def select(self, *splits: str) -> npt.NDArray[np.int64]:
         """Positions of the rows of these splits, in order."""
@@ -72,16 +68,17 @@ class Rows(NamedTuple):
 
     def only(self, *splits: str) -> "Rows":
         """The rows of these splits alone, in order."""
-        return self._take(self.select(*splits))
+        return self.take(self.select(*splits))
 
     def with_views(self, most: int, labelled: bool) -> "Rows":
         """All rows, with the first `most` views of each; views have their row's label, or none."""
         if self.views is None:
             return self
         labels = self.labels if labelled else np.where(self.views > 0, np.int32(NO_LABEL), self.labels)
-        return self._replace(labels=labels)._take(np.flatnonzero(self.views <= most))
+        return self._replace(labels=labels).take(np.flatnonzero(self.views <= most))
 
-    def _take(self, chosen: npt.NDArray[np.int64]) -> "Rows":
+    def take(self, chosen: npt.NDArray[np.int64]) -> "Rows":
+        """These rows, in this order."""
         return self._replace(
             row_ids=self.row_ids.take(chosen),
             texts=self.texts.take(chosen),
@@ -89,6 +86,8 @@ class Rows(NamedTuple):
             splits=self.splits[chosen],
             tags=None if self.tags is None else self.tags.take(chosen),
             views=None if self.views is None else self.views[chosen],
+            values=None if self.values is None else self.values[chosen],
+            pixels=None if self.pixels is None else self.pixels[chosen],
         )
 
 
@@ -105,14 +104,30 @@ def load_rows(directory: Path) -> Rows:
     about = json.loads(summary.read_text())
     return Rows(
         columns["row_id"],
-        columns["text"],
+        columns["text"] if "text" in columns else pa.array([""] * len(table), pa.string()),
         columns["label"].to_numpy(),
         np.array(columns["split"].to_pylist(), dtype=np.str_),
         tuple(about["labels"]),
         about.get("task") or ("sequence-classification" if about["labels"] else "causal-lm"),
         columns.get("tags"),
         columns["view"].to_numpy() if "view" in columns else None,
+        _matrix(columns.get("values"), len(about["labels"])),
+        _matrix(columns.get("pixels"), math.prod(about.get("shape", ()))),
+        tuple(about.get("shape", ())),
     )
+
+
+def _matrix(column: pa.Array | None, width: int) -> npt.NDArray[Any] | None:
+    """Lists of so many numbers each as a matrix; rows without one are nan."""
+    if column is None:
+        return None
+    flat: npt.NDArray[Any] = column.flatten().to_numpy()
+    there = column.is_valid().to_numpy(zero_copy_only=False)
+    if there.all():
+        return flat.reshape(-1, width)
+    rows = np.full((len(column), width), np.nan, np.float32)
+    rows[there] = flat.reshape(-1, width)
+    return rows
 
 
 def prepare(name: str, config: Dataset, out: Path) -> dict[str, Any]:
@@ -120,10 +135,10 @@ def prepare(name: str, config: Dataset, out: Path) -> dict[str, Any]:
 
     Raises DataError for a missing path or column, an unknown label, an empty split, or rows without text.
     """
-    text_column, label_column = config.columns.text, config.columns.label
-    needed = [text_column, *([label_column] if config.labels else [])]
+    content, label_columns = config.content_column, config.label_columns
+    needed = [*([content] if content else []), *label_columns]
     needed += [config.split] if isinstance(config.split, str) else []
-    raw = _read(name, config, name, config.files, config.where, needed)
+    raw = read_raw(name, config, name, config.files, config.where, needed, others=content is None)
     counts: Counter[str] = Counter()
     columns: dict[str, list[Any]] = {"row_id": [], "text": [], "label": [], "split": [], "tags": []}
 
@@ -132,13 +147,19 @@ def prepare(name: str, config: Dataset, out: Path) -> dict[str, Any]:
         for column, value in zip(columns.values(), values, strict=True):
             column.append(value)
 
-    column, names = raw.columns[text_column], raw.class_names.get(label_column)
+    images, column = None, raw.columns.get(content or "", [])
+    if config.images is not None:
+        images = pixels(name, config, raw.columns, needed, counts)
+        column = named(images, config.images.shape)
+    label_column = label_columns[0] if label_columns else ""
+    names = raw.class_names.get(label_column)
     labels, tagged = [NO_LABEL] * len(column), [list[int]()] * len(column)
     if config.task == "token-classification":
         column = joined(name, column)
         tagged = tags(name, config, column, raw.columns[label_column], names)
     texts = _texts(name, config, column, counts)
-    if config.task == "sequence-classification":
+    numbers = several(name, config, [raw.columns[c] for c in label_columns], names)
+    if config.task in ("sequence-classification", "image-classification"):
         labels = positions(name, config, raw.columns[label_column], names)
     if config.rows is not None:
         texts = sorted(sorted(texts, key=lambda row: row_id(name, row[1]))[: config.rows])
@@ -158,6 +179,12 @@ def prepare(name: str, config: Dataset, out: Path) -> dict[str, Any]:
         known = {*columns["text"], *(text for _, text in texts)}
         for text in _pool(name, config, config.pool, known, counts):
             keep(f"{name}/{POOL}", text, NO_LABEL, POOL, [])
+    at, num_pool = [index for index, _ in texts], columns["split"].count(POOL)
+    if numbers is not None:
+        columns["values"] = [*numbers[at].tolist(), *[None] * num_pool]
+    if images is not None:
+        del columns["text"]
+        columns["pixels"] = pa.FixedSizeListArray.from_arrays(images[at].reshape(-1), images.shape[1])
     return _write(name, config, columns, counts, len(texts), out)
 
 
@@ -178,71 +205,6 @@ def sentences(text: str) -> Iterator[str]:
 
 def _folded(text: str) -> str:
     return " ".join(MARKUP.sub(" ", text).split())
-
-
-def _read(
-    name: str, config: Dataset, field: str, files: str, where: dict[str, str | int], needed: list[str]
-) -> Raw:
-    """The needed columns of the rows that match `where`."""
-    import datasets
-
-    root = Path(config.path)
-    if not root.exists():
-        raise DataError(f"datasets.{name}.path: {root} does not exist (looked in {Path.cwd()}).")
-    found = sorted(p for p in root.glob(files) if p.is_file()) if files else [root]
-    if not found:
-        raise DataError(f"datasets.{field}.files: nothing below {root} matches {files!r}.")
-    source, options = _builder(name, config.format, found)
-    datasets.disable_progress_bars()
-    # A cache of our own: the shared one knows files by path and time, so it can give old content for new.
-    with tempfile.TemporaryDirectory() as own:
-        try:
-            loaded = datasets.load_dataset(source, cache_dir=own, **options)
-            parts = [_with_split(part, key) if len(loaded) > 1 else part for key, part in loaded.items()]
-            rows = datasets.concatenate_datasets(parts)
-        except Exception as error:  # whatever a builder raises, the file is what a person can mend
-            raise DataError(f"datasets.{name}: {source} cannot read {found[0]}: {error}") from error
-        _require_columns(name, rows.column_names, [*needed, *where])
-        chosen = list(dict.fromkeys([*needed, *where]))
-        table = rows.select_columns(chosen).with_format("arrow")[:]
-        columns = {column: table.column(column).to_pylist() for column in chosen}
-    for column, value in where.items():
-        kept = [index for index, cell in enumerate(columns[column]) if cell == value]
-        columns = {key: [cells[index] for index in kept] for key, cells in columns.items()}
-    if not columns[needed[0]]:
-        raise DataError(f"datasets.{name}: no row of {found[0]} has {where}.")
-    features = {key: getattr(f, "feature", f) for key, f in rows.features.items()}  # of lists: their elements
-    return Raw(columns, {key: f.names for key, f in features.items() if isinstance(f, datasets.ClassLabel)})
-
-
-def _builder(name: str, asked: str, found: list[Path]) -> tuple[str, dict[str, Any]]:
-    """What `datasets.load_dataset` is called with: (builder, its options)."""
-    first = found[0]
-    if first.is_dir():
-        return (str(first), {}) if asked == "auto" else (asked, {"data_dir": str(first)})
-    builder = BUILDERS.get(first.suffix.lower(), "") if asked == "auto" else asked
-    if not builder:
-        raise DataError(
-            f"datasets.{name}.format: {first} ends in none of {', '.join(BUILDERS)}; name a builder."
-        )
-    options: dict[str, Any] = {"data_files": [str(path) for path in found]}
-    if builder == "csv":  # pandas would read the texts "NA", "null" and "None" as nothing
-        separator = "\t" if first.suffix.lower() == ".tsv" else ","
-        options |= {"sep": separator, "keep_default_na": False, "na_values": [""]}
-    return builder, options
-
-
-def _with_split(part: Any, key: str) -> Any:
-    """Datasets that come in several splits get a column that says which, where they have none."""
-    return part if "split" in part.column_names else part.add_column("split", [key] * len(part))
-
-
-def _require_columns(name: str, found: list[str], needed: list[str]) -> None:
-    if missing := [column for column in needed if column not in found]:
-        raise DataError(
-            f"datasets.{name}: column {missing[0]!r} is missing.\n  found {found}\n"
-            f"Name the right ones under datasets.{name}.columns (or where, or split)."
-        )
 
 
 def _texts(name: str, config: Dataset, column: list[Any], counts: Counter[str]) -> list[tuple[int, str]]:
@@ -280,7 +242,7 @@ def _pool(name: str, config: Dataset, pool: Pool, labelled: set[str], counts: Co
     A text is held to be a labelled one whatever its markup and white space.
     """
     column = config.columns.text
-    raw = _read(name, config, f"{name}.pool", pool.files or config.files, pool.where, [column])
+    raw = read_raw(name, config, f"{name}.pool", pool.files or config.files, pool.where, [column])
     known = {_folded(text) for text in labelled}
     texts: dict[str, None] = {}
     found = raw.columns[column]
@@ -322,13 +284,16 @@ def _write(
             f"Give it a share under datasets.{name}.split (a few rows may hash past a small share), or, "
             "where that names a column, rows that say so."
         )
-    tagged = config.task == "token-classification"
+    tagged, several = config.task == "token-classification", config.task == "multi-label-classification"
     classes = Counter(zip(columns["split"], columns["label"], strict=True))
     if tagged:
         pairs = zip(columns["split"], columns["tags"], strict=True)
         classes = Counter((split, tag) for split, own in pairs for tag in own)
     else:
         del columns["tags"]
+    if several:
+        owned = zip(columns["split"], columns["values"], strict=True)
+        classes = Counter((split, i) for split, own in owned for i, v in enumerate(own or ()) if v)
     per_label = {s: {n: classes[s, i] for i, n in enumerate(config.labels)} for s in SPLITS}
     summary: dict[str, Any] = {
         "labels": list(config.labels),
@@ -339,11 +304,15 @@ def _write(
     }
     if config.blocks is not None:
         summary |= {"documents": num_documents, "blocks": sum(rows[split] for split in SPLITS)}
-    if config.task in ("token-classification", "masked-lm"):
+    if config.task not in ("sequence-classification", "causal-lm"):
         summary["task"] = config.task
+    if config.images is not None:
+        summary["shape"] = list(config.images.shape)
     out.mkdir(parents=True, exist_ok=True)
     kinds = {"row_id": pa.string(), "text": pa.string(), "label": pa.int32(), "split": pa.string()}
-    kinds["tags"] = pa.list_(pa.int32())
+    kinds |= {"tags": pa.list_(pa.int32()), "values": pa.list_(pa.float32())}
+    if config.images is not None:
+        kinds["pixels"] = pa.list_(pa.uint8(), math.prod(config.images.shape))
     schema = pa.schema([(column, kinds[column]) for column in columns])
     pq.write_table(
         pa.table(columns, schema=schema), out / "rows.parquet", compression="zstd", write_page_checksum=True

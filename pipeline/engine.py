@@ -1,4 +1,4 @@
-"""Batched inference: token rows -> what the teacher says about each.
+"""Batched inference: rows of tokens or pixels -> what the teacher says about each.
 
 Rows are sorted by length and cut into batches of a token budget, so little is spent on padding; answers come
 back in the order of the rows. Shape letters: N rows, B batch, L tokens, P positions, C classes, W width.
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline.inputs import Inputs
 from pipeline.states import Hear, Overheard, deaf, refuse_nonfinite
 from pipeline.tokens import Tokens
 from storage.entries import ends, ranges
@@ -32,7 +33,7 @@ class TeacherOutput(NamedTuple):
 
 def infer(
     model: torch.nn.Module,
-    tokens: Tokens,
+    tokens: Inputs,
     rows: npt.NDArray[np.int64],
     pad_id: int,
     precision: str,
@@ -40,7 +41,7 @@ def infer(
     names: Sequence[str] | None = None,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> TeacherOutput:
-    """The teacher's logits, and hidden states if asked, for `rows` of `tokens`.
+    """The teacher's logits (or values, or vectors), and hidden states if asked, for `rows` of `tokens`.
 
     `precision` is float32 or bfloat16 (autocast). `names` are the row ids, for errors. `advance` is told how
     many rows are done. Raises TeacherError where the model cannot read a batch, and where an answer is not
@@ -121,11 +122,11 @@ def _arithmetic(model: torch.nn.Module, precision: str) -> contextlib.AbstractCo
 
 
 def _said(
-    model: torch.nn.Module, tokens: Tokens, rows: npt.NDArray[np.int64], pad_id: int, hear: Hear
+    model: torch.nn.Module, tokens: Inputs, rows: npt.NDArray[np.int64], pad_id: int, hear: Hear
 ) -> Iterator[tuple[npt.NDArray[np.int64], torch.Tensor, Any]]:
     """(places in `rows`, mask of true tokens [B, L], what the model says) of each batch of like lengths."""
     device = next(model.parameters()).device
-    for batch in by_length(tokens.lengths[rows], TOKENS_PER_BATCH[device.type]):
+    for batch in by_length(tokens.costs[rows], TOKENS_PER_BATCH[device.type]):
         ids_BL, mask_BL = (torch.from_numpy(a).to(device) for a in tokens.padded(rows[batch], pad_id))
         with readable(ids_BL), hear(batch, mask_BL):
             out = model(input_ids=ids_BL, attention_mask=mask_BL.long())

@@ -8,7 +8,19 @@ from typing import Any, cast
 
 import torch
 
-from pipeline import config, config_teachers, hardware, kinds, language, metrics, reading, students, teachers
+from pipeline import (
+    config,
+    config_teachers,
+    hardware,
+    inputs,
+    kinds,
+    language,
+    metrics,
+    reading,
+    row_tasks,
+    students,
+    teachers,
+)
 from pipeline.batches import CachedRows
 from pipeline.data import Rows, load_rows
 from pipeline.documents import CachedDocuments
@@ -36,7 +48,7 @@ def evaluate_run(
     cache, rows = open_inputs(paths)
     rows = rows.only(SPLIT)
     hardware.pin_threads(hardware.num_cores())
-    reader = TextReader(paths.out / "tokenizer", student.max_length, "truncate")
+    reader = inputs.of_student(student, rows, paths.out / "tokenizer")
     seeds = json.loads((paths.out / RECORD).read_text())["seeds"]
     about: dict[str, Any] = {"task": cache.identity.spec.task, "cache": run.cache, "student": run.student}
     about |= {"recipe": run.recipe, "seeds": list(run.seeds)}
@@ -44,27 +56,27 @@ def evaluate_run(
     if isinstance(cache, Mixture):
         about["caches"] = [member.name for member in cache.members]
         taught_by = None  # no single teacher's row is the one to compare with
-    if cache.identity.spec.per_position:
+    if isinstance(student, kinds.Llama) and isinstance(reader, TextReader):
         values, about["lines"] = _read_documents(cache, rows, student, seeds, paths, reader)
     else:
-        values = _classify(cache, rows, seeds, paths, reader)
+        values = _answer(cache, rows, seeds, paths, reader)
     return _row("run", name, taught_by, run.dataset, about, len(rows.row_ids), values)
 
 
-def _classify(
-    cache: Cache, rows: Rows, seeds: list[Any], paths: config.RunPaths, reader: TextReader
+def _answer(
+    cache: Cache, rows: Rows, seeds: list[Any], paths: config.RunPaths, reader: inputs.Reader
 ) -> list[Values]:
-    tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
+    tokens, task = inputs.read(reader, rows), row_tasks.of(cache.identity.spec.task)
     cached = CachedRows(cache, rows, tokens, reader.pad_id, (SPLIT,))
     chosen = rows.select(SPLIT)
     values = []
     for seed in seeds:
         model, facts = _load(paths, seed)
-        logits, teacher, labels = (tensor.numpy() for tensor in answers(model, cached))
+        said, teacher, truth = (tensor.numpy() for tensor in answers(model, cached))
         values.append(
             {
-                **metrics.quality(logits, labels),
-                **metrics.against_teacher(logits, teacher, labels),
+                **task.quality(said, truth),
+                **task.against_teacher(said, teacher, truth),
                 **facts,
                 "latency_ms_batch_1": metrics.latency(model, tokens, chosen, reader.pad_id, 1),
                 "latency_ms_batch_32": metrics.latency(model, tokens, chosen, reader.pad_id, 32),
@@ -74,7 +86,7 @@ def _classify(
 
 
 def _read_documents(
-    cache: Cache, rows: Rows, student: kinds.Student, seeds: list[Any], paths: config.RunPaths,
+    cache: Cache, rows: Rows, student: kinds.Llama, seeds: list[Any], paths: config.RunPaths,
     reader: TextReader,
 ) -> tuple[list[Values], list[Line]]:  # fmt: skip
     """(metrics of each seed, how the first one goes on with the beginnings of documents)."""
@@ -125,27 +137,30 @@ def evaluate_teacher(
         if record["task"] == "causal-lm":
             model = teachers.load_language(teacher, hardware.precision("auto"))
             head = language.LanguageHead(model, record["vocab_size"])
+            assert isinstance(reader, TextReader)
             about["lines"] = _lines(head.next_logits, rows, reader)
         values = {**_seen(reading.Seen(**record["reading"][SPLIT])), **facts}
     else:
-        values = {**_classifiers(record, rows, teacher, reader), **facts}
+        values = {**_said_by(teacher, record, rows, reader), **facts}
     return _row("teacher", f"teacher-{name}", name, entry.dataset, about, len(rows.row_ids), [values])
 
 
-def _classifiers(record: dict[str, Any], rows: Rows, teacher: Path, reader: TextReader) -> Values:
-    tokens = reader.read(rows.texts.to_pylist(), rows.row_ids, rows.tags is not None)
-    model = teachers.load(teacher, task=record["task"], pad_token_id=reader.pad_id)
+def _said_by(teacher: Path, record: dict[str, Any], rows: Rows, reader: inputs.Reader) -> Values:
+    tokens, task = inputs.read(reader, rows, rows.tags is not None), row_tasks.of(record["task"])
+    how = teachers.how(teacher)
+    model = teachers.load(teacher, task=record["task"], how=how, pad_token_id=reader.pad_id)
     chosen = rows.select(SPLIT)
-    logits, labels = where_labelled(model, rows, tokens, chosen, reader.pad_id)
-    logits = logits[:, [record["labels"].index(label) for label in rows.label_names]]
+    said, truth = where_labelled(model, rows, tokens, chosen, reader.pad_id)
+    if rows.label_names:
+        said = said[:, [record["labels"].index(label) for label in rows.label_names]]
     model.cpu()  # latency is that of one thread of a CPU, for teachers as for students
 
     def answer(ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> object:
         return model(input_ids=ids_BL, attention_mask=mask_BL.long())
 
     return {
-        **metrics.quality(logits, labels),
-        **metrics.against_teacher(logits, logits, labels),
+        **task.quality(said, truth),
+        **task.against_teacher(said, said, truth),
         "latency_ms_batch_1": metrics.latency(answer, tokens, chosen, reader.pad_id, 1),
         "latency_ms_batch_32": metrics.latency(answer, tokens, chosen, reader.pad_id, 32),
     }

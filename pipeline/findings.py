@@ -19,6 +19,9 @@ class View(NamedTuple):
     speed_axis: str
     curve: str  # of a learning curve's points
     curve_axis: str
+    finding: str = "is right on {:.1%} of"  # what the metric says of a run, before what it was measured on
+    documents: bool = False  # whether rows are documents, with a target a token
+    compared: tuple[str, float] = ("accuracy", 100.0)  # over_labels: of this metric, times this
 
 
 CLASSIFIERS = View(
@@ -40,6 +43,46 @@ CLASSIFIERS = View(
     "accuracy", True, "accuracy", True, "latency_ms_batch_1", "milliseconds a row (batch 1, one thread)",
     "validation_accuracy", "validation accuracy",
 )  # fmt: skip
+_COSTS = CLASSIFIERS.columns[-5:]
+_SPEED = CLASSIFIERS[5:7]
+LABELS = View(
+    (
+        ("macro_f1", "macro F1", "percent", True),
+        ("over_labels", "points over labels alone", "points", True),
+        ("micro_f1", "micro F1", "percent", True),
+        ("roc_auc", "ROC AUC", "plain", True),
+        ("exact_match", "all labels right", "percent", True),
+        ("agreement", "agreement", "percent", True),
+        ("kl_to_teacher", "KL to teacher (nats)", "plain", False),
+        *_COSTS,
+    ),
+    "macro_f1", True, "macro F1", True, *_SPEED, "validation_accuracy", "validation macro F1",
+    "has a macro F1 of {:.1%} on", compared=("macro_f1", 100.0),
+)  # fmt: skip
+VALUES = View(
+    (
+        ("rmse", "RMSE", "plain", False),
+        ("over_labels", "RMSE below labels alone", "nats", True),
+        ("mae", "mean absolute error", "plain", False),
+        ("r2", "R²", "plain", True),
+        ("pearson", "Pearson", "plain", True),
+        ("spearman", "Spearman", "plain", True),
+        ("rmse_to_teacher", "RMSE to teacher", "plain", False),
+        *_COSTS,
+    ),
+    "rmse", False, "RMSE", False, *_SPEED, "validation_loss", "validation loss",
+    "has an RMSE of {:.3f} on", compared=("rmse", -1.0),
+)  # fmt: skip
+VECTORS = View(
+    (
+        ("cosine", "cosine to teacher", "plain", True),
+        ("nearest", "same nearest row", "percent", True),
+        ("nearest_10", "same of the nearest ten", "percent", True),
+        *_COSTS,
+    ),
+    "cosine", True, "cosine to teacher", False, *_SPEED, "validation_accuracy", "validation cosine",
+    "has a mean cosine of {:.3f} to its teacher on", compared=("cosine", 1.0),
+)  # fmt: skip
 LANGUAGE_MODELS = View(
     (
         ("perplexity", "perplexity", "perplexity", False),
@@ -57,12 +100,17 @@ LANGUAGE_MODELS = View(
     ),
     "perplexity", False, "perplexity", False, "tokens_per_second", "tokens a second (reading, all cores)",
     "validation_loss", "validation loss",
+    "has a perplexity of {:,.1f} on", documents=True, compared=("lm_loss", -1.0),
 )  # fmt: skip
+VIEWS = {
+    "causal-lm": LANGUAGE_MODELS, "masked-lm": LANGUAGE_MODELS, "multi-label-classification": LABELS,
+    "regression": VALUES, "sentence-embedding": VECTORS,
+}  # fmt: skip
 
 
 def view(rows: Sequence[Row]) -> View:
     """The one of these rows' task."""
-    return LANGUAGE_MODELS if rows[0]["task"] in ("causal-lm", "masked-lm") else CLASSIFIERS
+    return VIEWS.get(rows[0]["task"], CLASSIFIERS)
 
 
 def mean(row: Row, metric: str) -> Any:
@@ -75,9 +123,10 @@ def best(rows: Sequence[Row], shown: View) -> Row:
     return (max if shown.more else min)(rows, key=lambda row: mean(row, shown.metric))
 
 
-def teacher_of(run: Row, teachers: Sequence[Row]) -> Row | None:
+def teacher_of(run: Row, teachers: Sequence[Row], shown: View = CLASSIFIERS) -> Row | None:
     """The row of the teacher that made the run's cache, where it was scored."""
-    return next((t for t in teachers if t["teacher"] == run["teacher"] and mean(t, "accuracy")), None)
+    metric = shown.compared[0]
+    return next((t for t in teachers if t["teacher"] == run["teacher"] and mean(t, metric)), None)
 
 
 def headline(runs: Sequence[Row], teachers: Sequence[Row], shown: View) -> str:
@@ -87,7 +136,7 @@ def headline(runs: Sequence[Row], teachers: Sequence[Row], shown: View) -> str:
         return "No student has been evaluated yet."
     first = best(scored, shown)
     text = _is_good(first, shown)
-    teacher = teacher_of(first, teachers)
+    teacher = teacher_of(first, teachers, shown)
     if teacher is not None:
         text += _beside_teacher(first, teacher, shown)
     if first["distilled"]:
@@ -101,7 +150,9 @@ def headline(runs: Sequence[Row], teachers: Sequence[Row], shown: View) -> str:
         return text + "."
     second = best(distilled, shown)
     behind = abs(mean(first, shown.metric) - mean(second, shown.metric))
-    apart = f"{100 * behind:.1f} points" if shown.percent else f"{behind:.1f} in {shown.axis}"
+    apart = f"{100 * behind:.1f} points" if shown.percent else f"{behind:.3g} in {shown.axis}"
+    if shown.documents:
+        apart = f"{behind:.1f} in {shown.axis}"
     return (
         f"{text}: distillation did not help here. "
         f"The best distilled run, {second['name']}, is {apart} behind."
@@ -109,17 +160,17 @@ def headline(runs: Sequence[Row], teachers: Sequence[Row], shown: View) -> str:
 
 
 def _is_good(row: Row, shown: View) -> str:
-    on = f"{row['rows']:,} {row['split']} {'rows' if shown.percent else 'documents'}"
-    if shown.percent:
-        return f"{row['name']} is right on {mean(row, shown.metric):.1%} of {on}"
-    return f"{row['name']} has a perplexity of {mean(row, shown.metric):,.1f} on {on}"
+    on = f"{row['rows']:,} {row['split']} {'documents' if shown.documents else 'rows'}"
+    return f"{row['name']} {shown.finding.format(mean(row, shown.metric))} {on}"
 
 
 def _beside_teacher(row: Row, teacher: Row, shown: View) -> str:
     smaller = _times(mean(teacher, "bytes") / mean(row, "bytes"), "smaller", "larger")
-    if shown.percent:
+    if not shown.documents:
         faster = mean(teacher, "latency_ms_batch_1") / mean(row, "latency_ms_batch_1")
-        share = f", {mean(row, 'of_teacher'):.1%} of the teacher's accuracy"
+        share = f" (its teacher: {mean(teacher, shown.metric):.3f})"
+        if shown is CLASSIFIERS:
+            share = f", {mean(row, 'of_teacher'):.1%} of the teacher's accuracy"
         return f"{share}, in a file {smaller}, {_times(faster, 'faster', 'slower')}"
     faster = mean(row, "tokens_per_second") / mean(teacher, "tokens_per_second")
     share = f" (its teacher: {mean(teacher, shown.metric):,.1f})"
@@ -129,7 +180,8 @@ def _beside_teacher(row: Row, teacher: Row, shown: View) -> str:
 def _gain(value: float, shown: View) -> str:
     if shown.percent:
         return f"{value:+.1f} points over"
-    return f"{abs(value):.3f} nats a token {'below' if value >= 0 else 'above'}"
+    unit = " nats a token" if shown.documents else ""
+    return f"{abs(value):.3f}{unit} {'below' if value >= 0 else 'above'}"
 
 
 def _times(ratio: float, more: str, less: str) -> str:

@@ -12,13 +12,16 @@ from pipeline.section import Fraction, Positive, Section
 SET_HERE = {"vocab_size", "num_labels", "id2label", "label2id", "pad_token_id", "model_type", "dtype"}
 
 
-class _Reader(Section):
+class _Trained(Section):
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+
+
+class _Reader(_Trained):
     tokenizer: Literal["teacher"] | Positive = "teacher"
     """`teacher`: the teacher's, from the cache. A number: its own WordPiece of so many entries, learned from
     the training and pool text."""
     max_length: Positive = 128
     """The most tokens that it reads of a row. The rest is cut; the run's record counts the rows."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
 
 
 class _Student(_Reader):
@@ -107,4 +110,13 @@ class Transformers(_Reader):
         return config
 
 
-Student = Annotated[FC | BiLSTM | TinyBERT | Llama | Transformers, Field(discriminator="kind")]
+class MLP(_Trained):
+    """Layers of ReLUs over all numbers of an image."""
+
+    kind: Literal["mlp"]
+    hidden: Annotated[tuple[Positive, ...], Field(min_length=1, strict=False)] = (32,)
+    """Units of each layer between the pixels and the logits."""
+    dropout: Fraction = 0.1
+
+
+Student = Annotated[FC | BiLSTM | TinyBERT | Llama | Transformers | MLP, Field(discriminator="kind")]

@@ -1,13 +1,17 @@
-"""What rows are labelled with: one label a row, or words with one tag each.
+"""What rows are labelled with: one label a row, several, numbers, or words with one tag each.
 
 The text of a row of words is its words joined by one space, so that whoever reads it can count them again
 (tokens.py).
 """
 
+import math
 import re
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from pipeline.config_data import Dataset
 from storage.errors import DataError
@@ -95,4 +99,51 @@ def tags(
     made: list[list[int]] = [[] for _ in texts]
     for row, place in zip(rows, positions(name, config, flat, class_names, rows), strict=True):
         made[row].append(place)
+    return made
+
+
+def several(
+    name: str, config: Dataset, columns: list[list[Any]], class_names: list[str] | None
+) -> npt.NDArray[np.float32] | None:
+    """What rows of several labels, or of numbers, are labelled with [rows, labels]; None for other tasks.
+
+    For multi-label-classification 1 where a row has the label and 0 where not, of one column with lists of
+    labels or of one column a label with 0 and 1. For regression the numbers, of one column with a number (or
+    a list of them) or of one column each. Raises DataError for a label outside the set, and for what is no
+    such number.
+    """
+    if config.task == "multi-label-classification" and isinstance(config.columns.label, str):
+        return _present(name, config, columns[0], class_names)
+    if config.task not in ("multi-label-classification", "regression"):
+        return None
+    rows = list(zip(*columns, strict=True)) if len(columns) > 1 else columns[0]
+    made = np.zeros((len(rows), len(config.labels)), np.float32)
+    expected = "0 or 1" if config.task == "multi-label-classification" else "a finite number"
+    for row, value in enumerate(rows):
+        own = value if isinstance(value, list | tuple) else [value]
+        good = len(own) == len(config.labels) and all(isinstance(v, Real) and math.isfinite(v) for v in own)
+        if not good or (config.task == "multi-label-classification" and not set(own) <= {0, 1}):
+            raise DataError(
+                f"datasets.{name}: row {row} has {value!r} for {list(config.labels)}, expected {expected} "
+                f"for each.\nMend the row, or datasets.{name}.columns."
+            )
+        made[row] = own
+    return made
+
+
+def _present(
+    name: str, config: Dataset, column: list[Any], class_names: list[str] | None
+) -> npt.NDArray[np.float32]:
+    flat: list[Any] = []
+    rows: list[int] = []
+    for row, value in enumerate(column):
+        if not isinstance(value, list):
+            raise DataError(
+                f"datasets.{name}: row {row} has {value!r} for labels, expected a list (empty for none).\n"
+                f"Mend the row, or list one column of 0 and 1 for each label: datasets.{name}.columns.label."
+            )
+        flat += value
+        rows += [row] * len(value)
+    made = np.zeros((len(column), len(config.labels)), np.float32)
+    made[rows, positions(name, config, flat, class_names, rows)] = 1
     return made

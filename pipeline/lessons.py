@@ -11,23 +11,15 @@ from typing import NamedTuple, cast
 
 import torch
 
-from pipeline import config_recipes, kinds, layer_maps, students
+from pipeline import config_recipes, inputs, kinds, layer_maps, row_tasks, students
 from pipeline.batches import CachedRows, DistillBatch
 from pipeline.data import POOL, VIEWS, Rows
 from pipeline.documents import CachedDocuments
 from pipeline.head_loss import head_loss, mixed
-from pipeline.losses import (
-    MixedTargets,
-    SparseTargets,
-    label_loss,
-    pseudo_labels,
-    recipe_loss,
-    sure_temperature,
-)
+from pipeline.losses import MixedTargets, SparseTargets, pseudo_labels, sure_temperature
 from pipeline.matched import Matched, look
 from pipeline.reading import read_held_out
 from pipeline.schedules import ByConfidence, at
-from pipeline.tokens import TextReader
 from pipeline.training import Validation
 from storage import Cache
 from storage.spec import Sample, Threshold
@@ -64,14 +56,14 @@ def of_rows(
     recipe: config_recipes.Recipe,
     cache: Cache,
     rows: Rows,
-    reader: TextReader,
+    reader: inputs.Reader,
     seed: int,
 ) -> Lesson:
-    """A classifier's: logits of each row against its label and its cached target."""
+    """That of a target a row: the answer to each row against its label and its cached target."""
+    tokens, task = inputs.read(reader, rows), row_tasks.of(cache.identity.spec.task)
     match, hidden = recipe.match, cache.identity.spec.hidden
     plan = layer_maps.resolve("this run", match, student, hidden) if match else None
     names = plan.names if plan else ()
-    tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
     cached = CachedRows(cache, rows, tokens, reader.pad_id, taught_by(recipe), names)
     looked_at = () if recipe.predicts else names
     held_out = CachedRows(cache, rows, tokens, reader.pad_id, ("validation",), looked_at)
@@ -82,12 +74,12 @@ def of_rows(
             return model
         return Matched(cast(students.TinyBERT, model), match, plan, hidden)
 
-    def predictions_loss(logits_BC: torch.Tensor, batch: DistillBatch, done: float) -> torch.Tensor:
+    def predictions_loss(said: torch.Tensor, batch: DistillBatch, done: float) -> torch.Tensor:
         labels_T = batch.labels_T
         if recipe.pseudo_labels:
             labels_T = pseudo_labels(labels_T, _logits(batch.teacher, len(cache.labels)))
-        return recipe_loss(
-            logits_BC, labels_T, batch.teacher, at(recipe.alpha, done),
+        return task.loss(
+            said, labels_T, batch.teacher, at(recipe.alpha, done),
             _temperature(recipe, batch, done), recipe.divergence, recipe.skew, sampled,
         )  # fmt: skip
 
@@ -102,18 +94,17 @@ def of_rows(
     def validate(model: torch.nn.Module) -> Validation:
         if not recipe.predicts:
             return look(cast(Matched, getattr(model, "module", model)), held_out.in_order(EVALUATION_ROWS))
-        logits, _, labels = answers(model, held_out)
-        right = (logits.argmax(1) == labels).float().mean().item()
-        return Validation(right, label_loss(logits, labels).item())
+        said, teacher, truth = answers(model, held_out)
+        return task.look(said, truth, teacher)
 
     return Lesson(
-        num_outputs=len(cache.labels),
+        num_outputs=cache.identity.spec.num_outputs,
         num_targets=cached.num_rows,
         steps=recipe.epochs * cached.num_batches(recipe.batch_rows),
         batches=lambda epoch: cached.epoch(seed, epoch, recipe.batch_rows),
         loss=loss,
         validate=validate,
-        by_loss=not recipe.predicts,
+        by_loss=task.by_loss or not recipe.predicts,
         cut_rows=tokens.num_cut,
         padding=None,
         rows_a_piece=1.0,
@@ -122,7 +113,7 @@ def of_rows(
 
 
 def of_documents(
-    student: kinds.Student, recipe: config_recipes.Recipe, cache: Cache, rows: Rows, seed: int
+    student: kinds.Llama, recipe: config_recipes.Recipe, cache: Cache, rows: Rows, seed: int
 ) -> Lesson:
     """A language model's: states of each token through the head, against the next token and the entries."""
     cached = CachedDocuments(cache, rows, taught_by(recipe), student.max_length)

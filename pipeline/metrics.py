@@ -13,7 +13,7 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
 from pipeline import hardware
-from pipeline.tokens import Tokens
+from pipeline.inputs import Inputs
 
 ECE_BINS = 15
 LATENCY_WARMUP, LATENCY_REPEATS = 3, 25
@@ -70,7 +70,7 @@ def against_teacher(logits_NC: Logits, teacher_NC: Logits, labels_N: Labels) -> 
 
 def latency(
     answer: Callable[[torch.Tensor, torch.Tensor], object],
-    tokens: Tokens,
+    tokens: Inputs,
     rows: npt.NDArray[np.int64],
     pad_id: int,
     size: int,
@@ -81,7 +81,7 @@ def latency(
 
 def latencies(
     ways: Mapping[str, Callable[[torch.Tensor, torch.Tensor], object]],
-    tokens: Tokens,
+    tokens: Inputs,
     rows: npt.NDArray[np.int64],
     pad_id: int,
     size: int,

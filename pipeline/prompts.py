@@ -18,7 +18,7 @@ from pipeline import draws
 from pipeline.tokens import Tokens
 from storage.entries import ends, ranges
 from storage.errors import TeacherError
-from storage.spec import Mask, Task
+from storage.spec import PER_POSITION, Mask, Task
 
 MASKING = 2  # the stream of random numbers: those of a codec with the same seed must not depend on it
 ROWS_AT_ONCE = 4096  # of random numbers in memory
@@ -40,7 +40,7 @@ def prompts(
     """
     if mask is not None:
         return _masked(mask, tokens, row_ids, special)
-    asked = np.full(len(tokens.ids), task != "sequence-classification")
+    asked = np.full(len(tokens.ids), task in PER_POSITION)
     if task == "causal-lm":
         asked[tokens.offsets[1:] - 1] = False
     return Prompts(tokens, asked)

@@ -82,11 +82,11 @@ def replay(cache: Cache, rows: Rows, teacher: Path) -> int:
     reader = teachers.reader(teacher)
     names = [ids[i] for i in chosen]
     spec = cache.identity.spec
-    texts = [rows.texts[place[name]].as_py() for name in names]
-    asked = questions(teacher, spec, reader, texts, pa.array(names, pa.string()))
+    sample = rows.take(np.array([place[name] for name in names]))
+    asked = questions(teacher, spec, reader, sample)
     faults = [
-        Mismatch(f"row {ids[i]}: token ids", hashes[i], found)
-        for i, found in zip(chosen, asked.tokens.hashes().to_pylist(), strict=True)
+        Mismatch(f"row {ids[i]}: {'token ids' if rows.pixels is None else 'pixels'}", hashes[i], found)
+        for i, found in zip(chosen, asked.inputs.hashes().to_pylist(), strict=True)
         if hashes[i] != found
     ]
     hardware.pin_threads(hardware.num_cores())

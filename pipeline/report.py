@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 
 from pipeline import plots
 from pipeline.comparison import fair, pairs
-from pipeline.findings import Row, View, headline, mean, teacher_of, view
+from pipeline.findings import CLASSIFIERS, Row, View, headline, mean, teacher_of, view
 from pipeline.shipped import shipped
 from storage.errors import AssetError
 
@@ -91,7 +91,7 @@ def section(
         ],
         "fair": fair(runs, shown),
         "shipped": shipped(exports, rows[0]["dataset"]),
-        "agreement": _agreement(runs) if shown.percent else "",
+        "agreement": _agreement(runs) if shown is CLASSIFIERS else "",
         "lines": [row for row in [*teachers, *runs] if row.get("lines")],
         "time": _time(used, runs),
         "saved": saved,
@@ -150,15 +150,16 @@ def _compared(row: Row, runs: Sequence[Row], teachers: Sequence[Row], shown: Vie
     seed; for classifiers also the share of its teacher's accuracy.
     """
     metrics = dict(row["metrics"])
-    if mean(row, shown.metric) is None:
+    name = shown.compared[0]
+    if mean(row, name) is None:
         return row
     plain = next((r for r in runs if r["student"] == row["student"] and not r["distilled"]), None)
-    if plain is not None and plain["name"] != row["name"] and mean(plain, shown.metric) is not None:
+    if plain is not None and plain["name"] != row["name"] and mean(plain, name) is not None:
         gains = pairs(row, plain, shown)
         if gains:
             metrics["over_labels"] = _spread(gains)
-    teacher = teacher_of(row, teachers)
-    if teacher is not None and shown.percent:
+    teacher = teacher_of(row, teachers, shown)
+    if teacher is not None and shown is CLASSIFIERS:
         found = metrics["accuracy"]["values"]
         metrics["of_teacher"] = _spread([value / mean(teacher, "accuracy") for value in found])
     return {**row, "metrics": metrics}

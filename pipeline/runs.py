@@ -25,7 +25,7 @@ from pipeline.data import POOL, SPLITS, VIEWS, Rows, load_rows
 from pipeline.decoders import refuse_misfit
 from pipeline.progress import bars, log
 from pipeline.schedules import ends
-from pipeline.targets import refuse_task, refuse_truncated
+from pipeline.targets import refuse_recipe, refuse_task, refuse_truncated
 from pipeline.tokens import TextReader
 from storage import Cache
 from storage.errors import ConfigError, DataError, Mismatch, SpecMismatch, TrainingError
@@ -119,7 +119,9 @@ def make_reader(
     A learned one sees the training and pool text of the dataset, never validation or test. A student that
     starts from that of another run reads as that does.
     """
-    if init:
+    if isinstance(student, kinds.MLP):
+        directory.parent.mkdir(parents=True)  # images are read without one
+    elif init:
         shutil.copytree(init / "tokenizer", directory)
     elif student.tokenizer == "teacher":
         shutil.copytree(cache.tokenizer_dir, directory)
@@ -161,6 +163,7 @@ def _refuse_misfit(
             f"Verify it: dvc repro {'mix' if isinstance(cache, Mixture) else 'verify'}@{verified.stem}",
         )
     refuse_task(f"runs.{name}", cache.identity.spec.task, student.kind)
+    refuse_recipe(f"runs.{name}", cache.identity.spec.task, recipe)
     if student.kind == "llama" and student.tokenizer != "teacher":
         raise ConfigError(
             f"the student of runs.{name} has a tokenizer of its own ({student.tokenizer} entries), but "
@@ -231,10 +234,11 @@ def _refuse_other_run(name: str, cache: Cache, student: kinds.Student, init: Pat
     facts = json.loads((next(init.glob("seed-*")) / "student.json").read_text())
     sizes = {"student": student.model_dump(mode="json"), "num_labels": cache.identity.spec.num_outputs}
     wrong = [Mismatch(key, facts[key], wanted) for key, wanted in sizes.items() if facts[key] != wanted]
-    if student.tokenizer == "teacher":
+    known = cache.identity.tokenizer
+    if known is not None and not isinstance(student, kinds.MLP) and student.tokenizer == "teacher":
         reads = TextReader(init / "tokenizer", student.max_length, "truncate").identity().content
-        if reads != cache.identity.tokenizer.content:
-            wrong.append(Mismatch("tokenizer.content", reads, cache.identity.tokenizer.content))
+        if reads != known.content:
+            wrong.append(Mismatch("tokenizer.content", reads, known.content))
     if wrong:
         raise SpecMismatch(
             f"the students of {init} are no start for chained.{name}", wrong,

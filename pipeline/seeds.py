@@ -13,13 +13,13 @@ from pipeline import (
     encoder_start,
     hardware,
     initialise,
+    inputs,
     kinds,
     lessons,
     students,
 )
 from pipeline.data import POOL, Rows
 from pipeline.runs import Job, open_inputs, start_of
-from pipeline.tokens import TextReader
 from pipeline.training import Fit, Settings, fit
 from pipeline.tuning import Setup, fastest
 
@@ -50,8 +50,8 @@ def train_seed(
     if job.trial is not None:
         rows = choosing.held_out(rows, job.trial.fold, job.trial.folds)
     rows = rows.only("validation", *lessons.taught_by(recipe))
-    reader = TextReader(job.paths.out / "tokenizer", student.max_length, "truncate")
-    if cache.identity.spec.per_position:
+    reader = inputs.of_student(student, rows, job.paths.out / "tokenizer")
+    if isinstance(student, kinds.Llama):
         lesson = lessons.of_documents(student, recipe, cache, rows, job.seed)
         num_ids = lesson.num_outputs
     else:

@@ -1,16 +1,16 @@
 """Student architectures, and the files they are kept in.
 
-Each is a module whose forward takes ids [B, L] and the mask of true tokens [B, L], padded on the right, and
-returns logits [B, C]; a language model (`Llama`) returns states [B, L, D], and its logits are states times
-`head`. Padding never changes an answer. A saved student is a directory with model.safetensors
-and student.json (its entry of params.yaml, vocabulary and classes); the tokenizer lies beside it, once for
-all seeds.
+Each is a module whose forward takes ids [B, L] (`MLP`: pixels) and the mask of true tokens [B, L], padded on
+the right, and returns logits [B, C]; a language model (`Llama`) returns states [B, L, D], and its logits are
+states times `head`. Padding never changes an answer. A saved student is a directory with model.safetensors
+and student.json (its entry of params.yaml, vocabulary (of `mlp`: numbers of an image) and classes); the
+tokenizer lies beside it, once for all seeds.
 
-Shape letters: B batch, L tokens, C classes, E embedding width, H hidden units.
+Shape letters: B batch, L tokens, C classes, E embedding width, H hidden units, P numbers of an image.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -212,9 +212,30 @@ class Transformers(nn.Module):
         return logits_BC
 
 
+class MLP(nn.Module):
+    """A perceptron over pixels, from 0 to 1."""
+
+    def __init__(self, entry: kinds.MLP, num_pixels: int, num_labels: int) -> None:
+        super().__init__()
+        self.layers = perceptron(num_pixels, entry.hidden, num_labels, entry.dropout)
+
+    def forward(self, pixels_BP: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Logits [B, C]. There is no padding, so the mask says nothing."""
+        logits_BC: torch.Tensor = self.layers(pixels_BP / 255)
+        return logits_BC
+
+
 KINDS: dict[str, Any] = {
-    "fc": FC, "bilstm": BiLSTM, "tinybert": TinyBERT, "llama": Llama, "transformers": Transformers
+    "fc": FC, "bilstm": BiLSTM, "tinybert": TinyBERT, "llama": Llama, "transformers": Transformers, "mlp": MLP
 }  # fmt: skip
+
+
+def perceptron(num_inputs: int, hidden: Sequence[int], num_outputs: int, dropout: float) -> nn.Sequential:
+    """Linear layers with ReLUs and dropout between them."""
+    layers: list[nn.Module] = []
+    for before, width in zip((num_inputs, *hidden), hidden, strict=False):
+        layers += [nn.Linear(before, width), nn.ReLU(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers, nn.Linear((num_inputs, *hidden)[-1], num_outputs))
 
 
 def build(entry: kinds.Student, vocab_size: int, num_labels: int) -> nn.Module:

@@ -1,11 +1,14 @@
 """Where rows are labelled, and what a teacher says there: at rows, or at the first tokens of words."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from pipeline import engine
 from pipeline.data import NO_LABEL, Rows
+from pipeline.inputs import Inputs
 from pipeline.tokens import NO_WORD, Tokens
 from storage.entries import ends, ranges
 
@@ -29,13 +32,16 @@ def token_labels(rows: Rows, tokens: Tokens) -> npt.NDArray[np.int32]:
 
 
 def where_labelled(
-    model: torch.nn.Module, rows: Rows, tokens: Tokens, chosen: npt.NDArray[np.int64], pad_id: int
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
-    """(logits [N, C] in float32, labels [N]): of the chosen rows, or of their words, by task."""
+    model: torch.nn.Module, rows: Rows, tokens: Inputs, chosen: npt.NDArray[np.int64], pad_id: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[Any]]:
+    """(logits [N, C] in float32, labels [N] or numbers [N, C]): of the chosen rows, or of their words, by
+    task.
+    """
     names = rows.row_ids.to_pylist()
     if rows.task != "token-classification":
         logits = engine.infer(model, tokens, chosen, pad_id, "float32", names=names).logits
-        return logits, rows.labels[chosen]
+        return logits, rows.truth[chosen]
+    assert isinstance(tokens, Tokens)  # words are text
     labels = token_labels(rows, tokens)[ranges(tokens.offsets[chosen], tokens.lengths[chosen])]
     judged = labels != NO_LABEL
     return engine.infer_tokens(model, tokens, chosen, pad_id, "float32", names)[judged], labels[judged]

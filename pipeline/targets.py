@@ -12,12 +12,22 @@ from storage.spec import Mask, Sample, Sha256, SparseCodec, Task, Threshold, Top
 
 if TYPE_CHECKING:
     from pipeline.config import Params
+    from pipeline.config_recipes import Recipe
 
 # Which caches each kind of student is trained on.
-STUDENT_TASKS: dict[str, Task] = {
-    "fc": "sequence-classification", "bilstm": "sequence-classification",
-    "tinybert": "sequence-classification", "llama": "causal-lm", "transformers": "sequence-classification",
+TEXT_ROWS: tuple[Task, ...] = (
+    "sequence-classification", "multi-label-classification", "regression", "sentence-embedding"
+)  # fmt: skip
+STUDENT_TASKS: dict[str, tuple[Task, ...]] = {
+    "fc": TEXT_ROWS, "bilstm": TEXT_ROWS, "tinybert": TEXT_ROWS, "llama": ("causal-lm",),
+    "transformers": ("sequence-classification",), "mlp": ("image-classification",),
 }  # fmt: skip
+# The divergences of tasks that have not those of one class; the first is what a refusal advises.
+DIVERGENCES: dict[Task, tuple[str, ...]] = {
+    "multi-label-classification": ("forward",), "regression": ("mse",),
+    "sentence-embedding": ("cosine", "mse"),
+}  # fmt: skip
+CLASS_DIVERGENCES = ("forward", "reverse", "jsd", "skewed")
 
 
 class Dense(Section):
@@ -99,24 +109,50 @@ def misfits(params: "Params") -> Iterator[str]:
         dense = isinstance(entry.targets, Dense)
         if dense and task in ("causal-lm", "masked-lm"):
             yield f"caches.{name}.targets: dense is for few classes, not {task}; write targets: threshold"
-        if not dense and task == "token-classification":
-            yield f"caches.{name}.targets: {task} keeps all classes; write targets: dense, or leave it out"
+        if not dense and task in ("token-classification", *DIVERGENCES):
+            yield f"caches.{name}.targets: {task} keeps all its numbers; write targets: dense"
+        vectors = params.teachers[entry.teacher].embedding
+        if vectors is not None and task != "sentence-embedding":
+            yield f"teachers.{entry.teacher}.embedding: {task} makes no vectors; remove it"
+        if entry.hidden is not None and task == "image-classification":
+            yield f"caches.{name}.hidden: no states of {task} are kept; remove it"
         if entry.mask is not None and task != "masked-lm":
             yield f"caches.{name}.mask: only masked-lm reads masks, its teacher's task is {task}; remove it"
 
 
 def refuse_task(what: str, task: Task, kind: str) -> None:
     """Raise SpecMismatch where students of this kind cannot be trained on a cache of this task."""
-    if task != STUDENT_TASKS[kind]:
-        others = [other for other, known in STUDENT_TASKS.items() if known == task]
+    if task not in STUDENT_TASKS[kind]:
+        others = [other for other, known in STUDENT_TASKS.items() if task in known]
         advice = f"Students that learn from a {task} cache: {', '.join(others)}." if others else (
             f"No student learns from a {task} cache yet: it can be captured, verified and read."
         )  # fmt: skip
         raise SpecMismatch(
             f"the cache does not fit the student of {what} ({kind})",
-            [Mismatch("spec.task", task, STUDENT_TASKS[kind])],
+            [Mismatch("spec.task", task, " or ".join(STUDENT_TASKS[kind]))],
             advice,
         )
+
+
+def refuse_recipe(what: str, task: Task, recipe: "Recipe") -> None:
+    """Raise SpecMismatch where a recipe names a loss that this task has not, or labels where it has none."""
+    known = DIVERGENCES.get(task, CLASS_DIVERGENCES)
+    faults = []
+    soft, one_class = min(ends(recipe.alpha)) < 1, task not in DIVERGENCES
+    if soft and recipe.divergence not in known:
+        faults.append(Mismatch("recipe.divergence", recipe.divergence, " or ".join(known)))
+    tempered = any(end != 1 for end in ends(recipe.temperature))
+    if soft and task in ("regression", "sentence-embedding") and tempered:
+        faults.append(Mismatch("recipe.temperature", recipe.temperature, 1))
+    elif soft and not one_class and isinstance(recipe.temperature, ByConfidence):
+        faults.append(Mismatch("recipe.temperature", recipe.temperature, "a number, or a schedule"))
+    if any(end != 0 for end in ends(recipe.alpha)) and task == "sentence-embedding":
+        faults.append(Mismatch("recipe.alpha", recipe.alpha, 0))
+    if recipe.pseudo_labels and not one_class:
+        faults.append(Mismatch("recipe.pseudo_labels", True, "false: a row has no first choice"))
+    if faults:
+        advice = f"{task} has a loss of its own: write what is expected in a recipe for such runs."
+        raise SpecMismatch(f"the recipe does not fit {what}", faults, advice)
 
 
 def refuse_truncated(

@@ -8,6 +8,7 @@ remote code is run.
 
 import hashlib
 import json
+import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +17,17 @@ import numpy as np
 import torch
 
 from pipeline import hardware
+from pipeline.inputs import PixelReader, Reader
 from pipeline.progress import tracked
 from pipeline.tokens import TextReader
+from pipeline.vectors import Embedder
 from storage.errors import AssetError, TeacherError
-from storage.spec import Task, TeacherIdentity, sha256_json
+from storage.spec import EmbeddingSpec, ImageSpec, Task, TeacherIdentity, sha256_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+How = ImageSpec | EmbeddingSpec
 RECORD = "teacher.json"
 # How transformers calls the models of each task.
 MODELS = {
@@ -31,6 +35,10 @@ MODELS = {
     "token-classification": "AutoModelForTokenClassification",
     "causal-lm": "AutoModelForCausalLM",
     "masked-lm": "AutoModelForMaskedLM",
+    "image-classification": "AutoModelForImageClassification",
+    "multi-label-classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "sentence-embedding": "AutoModel",
 }
 # Keys of config.json that say how a checkpoint was saved or where, and nothing about what it computes.
 VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures"}
@@ -43,9 +51,19 @@ def identity(directory: Path) -> TeacherIdentity:
     return TeacherIdentity(weights=_weights_digest(directory), config=sha256_json(meaning))
 
 
-def reader(directory: Path) -> TextReader:
-    """The teacher's tokenizer with the maximum that the teacher stage recorded."""
+def how(directory: Path) -> How | None:
+    """How the teacher reads images or makes vectors, as the teacher stage recorded; None for all others."""
+    found = record(directory)
+    if "image" in found:
+        return ImageSpec.model_validate(found["image"])
+    return EmbeddingSpec.model_validate(found["embedding"]) if "embedding" in found else None
+
+
+def reader(directory: Path) -> Reader:
+    """The teacher's tokenizer with the maximum that the teacher stage recorded; of images, their size."""
     settings = record(directory)
+    if isinstance(images := how(directory), ImageSpec):
+        return PixelReader(math.prod(images.shape))
     return TextReader(directory, settings["max_length"], settings["too_long"])
 
 
@@ -68,22 +86,52 @@ def labels(directory: Path, override: tuple[str, ...] | None, expected: tuple[st
 
 
 def load(
-    directory: Path, num_labels: int | None = None, task: Task = "sequence-classification", **config: Any
+    directory: Path,
+    num_labels: int | None = None,
+    task: Task = "sequence-classification",
+    how: How | None = None,
+    **config: Any,
 ) -> "PreTrainedModel":
-    """The classifier in `directory`, in float32 on the best device, ready for inference.
+    """The model in `directory` that answers rows, in float32 on the best device, ready for inference.
 
-    With `num_labels` a head of that size is made where the checkpoint has none. Raises AssetError or
+    With `num_labels` a head of that size is made where the checkpoint has none; a perceptron without weights
+    gets random ones. `how`: how it reads images or makes vectors, in these tasks. Raises AssetError or
     TeacherError.
     """
+    if isinstance(how, ImageSpec):
+        return _load_images(directory, num_labels, how, config)
     if num_labels:
         config["num_labels"] = num_labels
     model, missing = _load(directory, task, "classifier", dtype=torch.float32, **config)
+    if isinstance(how, EmbeddingSpec):
+        missing = ", ".join(n for n in missing.split(", ") if n and not n.startswith("pooler."))
+        model = Embedder(model, how)
     if num_labels is None and missing:
         raise TeacherError(
             f"the model in {directory} is no trained classifier: its weights lack {missing}.\n"
             "Take one that is, or fine-tune it on labelled rows: teachers.NAME.train."
         )
     return model
+
+
+def _load_images(
+    directory: Path, num_labels: int | None, how: ImageSpec, config: dict[str, Any]
+) -> "PreTrainedModel":
+    from pipeline import image_models  # transformers, some seconds, and our perceptron's name in it
+
+    config = {key: value for key, value in config.items() if key != "pad_token_id"}
+    if num_labels and not image_models.has_weights(directory):
+        model, missing = image_models.untrained(directory, how, **config), ""
+    else:
+        if num_labels:
+            config["num_labels"] = num_labels
+        model, missing = _load(directory, "image-classification", "classifier", dtype=torch.float32, **config)
+    if num_labels is None and missing:
+        raise TeacherError(
+            f"the model in {directory} is no trained classifier: its weights lack {missing}.\n"
+            "Take one that is, or train it on labelled images: teachers.NAME.train."
+        )
+    return image_models.ImageModel(model, how).to(hardware.device()).eval()
 
 
 def load_language(directory: Path, precision: str, task: Task = "causal-lm") -> "PreTrainedModel":

@@ -39,6 +39,11 @@ class Tokens(NamedTuple):
         """Tokens of each row."""
         return np.diff(self.offsets)
 
+    @property
+    def costs(self) -> npt.NDArray[np.int64]:
+        """What each row costs in a batch, in tokens."""
+        return self.lengths
+
     def row(self, index: int) -> npt.NDArray[np.int32]:
         """The token ids of one row."""
         return self.ids[self.offsets[index] : self.offsets[index + 1]]

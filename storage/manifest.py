@@ -12,7 +12,7 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from storage.compact import MAX_RANKED
 from storage.errors import FormatTooNew, ManifestInvalid, NoManifest
-from storage.spec import Count, Identity, Sha256, Strict, canonical_json, sha256_json
+from storage.spec import ROW_COLUMNS, Count, Identity, Sha256, Strict, canonical_json, sha256_json
 
 FORMAT = "stillroom-cache"
 FORMAT_VERSION = 4  # the highest; each cache is written as the lowest that can hold it: needed_version
@@ -147,7 +147,8 @@ def needed_version(identity: Identity, weights: WeightsEntry | None) -> int:
         needed.append(2)
     if weights is not None or identity.spec.per_position:
         needed.append(3)
-    if identity.spec.hidden is not None and identity.spec.hidden.of_version_4:
+    hidden = identity.spec.hidden
+    if identity.spec.task in ROW_COLUMNS or (hidden is not None and hidden.of_version_4):
         needed.append(4)
     return max(needed)
 

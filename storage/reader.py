@@ -44,7 +44,7 @@ class Cache:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Class names in the order of the logits; empty for a language model."""
+        """Class names in the order of the logits; empty for a language model, and for vectors."""
         return self.identity.spec.labels
 
     @property
@@ -117,7 +117,8 @@ class Cache:
         self._check(shard.logits_path, [file for file in shard.files if file.path == shard.logits_path])
         rows: records.LogitRows | records.EntryRows
         if self.codec == "dense":
-            rows = records.read(path, len(self.labels), self.identity.spec.per_position)
+            spec = self.identity.spec
+            rows = records.read(path, spec.num_outputs, spec.per_position, spec.column)
         else:
             rows = records.read_sparse(path, self.codec, self.ranks, self.identity.spec.per_position)
         found = (len(rows.row_ids), int(rows.num_tokens.sum()), sha256_json(rows.input_hashes.to_pylist()))

@@ -3,10 +3,10 @@
 One row of the file is one row of the dataset, in dataset order. Every shard has
     row_id      string    32 hex characters, storage.spec.row_id
     input_hash  string    32 hex characters, storage.spec.input_hash of the token ids that the teacher read
-    num_tokens  int32     how many token ids it read
+    num_tokens  int32     how many token ids it read; 1 for an image
 then, where targets belong to tokens, `token_ids` int32; and then what the codec keeps: `logits` float32[C]
-(dense; a list of these where they belong to tokens), or lists over the positions and entries of the row
-(sparse; docs/cache-format.md has their columns).
+(dense; `values` or `embedding` where they are no logits; a list of these where they belong to tokens), or
+lists over the positions and entries of the row (sparse; docs/cache-format.md has their columns).
 
 Shape letters: N rows, C classes, P positions of all rows, E entries.
 """
@@ -96,13 +96,15 @@ class EntryRows(NamedTuple):
         )  # fmt: skip
 
 
-def schema(num_classes: int, labels: tuple[str, ...] = (), tokens: bool = False) -> pa.Schema:
-    """The Arrow schema of a shard of dense targets, one a row or one a token; label names go into the
-    metadata (stillroom.labels).
+def schema(
+    num_classes: int, labels: tuple[str, ...] = (), tokens: bool = False, column: str = "logits"
+) -> pa.Schema:
+    """The Arrow schema of a shard of dense targets, one a row (called `column`) or one a token; label names
+    go into the metadata (stillroom.labels).
     """
     logits = pa.list_(_element(pa.float32()), num_classes)
     if not tokens:
-        return _schema({"logits": logits}, labels)
+        return _schema({column: logits}, labels)
     return _schema(
         {"token_ids": pa.list_(_element(pa.int32())), "logits": pa.list_(_element(logits))}, labels
     )
@@ -126,11 +128,14 @@ def sparse_schema(codec: SparseCodec, labels: tuple[str, ...] = (), tokens: bool
     return _schema({"entropy": pa.float32(), **lists} if tokens else lists, labels)
 
 
-def write(path: Path, rows: LogitRows, labels: tuple[str, ...]) -> None:
-    """Write one shard of dense targets. The same rows give the same bytes (for one version of pyarrow)."""
+def write(path: Path, rows: LogitRows, labels: tuple[str, ...], column: str = "logits") -> None:
+    """Write one shard of dense targets, called `column`.
+
+    The same rows give the same bytes (for one version of pyarrow).
+    """
     tokens = rows.token_ids is not None
-    layout, a_group = schema(rows.logits.shape[1], labels, tokens), ROW_GROUP_ROWS
-    targets = layout.field("logits").type
+    layout, a_group = schema(rows.logits.shape[1], labels, tokens, column), ROW_GROUP_ROWS
+    targets = layout.field(column).type
     logits = pa.FixedSizeListArray.from_arrays(
         pa.array(np.ascontiguousarray(rows.logits).reshape(-1)),
         type=targets.value_type if tokens else targets,
@@ -171,13 +176,13 @@ def write_sparse(
     _write(path, pa.Table.from_arrays(columns, schema=layout), level=1, row_group_rows=a_group)
 
 
-def read(path: Path, num_classes: int, tokens: bool = False) -> LogitRows:
+def read(path: Path, num_classes: int, tokens: bool = False, column: str = "logits") -> LogitRows:
     """All rows of one dense shard. Raises ShardCorrupt for anything but a file of `schema`.
 
     `tokens`: whether each token of a row has a target, and the rows hold the token ids.
     """
-    columns = _read(path, schema(num_classes, tokens=tokens))
-    num_tokens, logits, read_ids = columns["num_tokens"].to_numpy(), columns["logits"], None
+    columns = _read(path, schema(num_classes, tokens=tokens, column=column))
+    num_tokens, logits, read_ids = columns["num_tokens"].to_numpy(), columns[column], None
     # flatten() respects slices and offsets; .values would not (a classic wrong-rows bug)
     if tokens:
         _refuse_other_counts(path, columns, num_tokens, "token_ids", "logits")

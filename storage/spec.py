@@ -127,8 +127,46 @@ class Threshold(_Sparse):
     seed: Annotated[int, Field(ge=0, lt=2**63)]
 
 
+class ImageSpec(Strict):
+    """How images are read: `shape` (height, width, channels) of bytes b, each read as (b / 255 - mean) / std
+    of its channel.
+    """
+
+    shape: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=2**15)], ...], Field(min_length=3, max_length=3, strict=False)
+    ]
+    mean: Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], Field(strict=False)]
+    std: Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(strict=False)]
+
+    @model_validator(mode="after")
+    def _one_a_channel(self) -> "ImageSpec":
+        if not len(self.mean) == len(self.std) == self.shape[2]:
+            raise ValueError(f"mean and std are not {self.shape[2]} numbers each, one a channel")
+        return self
+
+
+class EmbeddingSpec(Strict):
+    """How a row's vector of `width` numbers is made: from the last hidden state of its first token, or of the
+    mean over its tokens; divided by its length where `normalised`.
+    """
+
+    width: Annotated[int, Field(ge=1, le=2**20)]
+    pool: Literal["first", "mean"]
+    normalised: bool
+
+
 SparseCodec = TopK | Sample | Threshold
-Task = Literal["sequence-classification", "token-classification", "causal-lm", "masked-lm"]
+Task = Literal[
+    "sequence-classification", "token-classification", "causal-lm", "masked-lm",
+    "image-classification", "multi-label-classification", "regression", "sentence-embedding",
+]  # fmt: skip
+LANGUAGE: tuple[Task, ...] = ("causal-lm", "masked-lm")  # they speak of a vocabulary
+PER_POSITION: tuple[Task, ...] = ("token-classification", *LANGUAGE)  # a row's targets are of its tokens
+# Tasks of format 4, with the name of the column that holds the teacher's words.
+ROW_COLUMNS: dict[Task, str] = {
+    "image-classification": "logits", "multi-label-classification": "logits",
+    "regression": "values", "sentence-embedding": "embedding",
+}  # fmt: skip
 
 
 class Mask(Strict):
@@ -142,7 +180,8 @@ class Spec(Strict):
     """What was asked of the teacher, and how its answers are coded."""
 
     task: Task
-    labels: Annotated[tuple[str, ...], Field(max_length=100_000, strict=False)]  # none: ids of a vocabulary
+    # None: ids of a vocabulary, or a vector.
+    labels: Annotated[tuple[str, ...], Field(max_length=100_000, strict=False)]
     vocab_size: Annotated[int, Field(ge=2, le=2**31)] | None = None  # of language models
     codec: Literal["dense"] | Annotated[SparseCodec, Field(discriminator="name")]
     max_length: Annotated[int, Field(ge=1, le=2**31)]
@@ -150,14 +189,27 @@ class Spec(Strict):
     precision: Literal["float32", "bfloat16"]
     hidden: HiddenSpec | None
     mask: Mask | None = None  # of masked language models
+    image: ImageSpec | None = None  # of teachers that read images
+    embedding: EmbeddingSpec | None = None  # of sentence-embedding
 
     @model_validator(mode="after")
     def _classes_or_a_vocabulary(self) -> "Spec":
-        if self.task in ("causal-lm", "masked-lm"):
+        if self.task in LANGUAGE:
             if self.labels or self.vocab_size is None or self.codec == "dense":
                 raise ValueError("a language model has a vocab_size and a sparse codec, and no labels")
-        elif len(self.labels) < 2 or self.vocab_size is not None:
-            raise ValueError("a classifier has labels, at least two, and no vocab_size")
+        elif self.task == "sentence-embedding":
+            if self.labels or self.vocab_size is not None:
+                raise ValueError("a vector has no labels, and no vocab_size")
+        elif len(self.labels) < (1 if self.task == "regression" else 2) or self.vocab_size is not None:
+            raise ValueError(
+                "a classifier has labels, at least two, and no vocab_size; regression at least one"
+            )
+        if self.task in ROW_COLUMNS and self.task != "image-classification" and self.codec != "dense":
+            raise ValueError(f"{self.task} has the codec dense: its numbers are no distribution")
+        if (self.image is not None) != (self.task == "image-classification"):
+            raise ValueError("a teacher of images says how they are read, and nothing else does")
+        if (self.embedding is not None) != (self.task == "sentence-embedding"):
+            raise ValueError("a teacher of vectors says how they are made, and nothing else does")
         if self.task == "token-classification" and self.codec != "dense":
             raise ValueError("a classifier of tokens has the codec dense")
         if self.per_position and self.hidden is not None and self.hidden.pool != "none":
@@ -169,20 +221,25 @@ class Spec(Strict):
     @model_serializer(mode="wrap")
     def _without_what_does_not_apply(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         body: dict[str, Any] = handler(self)
-        for name in ("vocab_size", "mask"):
+        for name in ("vocab_size", "mask", "image", "embedding"):
             if body[name] is None:
                 del body[name]
         return body
 
     @property
     def num_outputs(self) -> int:
-        """Classes, or ids of the vocabulary."""
-        return self.vocab_size or len(self.labels)
+        """Classes, ids of the vocabulary, or numbers of a row."""
+        return self.embedding.width if self.embedding else self.vocab_size or len(self.labels)
 
     @property
     def per_position(self) -> bool:
         """Whether a row's targets belong to its tokens, and not one to all of it."""
-        return self.task != "sequence-classification"
+        return self.task in PER_POSITION
+
+    @property
+    def column(self) -> str:
+        """What the numbers of a row are called in a shard of dense targets."""
+        return ROW_COLUMNS.get(self.task, "logits")
 
 
 class Identity(Strict):
@@ -190,8 +247,14 @@ class Identity(Strict):
 
     capture_version: Annotated[int, Field(ge=1, le=2**31)]
     teacher: TeacherIdentity
-    tokenizer: TokenizerIdentity
+    tokenizer: TokenizerIdentity | None  # none where images are read
     spec: Spec
+
+    @model_validator(mode="after")
+    def _text_has_a_tokenizer(self) -> "Identity":
+        if (self.tokenizer is None) != (self.spec.image is not None):
+            raise ValueError("text is read with a tokenizer, images without one")
+        return self
 
     @property
     def fingerprint(self) -> str:
@@ -222,6 +285,11 @@ def row_id(source: str, content: str) -> str:
 def input_hash(token_ids: npt.ArrayLike) -> str:
     """32 hex characters of sha256 over the row's token ids (little-endian int32, special ones too)."""
     return hashlib.sha256(np.asarray(token_ids, "<i4").tobytes()).hexdigest()[:ROW_ID_CHARS]
+
+
+def pixels_hash(pixels: bytes) -> str:
+    """32 hex characters of sha256 over an image's pixels: the input hash of a row that is an image."""
+    return hashlib.sha256(pixels).hexdigest()[:ROW_ID_CHARS]
 
 
 def content_fingerprint(row_ids: Iterable[str]) -> str:

@@ -107,7 +107,7 @@ class Store:
             (aside / "logits").mkdir()
             path, spec = aside / "logits" / f"{key}.parquet", identity.spec
             if isinstance(rows, records.LogitRows):
-                records.write(path, rows, spec.labels)
+                records.write(path, rows, spec.labels, spec.column)
             elif spec.codec != "dense":
                 records.write_sparse(path, rows, spec.codec, spec.labels, packed)
             if identity.spec.hidden is not None:

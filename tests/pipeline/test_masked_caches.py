@@ -155,8 +155,7 @@ def test_another_mask_is_another_cache_and_found_by_the_replay_where_that_is_for
 
 def test_frequent_ids_are_told_by_as_many_targets_as_of_other_language_models(made: Project) -> None:
     rows, spec = made.rows(), Cache.open(made.cache).identity.spec
-    texts, reader = rows.texts.to_pylist(), teachers.reader(made.teacher)
-    about = asking.questions(made.teacher, spec, reader, texts, rows.row_ids)
+    about = asking.questions(made.teacher, spec, teachers.reader(made.teacher), rows)
     assert about.prompts.asked.sum() > 60
     assert 15 < asking.asker(about).mass(20).sum() < 40, "about so many"
 
