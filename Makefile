@@ -14,8 +14,9 @@ demo: .venv/ready
 	dvc repro --single-item report
 	@echo "Open $(CURDIR)/report/index.html"
 
+# A process a core; one thread each, since tests are small.
 test: .venv/ready
-	pytest
+	OMP_NUM_THREADS=1 pytest --numprocesses=auto --dist=loadfile
 
 check: .venv/ready
 	ruff check .

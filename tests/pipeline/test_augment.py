@@ -276,7 +276,7 @@ def test_only_views_are_asked_about_and_each_has_the_target_that_the_teacher_giv
         assert isinstance(batch.teacher, torch.Tensor)
         assert torch.allclose(batch.teacher, said, atol=1e-5)
         truth = recipe_loss(model(batch.ids_BL, batch.mask_BL), batch.labels_T, said, 0.3, 2.0)
-        assert torch.allclose(lesson.loss(model, batch), truth, atol=1e-5)
+        assert torch.allclose(lesson.loss(model, batch, 0.0), truth, atol=1e-5)
         without_labels += int((batch.labels_T == NO_LABEL).sum())
     assert without_labels == len(rows.select(VIEWS))
 

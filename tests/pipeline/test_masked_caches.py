@@ -268,7 +268,8 @@ def test_the_teachers_row_of_the_report(own: Project) -> None:
     runs.write_json(found, own.root / "eval" / "teacher-tiny.json")
     summary = capture.summary("toy", own.entry(), own.capture(), own.teacher)
     runs.write_json(summary, own.root / "capture" / "toy.json")
-    report.build(own.root / "eval", own.root / "capture", own.root / "models", own.root / "index.html")
+    kinds_of_results = ("eval", "capture", "models", "export")
+    report.build(*(own.root / name for name in kinds_of_results), own.root / "index.html")
     assert "teacher-tiny" in (own.root / "index.html").read_text()
 
 

@@ -91,7 +91,7 @@ def test_the_loss_from_the_cache_is_that_with_the_teacher_in_memory(
     model = students.build(student, reader.num_ids, lesson.num_outputs).eval()
     cached = CachedRows(cache, rows, inputs.read(reader, rows), reader.pad_id, ("train",))
     batch = next(iter(cached.in_order(1000)))
-    found = lesson.loss(model, batch).item()
+    found = lesson.loss(model, batch, 0.0).item()
     again = live(world, rows)
     said = model(batch.ids_BL, batch.mask_BL)
     order = [int(np.flatnonzero((again.numpy() == t).all(1))[0]) for t in batch.teacher.numpy()]
@@ -274,7 +274,7 @@ def test_a_vit_of_transformers_reads_images_as_its_preprocessor_says(tmp_path: P
     world.make_teacher(model=str(tmp_path / "vit"), train=None)
     world.capture()
     rows = data.load_rows(world.dataset)
-    images = (torch.from_numpy(rows.pixels).float().view(-1, 1, 4, 4) / 255 - 0.5) / 0.25
+    images = (torch.tensor(rows.pixels).float().view(-1, 1, 4, 4) / 255 - 0.5) / 0.25
     held = pq.read_table(world.cache / "logits").to_pandas().set_index("row_id").loc[rows.row_ids.to_pylist()]
     with torch.inference_mode():
         expected = vit(pixel_values=images).logits.numpy()

@@ -142,7 +142,7 @@ def test_a_replay_finds_states_that_the_teacher_never_had(own: World, wanted: di
     who, store = capture.identity(made, own.teacher), Store(own.root / "other")
     assert who.spec.hidden is not None
     rows, reader = own.rows(), teachers.reader(own.teacher)
-    asked = asking.questions(own.teacher, who.spec, reader, rows.texts.to_pylist(), rows.row_ids)
+    asked = asking.questions(own.teacher, who.spec, reader, rows)
     said = asking.asker(asked).ask(np.arange(len(rows.row_ids)))
     assert isinstance(said.kept, LogitRows)
     bases = {name: principal(said.hidden[name], 4) for name in who.spec.hidden.component_names}

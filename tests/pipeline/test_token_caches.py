@@ -213,7 +213,7 @@ def test_outputs_in_another_order_are_scored_by_name_and_refused_by_the_capture(
 
 
 def test_a_teacher_that_does_not_fit_is_refused(own: Project) -> None:
-    with pytest.raises(TeacherError, match="only classifiers of rows are fine-tuned"):
+    with pytest.raises(TeacherError, match="only models of labelled rows are fine-tuned"):
         own.make_teacher(train={})
     encoders.write(own.root / "other", "token-classification", ("O", "B-PER", "I-PER"))
     with pytest.raises(TeacherError, match="does not speak of this dataset's labels"):
@@ -268,7 +268,8 @@ def test_the_teachers_row_of_the_report(own: Project, monkeypatch: pytest.Monkey
     runs.write_json(found, own.root / "eval" / "teacher-tiny.json")
     summary = capture.summary("toy", own.entry(), own.capture(), own.teacher)
     runs.write_json(summary, own.root / "capture" / "toy.json")
-    report.build(own.root / "eval", own.root / "capture", own.root / "models", own.root / "index.html")
+    kinds_of_results = ("eval", "capture", "models", "export")
+    report.build(*(own.root / name for name in kinds_of_results), own.root / "index.html")
     assert f"{100 * found['accuracy']['mean']:.1f} %" in (own.root / "index.html").read_text()
 
 
