@@ -7,7 +7,7 @@ from stages import cli, paths
 def main(name: str) -> None:
     """Export one run."""
     params = config.load()
-    run = config.pick(params.runs, "runs", name)
+    run = config.pick(params.every_run, "runs", name)
     student = params.students[run.student]
     result = export.export(name, run, student, params.export, paths.of_run(name, run), paths.EXPORTED / name)
     runs.write_json(result, paths.EXPORT / f"{name}.json")
