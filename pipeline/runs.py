@@ -23,6 +23,7 @@ import numpy as np
 from pipeline import by_config, choosing, config, config_recipes, encoders, hardware, kinds, layer_maps
 from pipeline.data import POOL, SPLITS, VIEWS, Rows, load_rows
 from pipeline.decoders import refuse_misfit
+from pipeline.mixing import refuse_unverified
 from pipeline.progress import bars, log
 from pipeline.schedules import ends
 from pipeline.targets import refuse_recipe, refuse_task, refuse_truncated
@@ -155,13 +156,7 @@ def write_curve(record: dict[str, Any], path: Path) -> None:
 def _refuse_misfit(
     name: str, cache: Cache, rows: Rows, student: kinds.Student, recipe: config_recipes.Recipe, verified: Path
 ) -> None:
-    known = json.loads(verified.read_text())["manifest"] if verified.is_file() else "nothing"
-    if known != cache.manifest_sha256:
-        raise SpecMismatch(
-            f"{cache.path} is not the cache that was verified",
-            [Mismatch("manifest", cache.manifest_sha256, known)],
-            f"Verify it: dvc repro {'mix' if isinstance(cache, Mixture) else 'verify'}@{verified.stem}",
-        )
+    refuse_unverified(cache, verified)
     refuse_task(f"runs.{name}", cache.identity.spec.task, student.kind)
     refuse_recipe(f"runs.{name}", cache.identity.spec.task, recipe)
     if student.kind == "llama" and student.tokenizer != "teacher":

@@ -53,6 +53,7 @@ def test_lists_in_two_fields_are_the_grid_of_them() -> None:
         ({"alpha": [0.5, {"schedule": "linear", "from": 0.0, "to": 2.0}]}, "between 0 and 1"),
         ({"pool": [True, False]}, "recipes.kd-pool.pool"),
         ({"alpha": [0.5, 0.6], "folds": 1}, "recipes.kd-pool.folds"),
+        ({"alpha": [0.5, 0.6], "views": 1}, "alpha: a fold would be judged by rows whose views"),
     ],
 )
 def test_every_candidate_must_be_a_sound_recipe(tmp_path: Path, fields: dict[str, Any], said: str) -> None:

@@ -249,6 +249,7 @@ def test_the_pool_with_labels_only_is_refused_with_what_to_do(tmp_path: Path) ->
         ({"match": {"attention": {}}}, "recipes.ce.match.attention.heads"),
         ({"match": {"relations": {"heads": 2}}}, "recipes.ce.match.relations.teacher_layer"),
         ({"pool": "only"}, "set alpha below 1, or pool: false"),
+        ({"pool": "only", "alpha": 0.5, "views": 1}, "pool: only trains on nothing else, and views are of"),
         ({"pool": "onyl"}, "recipes.ce.pool: found 'onyl', expected 'only'"),
         ({"pool": "only", "match": {"states": {"map": [[0, 0], [2, 1]]}}}, None),
     ],

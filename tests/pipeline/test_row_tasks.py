@@ -142,6 +142,10 @@ def test_every_task_goes_from_rows_to_results(worlds: dict[str, World], name: st
         ("numbers", {"divergence": "forward"}, "recipe.divergence"),
         ("several", {"divergence": "jsd"}, "recipe.divergence"),
         ("images", {"divergence": "cosine"}, "recipe.divergence"),
+        ("numbers", {"temperature": {"schedule": "linear", "from": 1.0, "to": 2.0}}, "recipe.temperature"),
+        ("several", {"temperature": {"by": "confidence", "low": 1.0, "high": 2.0}}, "recipe.temperature"),
+        ("vectors", {"alpha": {"schedule": "linear", "from": 0.0, "to": 0.5}}, "recipe.alpha"),
+        ("several", {"alpha": 1.0, "pool": True, "pseudo_labels": True}, "recipe.pseudo_labels"),
     ],
 )
 def test_a_recipe_whose_loss_the_task_has_not_is_refused(
