@@ -177,7 +177,7 @@ def test_other_pixels_or_weights_are_seen_by_verify(tmp_path: Path) -> None:
     pixels = np.array(table["pixels"].combine_chunks().flatten())
     changed = pa.FixedSizeListArray.from_arrays(pa.array(255 - pixels), 16)
     pq.write_table(table.set_column(table.column_names.index("pixels"), "pixels", changed), path)
-    with pytest.raises(SpecMismatch, match="pixels"):
+    with pytest.raises(SpecMismatch, match=r"row \w{32}: pixels"):
         world.check()
 
 
@@ -351,3 +351,14 @@ def test_closed_cases_of_the_metrics() -> None:
     assert row_metrics.value_quality(line, np.ones_like(line))["r2"] is None
     vectors = np.eye(3, dtype=np.float32) + 0.1 * np.arange(9, dtype=np.float32).reshape(3, 3)
     assert row_metrics.vector_agreement(2 * vectors, vectors, None)["nearest"] == 1
+
+
+@pytest.mark.parametrize(("name", "field"), [("images", "image"), ("vectors", "embedding")])
+def test_a_spec_says_how_images_are_read_and_vectors_made_and_no_other_does(
+    worlds: dict[str, World], name: str, field: str
+) -> None:
+    own = Cache.open(worlds[name].cache).identity.spec
+    other = Cache.open(worlds["numbers"].cache).identity.spec
+    for body in ({**dict(own), field: None}, {**dict(other), field: getattr(own, field)}):
+        with pytest.raises(ValueError, match="and nothing else does"):
+            type(own).model_validate(body)
