@@ -4,9 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.schedules import Weight, WeightOrNone
 from pipeline.section import Positive, Section
 
-Weight = Annotated[float, Field(gt=0)]
 Layer = Annotated[int, Field(ge=0)]
 LayerPair = Annotated[tuple[Layer, Layer], Field(strict=False)]
 LayerMap = (
@@ -61,9 +61,10 @@ class MatchedRelations(Section):
 class Match(Section):
     """Inner states that a student is matched with, and what its predictions count beside them."""
 
-    prediction: Annotated[float, Field(ge=0)] = 1.0
+    prediction: WeightOrNone = 1.0
     """Weight of the recipe's other losses (alpha CE + (1 - alpha) soft). 0: states alone; the best student is
-    then that of the lowest matching loss on validation."""
+    then that of the lowest matching loss on validation. This weight and the others are numbers, or schedules
+    over the steps, as alpha is."""
     states: MatchedStates | None = None
     embeddings: MatchedEmbeddings | None = None
     attention: MatchedAttention | None = None

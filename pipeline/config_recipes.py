@@ -82,7 +82,7 @@ class Recipe(Section):
     @property
     def predicts(self) -> bool:
         """Whether predictions count, and not inner states alone."""
-        return self.match is None or self.match.prediction > 0
+        return self.match is None or max(ends(self.match.prediction)) > 0
 
     @property
     def family(self) -> str:

@@ -86,10 +86,10 @@ def of_rows(
     def loss(model: torch.nn.Module, batch: DistillBatch, done: float) -> torch.Tensor:
         if match is None:
             return predictions_loss(model(batch.ids_BL, batch.mask_BL), batch, done)
-        answer = cast(Matched, getattr(model, "module", model)).answer(batch)
+        answer = cast(Matched, getattr(model, "module", model)).answer(batch, done)
         if not recipe.predicts:
             return answer.loss
-        return match.prediction * predictions_loss(answer.logits_BC, batch, done) + answer.loss
+        return at(match.prediction, done) * predictions_loss(answer.logits_BC, batch, done) + answer.loss
 
     def validate(model: torch.nn.Module) -> Validation:
         if not recipe.predicts:

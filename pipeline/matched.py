@@ -15,6 +15,7 @@ from pipeline import matching
 from pipeline.batches import DistillBatch
 from pipeline.config_match import Match
 from pipeline.layer_maps import Plan
+from pipeline.schedules import Schedule, at, ends
 from pipeline.students import TinyBERT, Watched
 from pipeline.training import Validation
 from storage.spec import HiddenSpec
@@ -51,8 +52,12 @@ class Matched(nn.Module):
         logits_BC: torch.Tensor = self.student(ids_BL, mask_BL)
         return logits_BC
 
-    def answer(self, batch: DistillBatch) -> Answer:
-        """The student's logits, and the sum over parts of weight times the sum over its pairs of layers."""
+    def answer(self, batch: DistillBatch, done: float | None = None) -> Answer:
+        """The student's logits, and the sum over parts of weight times the sum over its pairs of layers.
+
+        Weights are those where this share of the training is done; None: each at its largest, so that looks
+        at different steps can be compared.
+        """
         match, plan, mask_BL = self._match, self._plan, batch.mask_BL
         layers = {pair.layer for pair in (*plan.attention, *plan.relations)}
         seen = self.student.watch(batch.ids_BL, mask_BL, sorted(layers))
@@ -62,11 +67,12 @@ class Matched(nn.Module):
             found = [
                 loss(self._state("states", seen, p.layer, mask_BL), batch.hidden[p.name]) for p in plan.states
             ]
-            parts.append(match.states.weight * torch.stack(found).sum())
+            parts.append(_weight(match.states.weight, done) * torch.stack(found).sum())
         if match.embeddings:
             (pair,) = plan.embeddings
             own = self._state("embeddings", seen, pair.layer, mask_BL)
-            parts.append(match.embeddings.weight * matching.state_mse(own, batch.hidden[pair.name]))
+            apart = matching.state_mse(own, batch.hidden[pair.name])
+            parts.append(_weight(match.embeddings.weight, done) * apart)
         for settings, pairs, compare in (
             (match.attention, plan.attention, matching.score_mse),
             (match.relations, plan.relations, matching.relation_kl),
@@ -79,13 +85,17 @@ class Matched(nn.Module):
                     )
                     for pair in pairs
                 ]  # fmt: skip
-                parts.append(settings.weight * torch.stack(found).sum())
+                parts.append(_weight(settings.weight, done) * torch.stack(found).sum())
         return Answer(seen.logits_BC, torch.stack(parts).sum())
 
     def _state(self, part: str, seen: Watched, layer: int, mask_BL: torch.Tensor) -> torch.Tensor:
         """The student's state as the cache has its teacher's, at its width: [T, W]."""
         state_TD = pooled(seen.states[layer], mask_BL, self._pool)
         return self.projections[part](state_TD) if part in self.projections else state_TD
+
+
+def _weight(value: float | Schedule, done: float | None) -> float:
+    return max(ends(value)) if done is None else at(value, done)
 
 
 def pooled(states_BLD: torch.Tensor, mask_BL: torch.Tensor, pool: Pool) -> torch.Tensor:

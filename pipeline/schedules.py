@@ -96,6 +96,12 @@ def _above_zero(value: Schedule) -> Schedule:
     return value
 
 
+def _some_above_zero(value: Schedule) -> Schedule:
+    if min(ends(value)) < 0 or max(ends(value)) == 0:
+        raise ValueError("no end may be below 0, and one must be greater")
+    return value
+
+
 def _branch(value: Any) -> str:
     if isinstance(value, ByConfidence) or (isinstance(value, dict) and "by" in value):
         return "a row"
@@ -110,6 +116,11 @@ def _branch_of_share(value: Any) -> str:
 Share = Annotated[
     Annotated[Fraction, Tag("number")] | Annotated[Schedule, AfterValidator(_shares), Tag("a step")],
     Discriminator(_branch_of_share),
+]
+_ScheduledWeight = Annotated[Schedule, AfterValidator(_some_above_zero), Tag("a step")]
+Weight = Annotated[Annotated[AboveZero, Tag("number")] | _ScheduledWeight, Discriminator(_branch_of_share)]
+WeightOrNone = Annotated[
+    Annotated[float, Field(ge=0), Tag("number")] | _ScheduledWeight, Discriminator(_branch_of_share)
 ]
 Temperature = Annotated[
     Annotated[AboveZero, Tag("number")]

@@ -215,3 +215,30 @@ def test_a_student_that_cuts_or_reads_otherwise_is_refused_before_the_first_step
     with pytest.raises(SpecMismatch, match=r"the cache does not fit the recipe of runs\.x"):
         train(pooled, tmp_path / "out", {"match": PARTS["attention"]})
     assert train(pooled, tmp_path / "out", recipe | {"epochs": 1}, short)["cut_rows"] > 0
+
+
+def test_weights_that_are_schedules_have_their_value_of_the_step(per_position: World) -> None:
+    parts = {**PARTS["attention"], **PARTS["relations"]}
+    fades = {"schedule": "linear", "from": 4.0, "to": 0.0}
+    rises = {"schedule": "wsd", "from": 0.0, "to": 2.0, "warmup": 0.5, "decay": 0.0}
+    moving = {"attention": {**parts["attention"], "weight": fades}}
+    moving |= {"relations": {**parts["relations"], "weight": rises}}
+
+    def loss(match: dict[str, Any], done: float | None) -> float:
+        own = dressed(per_position, Match.model_validate(match), BERT)
+        with torch.inference_mode():
+            return float(own.answer(first_batch(per_position, own._plan.names), done).loss)
+
+    attention, relations = (loss({name: part}, None) for name, part in parts.items())
+    for done, (first, second) in {0.0: (4, 0), 0.25: (3, 1), 0.5: (2, 2), 1.0: (0, 2), None: (4, 2)}.items():
+        assert loss(moving, done) == pytest.approx(first * attention + second * relations, rel=1e-5)
+
+
+def test_predictions_that_come_in_later_count_at_their_step(per_position: World, tmp_path: Path) -> None:
+    later = {"schedule": "linear", "from": 0.0, "to": 1.0}
+    recipe = {"alpha": 0.5, "epochs": 2, "match": {"prediction": later, **PARTS["relations"]}}
+    alone = {"alpha": 0.5, "epochs": 2, "match": {"prediction": 0.0, **PARTS["relations"]}}
+    mixed, states = (train(per_position, tmp_path / name, r) for name, r in (("a", recipe), ("b", alone)))
+    assert mixed["best_accuracy"] == max(point["validation_accuracy"] for point in mixed["curve"])
+    extra = [a["train_loss"] - b["train_loss"] for a, b in zip(mixed["curve"], states["curve"], strict=True)]
+    assert 0 < extra[0] < extra[1]  # the share of predictions grows: nothing at first, all at last

@@ -21,6 +21,9 @@ from tests import toy
 from tests.pipeline.conftest import World
 
 
+RISES = {"schedule": "linear", "from": 0.0, "to": 1.0}
+
+
 def schedule(name: str, start: float = 1.0, end: float = 3.0, **shares: float) -> Schedule:
     return Schedule.model_validate({"schedule": name, "from": start, "to": end, **shares})
 
@@ -70,6 +73,9 @@ def test_a_plain_number_never_changes() -> None:
         ("alpha", {"schedule": "linaer", "from": 0.0, "to": 1.0}, "did you mean 'linear'"),
         ("alpha", {"schedule": "linear", "to": 1.0}, "alpha.from: Field required"),
         ("temperature", "2", "recipes.kd-pool.temperature"),
+        ("match", {"states": {"weight": {**RISES, "to": 0.0}}}, "states.weight: no end may be below 0"),
+        ("match", {"states": {"weight": {**RISES, "to": -1.0}}}, "states.weight: no end may be below 0"),
+        ("match", {"prediction": {**RISES, "to": 0.0}, "states": {}}, "match.prediction: no end may be"),
     ],
 )
 def test_a_schedule_that_makes_no_sense_is_refused_with_its_place(
