@@ -265,7 +265,8 @@ def load(directory: Path) -> nn.Module:
     """The student in `directory`, ready for inference. Raises AssetError where it is not one."""
     if not (directory / "student.json").is_file():
         raise AssetError(
-            f"there is no student in {directory}: train it with `dvc repro train@{directory.parent.name}`."
+            f"there is no student in {directory}: train it with `dvc repro train@{directory.parent.name}` "
+            "(train-after@ where it stands in chained)."
         )
     facts = json.loads((directory / "student.json").read_text())
     entry: kinds.Student = TypeAdapter(kinds.Student).validate_python(facts["student"])

@@ -20,7 +20,6 @@ from storage.spec import Threshold, TopK
 from tests import toy
 from tests.pipeline.conftest import World
 
-
 RISES = {"schedule": "linear", "from": 0.0, "to": 1.0}
 
 

@@ -18,6 +18,7 @@ from storage import Cache, errors, manifest, order, records
 from storage.spec import Mask, content_fingerprint, input_hash, row_id, shard_key
 from storage.verify import verify
 from tests.golden import make_cache
+from tests.golden import make_rows as make_rows_golden
 from tests.storage.conftest import IDENTITY, LABELS, make_rows
 
 ROOT = Path(__file__).parents[2]
@@ -102,6 +103,21 @@ def test_todays_writer_makes_the_golden_cache_byte_for_byte(tmp_path: Path) -> N
             f"{path.name} has other bytes: if that is meant, raise FORMAT_VERSION and docs/cache-format.md, "
             "keep this golden cache readable, and add a new one with `make golden`"
         )
+
+
+@pytest.mark.parametrize("name", make_rows_golden.SPECS)
+def test_the_golden_caches_of_other_tasks_stay_readable_and_are_made_today(name: str, tmp_path: Path) -> None:
+    cache = Cache.open(make_rows_golden.GOLDEN / name)
+    verify(cache)
+    assert cache.manifest.format_version == 4
+    assert (cache.identity.tokenizer is None) == (name == "images")
+    found = np.concatenate([cache.read(shard).logits for shard in cache.shards])
+    assert found.tolist() == [[0, 0.5, 0], [1, 1.5, -1], [2, 2.5, -2]]
+    make_rows_golden.write(tmp_path)
+    for path in sorted(p for p in cache.path.rglob("*") if p.is_file()):
+        own = tmp_path / name / path.relative_to(cache.path)
+        assert own.is_file(), "the key of a shard changed: raise FORMAT_VERSION"
+        assert own.read_bytes() == path.read_bytes(), f"{path.name}: if that is meant, raise FORMAT_VERSION"
 
 
 def test_names_of_rows_inputs_and_shards_never_change() -> None:
