@@ -28,7 +28,8 @@ from storage.spec import Identity, Sha256, Strict, canonical_json, sha256_json
 from storage.writer import link
 
 MIXTURE_NAME = "mixture.json"
-AVERAGED = ("sequence-classification",)  # tasks whose logits are those of one distribution over the classes
+# Tasks whose logits are those of one distribution over the classes.
+AVERAGED = ("sequence-classification", "image-classification")
 
 Missing = Literal["error", "skip"]
 

@@ -13,10 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline import capture, config, evaluation, finetune, lessons, metrics, mixing, runs, teachers
+from pipeline import capture, config, data, evaluation, finetune, lessons, metrics, mixing, runs, teachers
+from pipeline.batches import CachedRows
 from pipeline.config_recipes import Recipe
 from pipeline.config_teachers import MixtureEntry
 from pipeline.data import POOL
+from pipeline.inputs import read
 from pipeline.losses import MixedTargets, distillation_loss
 from pipeline.targets import ThresholdTargets
 from pipeline.tokens import TextReader
@@ -24,6 +26,7 @@ from storage import Cache
 from storage.errors import ConfigError, DataError, ManifestInvalid, ShardMissing, SpecMismatch
 from storage.mixture import MIXTURE_NAME, Mixture, mix, open_cache
 from tests import toy
+from tests.pipeline import row_worlds
 from tests.pipeline.conftest import World
 
 NAMES = ("first", "second")
@@ -284,6 +287,27 @@ def test_only_answers_of_one_distribution_a_row_can_be_averaged(two: Two, tmp_pa
     )
     with pytest.raises(SpecMismatch, match=r"spec\.task\s+token-classification"):
         mix(tmp_path / "other", {"first": (first, 1.0), "second": (second, 1.0)}, "error")
+
+
+def test_classifiers_of_images_are_averaged_too(tmp_path: Path) -> None:
+    first = row_worlds.images(tmp_path).all_of_it()
+    one, rows, reader = Cache.open(first.cache), data.load_rows(first.dataset), teachers.reader(first.teacher)
+    first.make_teacher(train={**first.teaching["train"], "seed": 1})
+    first.cache = tmp_path / "other"
+    first.capture()
+    both = mix(tmp_path / "both", {"one": (one, 3.0), "other": (Cache.open(first.cache), 1.0)}, "error")
+    batches = [
+        next(CachedRows(cache, rows, read(reader, rows), 0, ("train",)).in_order(8))
+        for cache in (both, one, Cache.open(first.cache))
+    ]
+    mixed, *alone = (batch.teacher for batch in batches)
+    assert isinstance(mixed, MixedTargets)
+    shares = [torch.softmax(torch.as_tensor(logits), -1) for logits in alone]
+    assert not torch.allclose(*shares)
+    expected = 0.75 * shares[0] + 0.25 * shares[1]
+    assert torch.softmax(torch.as_tensor(mixed.at(1.0)), -1).numpy() == pytest.approx(
+        expected.numpy(), abs=1e-6
+    )
 
 
 def test_a_cache_that_was_not_verified_is_not_mixed(two: Two, tmp_path: Path) -> None:
