@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
 from pipeline import hardware
 from pipeline.inputs import Inputs
@@ -27,6 +26,12 @@ def quality(logits_NC: Logits, labels_N: Labels) -> dict[str, float | None]:
     """Accuracy, ROC AUC (one against the rest, macro; None where a class is absent), macro F1, ECE. All in
     [0, 1].
     """
+    from sklearn.metrics import (
+        accuracy_score,
+        f1_score,
+        roc_auc_score,
+    )  # a second to import; few stages need it
+
     probability_NC = np.exp(_log_softmax(logits_NC))
     said_N = logits_NC.argmax(1)
     classes = np.arange(logits_NC.shape[1])

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import f1_score, roc_auc_score
 
 Numbers = npt.NDArray[np.float32]
 Values = dict[str, float | None]
@@ -22,6 +21,8 @@ def label_quality(logits_NC: Numbers, truth_NC: Numbers) -> Values:
     Macro and micro F1, ROC AUC (mean over labels that some rows have and some have not; None for none), share
     of rows with all labels right. All in [0, 1].
     """
+    from sklearn.metrics import f1_score, roc_auc_score  # as in metrics.py
+
     said, true = logits_NC >= 0, truth_NC > 0.5
     told = [c for c in range(true.shape[1]) if 0 < true[:, c].sum() < len(true)]
     aucs = [roc_auc_score(true[:, c], logits_NC[:, c]) for c in told]

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 
 from pipeline import hardware
 from pipeline.batches import DistillBatch
@@ -70,6 +69,8 @@ def fit(
     `done` goes from 0 at the first step to 1 at the last. `advance` is told how many targets each step saw.
     Raises TrainingError where the loss is not finite.
     """
+    from accelerate import Accelerator  # others want this file's types alone
+
     precision = "bf16" if settings.bfloat16 else "no"
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
     optimizer = torch.optim.AdamW(

@@ -13,15 +13,16 @@ Shape letters: N vectors (of rows, or of positions), W width, M components.
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import zarr
-from zarr.codecs import BytesCodec, Crc32cCodec
 
 from storage.errors import ShardCorrupt
 from storage.spec import HiddenSpec
+
+if TYPE_CHECKING:
+    import zarr  # half a second to import, and many caches have no hidden states
 
 CHUNK_BYTES = 512 * 1024  # inner chunks: one read, one crc
 LARGEST, MISSING = 127, -128  # of int8: what the largest number of a vector becomes, and what none does
@@ -45,6 +46,8 @@ def write(group_dir: Path, states: Mapping[str, Floats], spec: HiddenSpec) -> No
 
     Raises ValueError where one is no finite number in that dtype.
     """
+    import zarr
+
     group = zarr.create_group(group_dir, zarr_format=3, attributes={"pool": spec.pool})
     for name in spec.names:
         with np.errstate(over="ignore"):
@@ -84,6 +87,8 @@ def encode(values_NW: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
 
 def write_bases(group_dir: Path, bases: Mapping[str, Basis]) -> None:
     """Write the mean [W] and the axes [M, W] of each name."""
+    import zarr
+
     group = zarr.create_group(group_dir, zarr_format=3)
     for name, basis in bases.items():
         _write(group, f"{name}.mean", basis.mean, np.nan)
@@ -113,7 +118,9 @@ def fingerprint(bases: Mapping[str, Basis]) -> str:
     return digest.hexdigest()
 
 
-def _write(group: zarr.Group, name: str, values: npt.NDArray[Any], missing: float) -> None:
+def _write(group: "zarr.Group", name: str, values: npt.NDArray[Any], missing: float) -> None:
+    from zarr.codecs import BytesCodec, Crc32cCodec
+
     a_vector = values[:1].nbytes or values.itemsize
     inside = (max(1, min(CHUNK_BYTES // a_vector, len(values))), *values.shape[1:])
     whole = (-(-max(len(values), 1) // inside[0]) * inside[0], *values.shape[1:])  # zarr wants whole chunks
@@ -133,6 +140,8 @@ def _write(group: zarr.Group, name: str, values: npt.NDArray[Any], missing: floa
 
 
 def _read(group_dir: Path, name: str, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
+    import zarr
+
     try:
         array = zarr.open_array(group_dir / name, mode="r", zarr_format=3)
         if array.shape != shape or array.dtype != np.dtype(dtype):
