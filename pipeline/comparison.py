@@ -23,7 +23,7 @@ EXTRA = " + extra text"
 class Difference(NamedTuple):
     """How much better a run is than another, mean over the seeds that both have."""
 
-    mean: float  # points of accuracy, or nats of loss
+    mean: float  # points, or in the unit of the metric (View.compared)
     low: float | None  # the interval's ends; None for a single pair
     high: float | None
     num_pairs: int
@@ -35,7 +35,7 @@ class Difference(NamedTuple):
 
 
 def pairs(row: Row, base: Row, shown: View) -> list[float]:
-    """How much better `row` is than `base` with each seed that both have: points, or nats of loss."""
+    """How much better `row` is than `base` with each seed that both have: points, or in the metric's unit."""
     name, scale = shown.compared
     found, plain = (dict(zip(r["seeds"], r["metrics"][name]["values"], strict=True)) for r in (row, base))
     return [scale * (found[seed] - plain[seed]) for seed in found if seed in plain]

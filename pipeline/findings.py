@@ -23,6 +23,11 @@ class View(NamedTuple):
     documents: bool = False  # whether rows are documents, with a target a token
     compared: tuple[str, float] = ("accuracy", 100.0)  # over_labels: of this metric, times this
 
+    @property
+    def compared_heading(self) -> str:
+        """What people call the metric of `compared`."""
+        return next(heading for metric, heading, *_ in self.columns if metric == self.compared[0])
+
 
 CLASSIFIERS = View(
     (

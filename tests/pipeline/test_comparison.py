@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import comparison
+from pipeline import comparison, findings
 from tests.pipeline.test_report import World, plain
 
 FORM = {"accuracy": 0.8, "points_lost": 0.0, "agreement": 1.0, "largest_difference": 0.0}
@@ -111,3 +111,15 @@ def test_exports_are_told_with_their_times_the_fastest_first_and_those_that_are_
     ]  # fmt: skip
     assert found["small-ce"][-1] == "0.8 times"
     assert "other is not exported: it is a decoder." in world.page()
+
+
+def test_gains_are_named_by_what_runs_are_compared_by(world: World) -> None:
+    assert "Gains in accuracy (points), paired by seed" in plain(world.page())
+    headings = {task: shown.compared_heading for task, shown in findings.VIEWS.items()}
+    assert headings == {
+        "causal-lm": "loss (nats a token)",
+        "masked-lm": "loss (nats a token)",
+        "multi-label-classification": "macro F1",
+        "regression": "RMSE",
+        "sentence-embedding": "cosine to teacher",
+    }
