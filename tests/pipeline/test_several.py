@@ -6,6 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, linear
@@ -63,21 +64,21 @@ def recipe(task: str, **changes: Any) -> config_recipes.Recipe:
     return config_recipes.Recipe.model_validate({**BODIES[task], **changes})
 
 
+def both(world: World, vectors: row_worlds.World, out: Path) -> dict[str, runs.Part]:
+    """Labels and logits of the reviews, and vectors of other texts, for a student in `out`."""
+    paths = {"mood": world.run_paths(out), "sense": vectors.paths(out)}
+    return {t: runs.Part(recipe(t), paths[t]._replace(task=t), WEIGHTS[t]) for t in paths}
+
+
 @pytest.fixture
 def parts(world: World, vectors: row_worlds.World) -> dict[str, runs.Part]:
-    """Labels and logits of the reviews, and vectors of other texts."""
-    out = Path("model")
-    paths = {"mood": world.run_paths(out), "sense": vectors.paths(out)}
-    return {
-        task: runs.Part(recipe(task), own._replace(task=task), WEIGHTS[task]) for task, own in paths.items()
-    }
+    """The same, for a student that each test puts somewhere else."""
+    return both(world, vectors, Path("model"))
 
 
-def written(parts: dict[str, runs.Part], out: Path, **changes: Any) -> dict[str, runs.Part]:
+def written(parts: dict[str, runs.Part], out: Path) -> dict[str, runs.Part]:
     """The same tasks, their student in `out`."""
-    return {
-        task: part._replace(paths=part.paths._replace(out=out), **changes) for task, part in parts.items()
-    }
+    return {task: part._replace(paths=part.paths._replace(out=out)) for task, part in parts.items()}
 
 
 def train(parts: dict[str, runs.Part], out: Path, student: Any = FC, **entry: Any) -> dict[str, Any]:
@@ -227,8 +228,7 @@ def trained(
 ) -> dict[str, runs.Part]:
     """A run of both tasks in models/both, two seeds."""
     out = tmp_path_factory.mktemp("project") / "models" / "both"
-    paths = {"mood": world.run_paths(out), "sense": vectors.paths(out)}
-    made = {t: runs.Part(recipe(t), paths[t]._replace(task=t), WEIGHTS[t]) for t in paths}
+    made = both(world, vectors, out)
     train(made, out, seeds=(0, 1))
     return made
 
@@ -293,14 +293,8 @@ def test_each_task_is_evaluated_by_its_own_outputs_of_the_student(trained: dict[
     sense = evaluation.evaluate_run("sense", as_run("sense"), FC, trained["sense"].paths)
     rows = data.load_rows(trained["sense"].paths.dataset).only("test")
     said = answers(trained["sense"], 1, rows.texts.to_pylist(), SPANS["sense"])
-    cache = Cache.open(trained["sense"].paths.cache)
-    held = {
-        row: vector
-        for shard in cache.shards
-        for read in (cache.read(shard),)
-        for row, vector in zip(read.row_ids.to_pylist(), read.logits, strict=True)
-    }
-    wanted = torch.tensor([held[row].tolist() for row in rows.row_ids.to_pylist()])
+    held = pq.read_table(trained["sense"].paths.cache / "logits").to_pandas().set_index("row_id")["embedding"]
+    wanted = torch.tensor(held.loc[rows.row_ids.to_pylist()].tolist())
     found = cosine_similarity(said, wanted).mean().item()
     assert sense["cosine"]["values"][1] == pytest.approx(found, abs=1e-5)
     assert (mood["about"]["run"], mood["about"]["task"]) == ("both", "sequence-classification")
@@ -389,14 +383,12 @@ def test_every_task_is_refused_as_a_run_of_its_own_would_be(
     world: World, parts: dict[str, runs.Part], tmp_path: Path
 ) -> None:
     there = parts["sense"]
+    unverified = there.paths._replace(verified=tmp_path / "x.json")
     for changed, error, said in (
         (there._replace(recipe=recipe("sense", pool=True)), DataError, r"runs\.sense: its .* on the pool"),
         (there._replace(recipe=recipe("sense", divergence="forward")), SpecMismatch, r"recipe\.divergence"),
-        (
-            there._replace(paths=there.paths._replace(verified=tmp_path / "none.json")), SpecMismatch,
-            "is not the cache that was verified",
-        ),
-    ):  # fmt: skip
+        (there._replace(paths=unverified), SpecMismatch, "was verified"),
+    ):
         with pytest.raises(error, match=said):
             train({**parts, "sense": changed}, tmp_path / "both")
     assert not (tmp_path / "both").exists()
