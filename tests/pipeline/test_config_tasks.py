@@ -32,7 +32,7 @@ def test_tasks_are_asked_for_as_runs_are(tmp_path: Path) -> None:
     [
         ("multitask", "both", {"student": "fcc"}, "multitask.both.student: no 'fcc' in students"),
         ("multitask", "both", {"weights": {"hard": 1.0, "sof": 1.0}}, "weights: no 'sof' in tasks"),
-        ("multitask", "both", {"weights": {"hard": 1.0}}, "multitask.both.weights"),
+        ("multitask", "both", {"weights": {"hard": 1.0}}, "at least 2 items"),
         ("multitask", "both", {"weights": {"hard": 1.0, "soft": 0.0}}, "multitask.both.weights.soft"),
         ("multitask", "both", {"student": "llama"}, "multitask.both.student: found kind llama"),
         ("multitask", "both", {"student": "mlp"}, "multitask.both.student: found kind mlp"),
