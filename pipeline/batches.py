@@ -52,6 +52,16 @@ class DistillBatch(NamedTuple):
         return DistillBatch(ids, mask, labels, self.teacher.to(device), hidden)
 
     @property
+    def num_rows(self) -> int:
+        """Rows, or pieces of long ones."""
+        return len(self.ids_BL)
+
+    @property
+    def num_targets(self) -> int:
+        """Of its rows, or of their true tokens."""
+        return len(self.labels_T)
+
+    @property
     def num_bytes(self) -> int:
         """Size in memory."""
         parts = [*self[:3], *([self.teacher] if isinstance(self.teacher, torch.Tensor) else self.teacher)]

@@ -1,8 +1,8 @@
 """The schema of params.yaml: frozen, strict, and the only place that says what a field means.
 
 Entries of the shelves are described in config_data.py (assets, datasets), config_augmented.py,
-config_teachers.py (teachers, caches), kinds.py (students), config_recipes.py and config_match.py (recipes);
-runs, and how a file is read
+config_teachers.py (teachers, caches), kinds.py (students), config_recipes.py and config_match.py (recipes),
+config_tasks.py (several tasks); runs, and how a file is read
 and checked, are here.
 An unknown key is an error that names the nearest known one; so is a name that no shelf holds. Numbers carry
 their unit in the docstring below the field. Defaults are the values that a newcomer should start from.
@@ -20,6 +20,7 @@ from pydantic import (
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from pipeline import config_tasks
 from pipeline.config_augmented import Augmented
 from pipeline.config_data import Asset, Dataset
 from pipeline.config_recipes import Recipe
@@ -59,6 +60,13 @@ class ChainedRun(Run):
     one."""
 
 
+class TaskRun(Run):
+    """One of the tasks of a run that learns several, as what is asked of it later sees it: a run."""
+
+    run: Name
+    """The student that answers: of multitask."""
+
+
 class Export(Section):
     """What an exported model may lose."""
 
@@ -81,6 +89,7 @@ class RunPaths(NamedTuple):
     verified: Path  # the record of the verify stage
     out: Path
     init: Path | None = None  # the trained run whose students this one's start from
+    task: str | None = None  # the one of the student's several tasks that is meant
 
 
 class Params(Section):
@@ -96,6 +105,8 @@ class Params(Section):
     recipes: dict[Name, Recipe]
     runs: dict[Name, Run]
     chained: dict[Name, ChainedRun] = Field(default_factory=dict)
+    multitask: dict[Name, config_tasks.Multitask] = Field(default_factory=dict)
+    tasks: dict[Name, config_tasks.TaskEntry] = Field(default_factory=dict)
     export: Export = Export()
     workers: Workers = Workers()
 
@@ -103,6 +114,15 @@ class Params(Section):
     def every_run(self) -> dict[str, Run]:
         """Runs and chained runs."""
         return {**self.runs, **self.chained}
+
+    @property
+    def everything_trained(self) -> dict[str, Run]:
+        """All that can be evaluated and exported: runs, chained runs, and each of several tasks."""
+        made = {}
+        for name, task in self.tasks.items():
+            whole = self.multitask[task.run]
+            made[name] = TaskRun(**dict(task), student=whole.student, seeds=whole.seeds)
+        return {**self.every_run, **made}
 
     @property
     def every_cache(self) -> dict[str, CacheEntry | MixtureEntry]:
@@ -147,6 +167,8 @@ def load(path: Path = PARAMS) -> Params:
         raise ConfigError(f"{path} chains runs that do not fit:\n  " + "\n  ".join(broken))
     if circular := list(_circular(params)):
         raise ConfigError(f"{path} mixes caches that cannot be mixed:\n  " + "\n  ".join(circular))
+    if unfit := list(config_tasks.misfits(params)):
+        raise ConfigError(f"{path} trains tasks together that do not fit:\n  " + "\n  ".join(unfit))
     if wrong := list(misfits(params)):
         raise ConfigError(f"{path} asks teachers for what they cannot give:\n  " + "\n  ".join(wrong))
     return params
@@ -189,6 +211,15 @@ def _references(params: Params) -> Iterator[_Reference]:
             yield _Reference(f"{shelf}.{name}.recipe", run.recipe, "recipes")
     for name, chained in params.chained.items():
         yield _Reference(f"chained.{name}.init", chained.init, "runs or chained")
+    for name, several in params.multitask.items():
+        yield _Reference(f"multitask.{name}.student", several.student, "students")
+        for task_name in several.weights:
+            yield _Reference(f"multitask.{name}.weights", task_name, "tasks")
+    for name, task in params.tasks.items():
+        yield _Reference(f"tasks.{name}.run", task.run, "multitask")
+        yield _Reference(f"tasks.{name}.dataset", task.dataset, prepared)
+        yield _Reference(f"tasks.{name}.cache", task.cache, caches)
+        yield _Reference(f"tasks.{name}.recipe", task.recipe, "recipes")
 
 
 def _broken_chains(params: Params) -> Iterator[str]:

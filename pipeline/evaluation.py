@@ -1,6 +1,5 @@
 """The evaluate and score stages: rows of the results table, for runs and teachers, measured in one way."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,7 @@ from pipeline.batches import CachedRows
 from pipeline.data import Rows, load_rows
 from pipeline.documents import CachedDocuments
 from pipeline.lessons import answers
-from pipeline.runs import RECORD, open_inputs
+from pipeline.runs import open_inputs, read_record
 from pipeline.tagging import where_labelled
 from pipeline.tokens import TextReader
 from storage import Cache
@@ -49,9 +48,11 @@ def evaluate_run(
     rows = rows.only(SPLIT)
     hardware.pin_threads(hardware.num_cores())
     reader = inputs.of_student(student, rows, paths.out / "tokenizer")
-    seeds = json.loads((paths.out / RECORD).read_text())["seeds"]
+    seeds = read_record(paths)["seeds"]
     about: dict[str, Any] = {"task": cache.identity.spec.task, "cache": run.cache, "student": run.student}
     about |= {"recipe": run.recipe, "seeds": list(run.seeds)}
+    if paths.task:
+        about["run"] = paths.out.name
     taught_by = cache.manifest.provenance.get("teacher")
     if isinstance(cache, Mixture):
         about["caches"] = [member.name for member in cache.members]
@@ -106,7 +107,7 @@ def _read_documents(
 def _load(paths: config.RunPaths, seed: dict[str, Any]) -> tuple[torch.nn.Module, Values]:
     """(the student of a seed, its size and what it cost)."""
     directory = paths.out / f"seed-{seed['seed']}"
-    model = students.load(directory)
+    model = students.load(directory, paths.task)
     return model, {
         "parameters": float(sum(parameter.numel() for parameter in model.parameters())),
         "bytes": float((directory / "model.safetensors").stat().st_size),

@@ -7,7 +7,6 @@ embeddings are kept in 8 bits, activations are rounded as they come (onnxruntime
 Shape letters: N rows, B batch, L tokens, C classes.
 """
 
-import json
 import logging
 import shutil
 import warnings
@@ -26,7 +25,7 @@ from pipeline import config, hardware, kinds, metrics, students
 from pipeline.answering import FACTS, FILES, INPUTS, NOT_EXPORTED, Model
 from pipeline.data import Rows, load_rows
 from pipeline.metrics import Logits
-from pipeline.runs import RECORD, write_json
+from pipeline.runs import read_record, write_json
 from pipeline.tokens import TextReader, Tokens
 from storage.errors import ExportError
 
@@ -61,14 +60,14 @@ def export(
         write_json({"run": name, NOT_EXPORTED: why}, out / FACTS)
         return {"about": {**about, NOT_EXPORTED: why}}
     hardware.pin_threads(1)
-    seed = best_seed(json.loads((paths.out / RECORD).read_text()))
+    seed = best_seed(read_record(paths))
     shutil.copytree(paths.out / "tokenizer", out)
     reader = TextReader(out, student.max_length, "truncate")
     tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
     trained = paths.out / f"seed-{seed}"
-    write_models(students.load(trained), out)
+    write_models(students.load(trained, paths.task), out)
     files = {"torch": trained / "model.safetensors", **{form: out / FILES[form] for form in FILES}}
-    forms: dict[str, Answers] = {"torch": students.load(trained)}
+    forms: dict[str, Answers] = {"torch": students.load(trained, paths.task)}
     forms |= {form: told_by(Model(files[form])) for form in FILES}
     found = compare(name, rows, tokens, reader.pad_id, forms, limits.int8_max_loss)
     chosen = np.arange(len(rows.row_ids))

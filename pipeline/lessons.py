@@ -7,7 +7,7 @@ Shape letters: B batch, L tokens, C classes, T targets, D width of a state.
 """
 
 from collections.abc import Callable, Generator
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -34,8 +34,8 @@ class Lesson(NamedTuple):
     num_outputs: int  # classes, or ids of the vocabulary
     num_targets: int  # of an epoch: what `advance` counts to
     steps: int  # of all epochs
-    batches: Callable[[int], Generator[DistillBatch, None, None]]  # of an epoch
-    loss: Callable[[torch.nn.Module, DistillBatch, float], torch.Tensor]  # done: see training.fit
+    batches: Callable[[int], Generator[Any, None, None]]  # of an epoch: DistillBatch, or several.TaskBatches
+    loss: Callable[[torch.nn.Module, Any, float], torch.Tensor]  # of such a batch; done: see training.fit
     validate: Callable[[torch.nn.Module], Validation]
     by_loss: bool  # what the best state is chosen by
     cut_rows: int  # rows that lost tokens to the student's maximum

@@ -42,9 +42,7 @@ def build(eval_dir: Path, capture_dir: Path, models_dir: Path, export_dir: Path,
         raise AssetError(f"there are no results in {eval_dir}: run `dvc repro` first.")
     captures = [_read(path) for path in sorted(capture_dir.glob("*.json"))]
     exports = [_read(path) for path in sorted(export_dir.glob("*.json"))]
-    training = {
-        row["name"]: _read(models_dir / row["name"] / "training.json") for row in rows if row["kind"] == "run"
-    }
+    training = {row["name"]: _training(models_dir, row) for row in rows if row["kind"] == "run"}
     sections = [
         section([row for row in rows if row["dataset"] == dataset], captures, training, exports)
         for dataset in sorted({row["dataset"] for row in rows})
@@ -65,7 +63,7 @@ def section(
     teachers = [row for row in rows if row["kind"] == "teacher"]
     runs = sorted((row for row in rows if row["kind"] == "run"), key=lambda r: (r["student"], r["recipe"]))
     runs = [
-        {**row, "distilled": _teacher_rows(trained) > 0, "family": trained["family"]}
+        {**row, **_beside(row), "distilled": _teacher_rows(trained) > 0, "family": trained["family"]}
         for row in runs
         for trained in (training[row["name"]],)
     ]
@@ -153,7 +151,8 @@ def _compared(row: Row, runs: Sequence[Row], teachers: Sequence[Row], shown: Vie
     name = shown.compared[0]
     if mean(row, name) is None:
         return row
-    plain = next((r for r in runs if r["student"] == row["student"] and not r["distilled"]), None)
+    alone = [r for r in runs if r["student"] == row["student"] and "run" not in r]
+    plain = next((r for r in alone if not r["distilled"]), None)
     if plain is not None and plain["name"] != row["name"] and mean(plain, name) is not None:
         gains = pairs(row, plain, shown)
         if gains:
@@ -235,7 +234,8 @@ def _time(captures: Sequence[Row], runs: Sequence[Row]) -> str:
     tuned = {c["teacher"]: c["teacher_train_seconds"] for c in captures if c["teacher_train_seconds"]}
     items = [(f"fine-tuning {teacher}", seconds, "#111") for teacher, seconds in tuned.items()]
     items += [(f"capturing {c['cache']}", c["seconds"], "#2f6fb0") for c in captures]
-    items += [(f"training {r['name']}", mean(r, "train_seconds") * len(r["seeds"]), "#b8912f") for r in runs]
+    trained = {r.get("run", r["name"]): mean(r, "train_seconds") * len(r["seeds"]) for r in runs}
+    items += [(f"training {name}", seconds, "#b8912f") for name, seconds in trained.items()]
     names, values, colours = zip(*items, strict=True) if items else ((), (), ())
     return plots.bars(names, values, colours, "core-seconds, all seeds") if items else ""
 
@@ -270,6 +270,17 @@ def _row(path: Path) -> Row:
     content = _read(path)
     about: Row = content.pop("about")
     return {**about, "metrics": content}
+
+
+def _training(models_dir: Path, row: Row) -> Row:
+    """The record of a run's training; of one of the tasks of a run, its part of it."""
+    record = _read(models_dir / (row.get("run") or row["name"]) / "training.json")
+    return record["tasks"][row["name"]] if "run" in row else record
+
+
+def _beside(row: Row) -> Row:
+    """What tells a task that is learned beside others from a run by the same recipe."""
+    return {"recipe": f"{row['recipe']}, in {row['run']}"} if "run" in row else {}
 
 
 def _read(path: Path) -> Row:

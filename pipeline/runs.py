@@ -11,7 +11,7 @@ import json
 import multiprocessing as mp
 import shutil
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -50,8 +50,16 @@ class _Failure(NamedTuple):
     traceback: str
 
 
+class Part(NamedTuple):
+    """One of several tasks that a student learns at once."""
+
+    recipe: config_recipes.Recipe
+    paths: config.RunPaths
+    weight: float
+
+
 class Job(NamedTuple):
-    """One training of a run."""
+    """One training of a run. Of several tasks, `recipe` and `paths` are those of the first."""
 
     seed: int
     threads: int  # at most so many
@@ -59,6 +67,7 @@ class Job(NamedTuple):
     recipe: config_recipes.Recipe
     paths: config.RunPaths
     trial: choosing.Trial | None = None  # what it judges; None: a student that is kept
+    parts: dict[str, Part] = {}  # noqa: RUF012 (a default of NamedTuple is never changed)
 
     @property
     def label(self) -> str:
@@ -90,9 +99,9 @@ def train(
 
     Refuses a cache that was not verified or does not fit, before the first step.
     """
-    _start_importing()
+    start_importing()
     cache, rows = open_inputs(paths)
-    _refuse_misfit(name, cache, rows, student, recipe, paths.verified)
+    refuse_run(name, cache, rows, student, recipe, paths.verified)
     _refuse_start(name, cache, student, paths.init)
     if paths.out.exists():
         shutil.rmtree(paths.out)
@@ -105,20 +114,21 @@ def train(
         job = Job(run.seeds[0], 1, student, recipe, paths)
         recipe, record["choice"] = _choose(name, rows, job, seeds_at_once)
     jobs = [Job(seed, 1, student, recipe, paths) for seed in run.seeds]
-    trained = _side_by_side(name, jobs, seeds_at_once)
-    _tell(name, trained)
-    record["seeds"] = [_seed_record(job, done) for job, done in zip(jobs, trained, strict=True)]
+    trained = side_by_side(name, jobs, seeds_at_once)
+    tell(name, trained)
+    record["seeds"] = [seed_record(job, done) for job, done in zip(jobs, trained, strict=True)]
     write_json(record, paths.out / RECORD)
     return record
 
 
 def make_reader(
-    student: kinds.Student, cache: Cache, rows: Rows, directory: Path, init: Path | None = None
-) -> None:
+    student: kinds.Student, cache: Cache, rows: Rows, directory: Path, init: Path | None = None,
+    others: Sequence[Rows] = (),
+) -> None:  # fmt: skip
     """Put what the student reads with into `directory`: the cache's tokenizer, or one learned from the text.
 
-    A learned one sees the training and pool text of the dataset, never validation or test. A student that
-    starts from that of another run reads as that does.
+    A learned one sees the training and pool text of the dataset (and of `others`, those of its other tasks),
+    never validation or test. A student that starts from that of another run reads as that does.
     """
     if isinstance(student, kinds.MLP):
         directory.parent.mkdir(parents=True)  # images are read without one
@@ -127,8 +137,15 @@ def make_reader(
     elif student.tokenizer == "teacher":
         shutil.copytree(cache.tokenizer_dir, directory)
     else:
-        texts = rows.texts.take(rows.select("train", POOL)).to_pylist()
+        learned = [own.texts.take(own.select("train", POOL)).to_pylist() for own in (rows, *others)]
+        texts = [text for own in learned for text in own]
         TextReader.learn(texts, student.tokenizer, directory, student.max_length)
+
+
+def read_record(paths: config.RunPaths) -> dict[str, Any]:
+    """What training wrote of a run, or of the one of its several tasks that is meant."""
+    record: dict[str, Any] = json.loads((paths.out / RECORD).read_text())
+    return record if paths.task is None else record["tasks"][paths.task]
 
 
 def write_json(value: dict[str, Any], path: Path) -> None:
@@ -153,9 +170,10 @@ def write_curve(record: dict[str, Any], path: Path) -> None:
             writer.writerow([rows, len(points), *(f"{mean:.5f}" for mean in means)])
 
 
-def _refuse_misfit(
+def refuse_run(
     name: str, cache: Cache, rows: Rows, student: kinds.Student, recipe: config_recipes.Recipe, verified: Path
 ) -> None:
+    """Raise ConfigError, DataError or SpecMismatch where this cache cannot teach the student so."""
     refuse_unverified(cache, verified)
     refuse_task(f"runs.{name}", cache.identity.spec.task, student.kind)
     refuse_recipe(f"runs.{name}", cache.identity.spec.task, recipe)
@@ -253,7 +271,7 @@ def _choose(
         job._replace(recipe=job.recipe.chosen(trial.values), trial=trial)
         for trial in choosing.trials(job.recipe)
     ]
-    trained = _side_by_side(name, jobs, seeds_at_once)
+    trained = side_by_side(name, jobs, seeds_at_once)
     fits = [done.fit for done in trained]
     scores = [
         choosing.Score([fit.best_accuracy for fit in own], [fit.best_loss for fit in own])
@@ -274,19 +292,20 @@ def _plain(values: choosing.Values) -> dict[str, Any]:
     return {field: value if isinstance(value, int | float) else str(value) for field, value in values.items()}
 
 
-def _seed_record(job: Job, done: "Trained") -> dict[str, Any]:
+def seed_record(job: Job, done: "Trained") -> dict[str, Any]:
+    """What the record of a run says of one seed."""
     start = start_of(job.paths.init, job.seed) if job.paths.init else None
     return {
         "seed": job.seed,
         **({"started_from": f"{start.parent.name}/{start.name}"} if start else {}),
-        "teacher_rows_seen": 0 if job.recipe.labels_only else done.rows_seen,
+        "teacher_rows_seen": done.rows_seen,
         "cut_rows": done.cut_rows,
         **done.setup,
         **done.fit._asdict(),
     }
 
 
-def _side_by_side(name: str, jobs: list[Job], seeds_at_once: int | None) -> list["Trained"]:
+def side_by_side(name: str, jobs: list[Job], seeds_at_once: int | None) -> list["Trained"]:
     """Train the jobs in processes side by side, with a bar each; they share the cores. The first error ends
     all."""
     at_once = min(len(jobs), seeds_at_once or SEEDS_PER_CORE * hardware.num_cores())
@@ -321,7 +340,8 @@ def _side_by_side(name: str, jobs: list[Job], seeds_at_once: int | None) -> list
     return [trained[place] for place in range(len(jobs))]
 
 
-def _tell(name: str, trained: list["Trained"]) -> None:
+def tell(name: str, trained: list["Trained"]) -> None:
+    """Log a line about what became of the seeds."""
     fits = [done.fit for done in trained]
     accuracy = sum(done.best_accuracy for done in fits) / len(fits)
     loss = sum(done.best_loss for done in fits) / len(fits)
@@ -332,7 +352,7 @@ def _tell(name: str, trained: list["Trained"]) -> None:
     )
 
 
-def _start_importing() -> None:
+def start_importing() -> None:
     """Let the process that seeds are forked from import torch while this one looks at its inputs."""
     mp.get_context("forkserver").set_forkserver_preload(PRELOADED)
     forkserver.ensure_running()

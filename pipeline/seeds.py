@@ -20,8 +20,10 @@ from pipeline import (
 )
 from pipeline.data import POOL, Rows
 from pipeline.runs import Job, open_inputs, start_of
+from pipeline.several import Joined
 from pipeline.training import Fit, Settings, fit
 from pipeline.tuning import Setup, fastest
+from storage import Cache
 
 
 class Trained(NamedTuple):
@@ -31,7 +33,7 @@ class Trained(NamedTuple):
     rows_seen: int  # whose target in the cache was looked at, each as often as it was
     cut_rows: int  # rows that lost tokens to the student's maximum
     by_loss: bool  # what its best state is chosen by: the lowest loss, or the highest accuracy
-    setup: dict[str, Any]  # threads and precision, what was tried for them, padding
+    setup: dict[str, Any]  # threads and precision, what was tried for them, padding; each of several tasks
 
 
 def train_seed(
@@ -45,21 +47,17 @@ def train_seed(
     hardware.pin_threads(1)
     torch.manual_seed(job.seed)
     student, recipe = job.student, job.recipe
-    cache, rows = open_inputs(job.paths)
-    rows = rows.with_views(recipe.views, recipe.view_labels)
-    if job.trial is not None:
-        rows = choosing.held_out(rows, job.trial.fold, job.trial.folds)
-    rows = rows.only("validation", *lessons.taught_by(recipe))
-    reader = inputs.of_student(student, rows, job.paths.out / "tokenizer")
-    if isinstance(student, kinds.Llama):
-        lesson = lessons.of_documents(student, recipe, cache, rows, job.seed)
-        num_ids = lesson.num_outputs
-    else:
-        lesson = lessons.of_rows(student, recipe, cache, rows, reader, job.seed)
-        num_ids = reader.num_ids
+    own = {name: _taught(job._replace(recipe=p.recipe, paths=p.paths)) for name, p in job.parts.items()}
+    cache, rows, reader, lesson, num_ids = next(iter(own.values())) if own else _taught(job)
+    labels, joined = cache.labels, None
+    if own:
+        weights = {name: part.weight for name, part in job.parts.items()}
+        joined = Joined({name: taught.lesson for name, taught in own.items()}, weights)
+        lesson = joined.lesson
+        labels = tuple(f"{name}/{label}" for name, taught in own.items() for label in taught.cache.labels)
     model = students.build(student, num_ids, lesson.num_outputs)
     if isinstance(student, kinds.Transformers):
-        settings = by_config.settings(student, num_ids, lesson.num_outputs, reader.pad_id, cache.labels)
+        settings = by_config.settings(student, num_ids, lesson.num_outputs, reader.pad_id, labels)
         cast(students.Transformers, model).rebuild(settings)
         by_config.refuse_unfit(model, student, num_ids)
     if job.paths.init:
@@ -93,14 +91,48 @@ def train_seed(
         _in_gulps(tell, every_seconds),
     )
     if job.trial is None:
-        students.save(job.paths.out / f"seed-{job.seed}", model, student, num_ids, lesson.num_outputs)
+        heads = joined.heads if joined else None
+        students.save(job.paths.out / f"seed-{job.seed}", model, student, num_ids, lesson.num_outputs, heads)
     rows_seen = round(done.rows_seen * lesson.rows_a_piece * _share_asked(recipe, rows))
     told = {**setup._asdict(), "padding": lesson.padding}
+    if joined:
+        told["tasks"] = tasks = joined.told(done)
+        for name, part in job.parts.items():
+            asked = tasks[name]["rows_seen"] * _share_asked(part.recipe, own[name].rows)
+            tasks[name]["teacher_rows_seen"] = round(asked)
+        rows_seen = sum(task["teacher_rows_seen"] for task in tasks.values())
     return Trained(done, rows_seen, lesson.cut_rows, lesson.by_loss, told)
+
+
+class _Taught(NamedTuple):
+    """What a student of one task learns from."""
+
+    cache: Cache
+    rows: Rows
+    reader: inputs.Reader
+    lesson: lessons.Lesson
+    num_ids: int  # of the vocabulary, or numbers of an image
+
+
+def _taught(job: Job) -> _Taught:
+    student, recipe = job.student, job.recipe
+    cache, rows = open_inputs(job.paths)
+    rows = rows.with_views(recipe.views, recipe.view_labels)
+    if job.trial is not None:
+        rows = choosing.held_out(rows, job.trial.fold, job.trial.folds)
+    rows = rows.only("validation", *lessons.taught_by(recipe))
+    reader = inputs.of_student(student, rows, job.paths.out / "tokenizer")
+    if isinstance(student, kinds.Llama):
+        lesson = lessons.of_documents(student, recipe, cache, rows, job.seed)
+        return _Taught(cache, rows, reader, lesson, lesson.num_outputs)
+    lesson = lessons.of_rows(student, recipe, cache, rows, reader, job.seed)
+    return _Taught(cache, rows, reader, lesson, reader.num_ids)
 
 
 def _share_asked(recipe: config_recipes.Recipe, rows: Rows) -> float:
     """Of the rows that are seen: those whose target is looked at."""
+    if recipe.labels_only:
+        return 0.0
     pool = len(rows.select(POOL))
     return pool / (pool + len(rows.select("train"))) if recipe.pseudo_labels else 1.0
 

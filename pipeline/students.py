@@ -3,14 +3,14 @@
 Each is a module whose forward takes ids [B, L] (`MLP`: pixels) and the mask of true tokens [B, L], padded on
 the right, and returns logits [B, C]; a language model (`Llama`) returns states [B, L, D], and its logits are
 states times `head`. Padding never changes an answer. A saved student is a directory with model.safetensors
-and student.json (its entry of params.yaml, vocabulary (of `mlp`: numbers of an image) and classes); the
-tokenizer lies beside it, once for all seeds.
+and student.json (its entry of params.yaml, vocabulary (of `mlp`: numbers of an image) and classes; of several
+tasks also `heads`, which outputs belong to which); the tokenizer lies beside it, once for all seeds.
 
 Shape letters: B batch, L tokens, C classes, E embedding width, H hidden units, P numbers of an image.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -225,6 +225,23 @@ class MLP(nn.Module):
         return logits_BC
 
 
+class OneTask(nn.Module):
+    """A student of several tasks, as that of one of them.
+
+    The output layer is linear: its rows for one task are a linear head of their own on what all tasks share.
+    """
+
+    def __init__(self, student: nn.Module, outputs: Sequence[int]) -> None:
+        super().__init__()
+        self.student = student
+        self.start, self.end = outputs
+
+    def forward(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        """Logits [B, C] of the task."""
+        logits_BC: torch.Tensor = self.student(ids_BL, mask_BL)[:, self.start : self.end]
+        return logits_BC
+
+
 KINDS: dict[str, Any] = {
     "fc": FC, "bilstm": BiLSTM, "tinybert": TinyBERT, "llama": Llama, "transformers": Transformers, "mlp": MLP
 }  # fmt: skip
@@ -244,8 +261,11 @@ def build(entry: kinds.Student, vocab_size: int, num_labels: int) -> nn.Module:
     return student
 
 
-def save(directory: Path, model: nn.Module, entry: kinds.Student, vocab_size: int, num_labels: int) -> None:
-    """Write model.safetensors and student.json."""
+def save(
+    directory: Path, model: nn.Module, entry: kinds.Student, vocab_size: int, num_labels: int,
+    heads: Mapping[str, tuple[int, int]] | None = None,
+) -> None:  # fmt: skip
+    """Write model.safetensors and student.json. `heads`: the outputs of each of several tasks."""
     directory.mkdir(parents=True, exist_ok=True)
     held = model.net if isinstance(model, Transformers) else model
     save_file(
@@ -257,12 +277,29 @@ def save(directory: Path, model: nn.Module, entry: kinds.Student, vocab_size: in
         model.settings.save_pretrained(directory)
     if isinstance(model, Llama):
         model.model.config.save_pretrained(directory)
-    facts = {"student": entry.model_dump(mode="json"), "vocab_size": vocab_size, "num_labels": num_labels}
+    facts: dict[str, Any] = {"student": entry.model_dump(mode="json"), "vocab_size": vocab_size}
+    facts |= {"num_labels": num_labels, **({"heads": heads} if heads else {})}
     (directory / "student.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def load(directory: Path) -> nn.Module:
-    """The student in `directory`, ready for inference. Raises AssetError where it is not one."""
+def load(directory: Path, task: str | None = None) -> nn.Module:
+    """The student in `directory`, ready for inference; with `task` its outputs for that one of its tasks.
+
+    Raises AssetError where it is not one, or did not learn the task.
+    """
+    model = _whole(directory)
+    if task is None:
+        return model
+    heads = json.loads((directory / "student.json").read_text()).get("heads", {})
+    if task not in heads:
+        raise AssetError(
+            f"the student in {directory} learned {sorted(heads)}, not {task}: train it again with "
+            f"`dvc repro train-tasks@{directory.parent.name}`."
+        )
+    return OneTask(model, heads[task]).eval()
+
+
+def _whole(directory: Path) -> nn.Module:
     if not (directory / "student.json").is_file():
         raise AssetError(
             f"there is no student in {directory}: train it with `dvc repro train@{directory.parent.name}` "

@@ -8,15 +8,32 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 
 from pipeline import hardware
-from pipeline.batches import DistillBatch
 from storage.errors import TrainingError
 
 MAX_GRADIENT_NORM = 1.0
+
+
+class AnyBatch(Protocol):
+    """What a step learns from: a DistillBatch, or one of each of several tasks."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch on another device."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows, or pieces of long ones."""
+
+    @property
+    def num_targets(self) -> int:
+        """What is counted while it trains."""
+
+
+Batch = TypeVar("Batch", bound=AnyBatch)
 
 
 class Settings(NamedTuple):
@@ -57,8 +74,8 @@ class Fit(NamedTuple):
 
 def fit(
     model: torch.nn.Module,
-    epoch_batches: Callable[[int], Iterable[DistillBatch]],
-    loss: Callable[[torch.nn.Module, DistillBatch, float], torch.Tensor],
+    epoch_batches: Callable[[int], Iterable[Batch]],
+    loss: Callable[[torch.nn.Module, Batch, float], torch.Tensor],
     validate: Callable[[torch.nn.Module], Validation],
     settings: Settings,
     advance: Callable[[int], None] = lambda rows: None,
@@ -97,7 +114,7 @@ def fit(
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
             state.saw(batch, float(value.detach()))
-            advance(len(batch.labels_T))
+            advance(batch.num_targets)
             if state.steps % every == 0 or state.steps == total:
                 state.look(model, validate, epoch=settings.epochs * state.steps / total)
                 model.train()
@@ -132,7 +149,7 @@ class _Progress:
         self._by_loss = by_loss
         self._looking_seconds = 0.0
 
-    def timed(self, batches: Iterable[DistillBatch]) -> Iterator[DistillBatch]:
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same batches; counts the time of the steps, and that of waiting for batches."""
         started = time.perf_counter()
         for batch in batches:
@@ -143,10 +160,10 @@ class _Progress:
             self.training_seconds += time.perf_counter() - started - self._looking_seconds
             started = time.perf_counter()
 
-    def saw(self, batch: DistillBatch, loss: float) -> None:
+    def saw(self, batch: AnyBatch, loss: float) -> None:
         self.steps += 1
-        self.rows += len(batch.ids_BL)
-        self.targets += len(batch.labels_T)
+        self.rows += batch.num_rows
+        self.targets += batch.num_targets
         self._losses.append(loss)
         _refuse_nonfinite("training", loss, self.steps)
 

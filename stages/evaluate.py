@@ -1,13 +1,16 @@
-"""models/RUN -> results/eval/RUN.json: quality, agreement, calibration, size, latency on the test split."""
+"""models/RUN -> results/eval/RUN.json: quality, agreement, calibration, size, latency on the test split.
+
+Of a run of several tasks each task has a file of its own: results/eval/TASK.json.
+"""
 
 from pipeline import config, evaluation, runs
 from stages import cli, paths
 
 
 def main(name: str) -> None:
-    """Evaluate one run."""
+    """Evaluate one run, or one of the tasks of a run."""
     params = config.load()
-    run = config.pick(params.every_run, "runs", name)
+    run = config.pick(params.everything_trained, "runs", name)
     result = evaluation.evaluate_run(name, run, params.students[run.student], paths.of_run(name, run))
     runs.write_json(result, paths.EVAL / f"{name}.json")
 

@@ -5,9 +5,9 @@ from stages import cli, paths
 
 
 def main(name: str) -> None:
-    """Export one run."""
+    """Export one run, or one of the tasks of a run."""
     params = config.load()
-    run = config.pick(params.every_run, "runs", name)
+    run = config.pick(params.everything_trained, "runs", name)
     student = params.students[run.student]
     result = export.export(name, run, student, params.export, paths.of_run(name, run), paths.EXPORTED / name)
     runs.write_json(result, paths.EXPORT / f"{name}.json")

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from pipeline.config import ChainedRun, Run, RunPaths
+from pipeline.config import ChainedRun, Run, RunPaths, TaskRun
 
 ASSETS = Path("assets")
 DATA = Path("data")
 TEACHERS = Path("teachers")
 CACHES = Path("caches")
 VERIFIED = Path("verified")
+TASKS = Path("tasks")
 MODELS = Path("models")
 EXPORTED = Path("exported")
 EVAL = Path("results/eval")
@@ -24,6 +25,7 @@ def of_run(name: str, run: Run) -> RunPaths:
         cache=CACHES / run.cache,
         dataset=DATA / run.dataset,
         verified=VERIFIED / f"{run.cache}.json",
-        out=MODELS / name,
+        out=MODELS / (run.run if isinstance(run, TaskRun) else name),
         init=MODELS / run.init if isinstance(run, ChainedRun) else None,
+        task=name if isinstance(run, TaskRun) else None,
     )

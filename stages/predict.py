@@ -23,7 +23,7 @@ def main(
             f"there is no text: write `stillroom predict {run} TEXT`, or pipe in lines of text."
         )
     directory = answering.find(
-        run, paths.EXPORTED, lambda: config.load().every_run if config.PARAMS.is_file() else ()
+        run, paths.EXPORTED, lambda: config.load().everything_trained if config.PARAMS.is_file() else ()
     )
     model = answering.Exported(directory, "float32" if float32 else "int8")
     for text in texts or (line.rstrip("\n") for line in sys.stdin):

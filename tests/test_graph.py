@@ -6,14 +6,23 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.config import ChainedRun, Run
+from pipeline.config import ChainedRun, Run, TaskRun
 from stages import paths
 from tests.imports import ROOT, closure
 
-AGAIN = ("train-after", "evaluate-after", "export-after")
-CHEAP = ("prepare", "augment", "mix", "train", "evaluate", "export", "report", *AGAIN)
+# Stages that run the code of another one: for chained runs, and for the tasks of runs that learn several.
+AGAIN = {
+    "train-after": "train", "evaluate-after": "evaluate", "export-after": "export",
+    "evaluate-tasks": "evaluate", "export-tasks": "export",
+}  # fmt: skip
+CHEAP = ("prepare", "augment", "mix", "task", "train", "train-tasks", "evaluate", "export", "report", *AGAIN)
 DEAR = ("fetch", "teacher", "cache", "verify", "score")
 GRAPH: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
+
+
+def module(stage: str) -> str:
+    """The file of stages/ that a stage runs."""
+    return f"stages.{AGAIN.get(stage, stage).replace('-', '_')}"
 
 
 def body(stage: str) -> dict[str, Any]:
@@ -34,7 +43,7 @@ def names(stage: str, *fields: str) -> list[str]:
 @pytest.mark.parametrize("stage", CHEAP)
 def test_a_cheap_stage_depends_on_exactly_the_code_that_it_imports(stage: str) -> None:
     extra = ["pipeline/report.html.j2"] if stage == "report" else []
-    expected = [*closure(f"stages.{stage.removesuffix('-after')}"), *extra]
+    expected = [*closure(module(stage)), *extra]
     found = [dep for dep in names(stage, "deps") if dep.endswith((".py", ".j2"))]
     lines = "\n".join(f"        - {path}" for path in expected)
     assert sorted(found) == sorted(expected), f"paste under deps of {stage}:\n{lines}"
@@ -88,7 +97,23 @@ def test_chained_runs_depend_on_the_run_before_and_are_runs_otherwise() -> None:
     assert body("evaluate-after") == body("evaluate")
 
 
+def test_runs_of_several_tasks_depend_on_what_their_tasks_learn_from_and_tasks_on_their_run() -> None:
+    task = TaskRun(dataset="d", cache="c", student="s", recipe="r", run="several")
+    own = paths.of_run("task", task)
+    assert (own.out, own.task) == (paths.MODELS / "several", "task")
+    assert names("task", "outs") == [str(paths.TASKS / "${item.run}" / "${key}.json")]
+    assert str(paths.TASKS / "${key}") in names("train-tasks", "deps")
+    assert body("task")["params"] == ["tasks.${key}", "recipes.${item.recipe}"]
+    read = {"caches/${item.cache}", "verified/${item.cache}.json", "data/${item.dataset}"}
+    assert read <= {*names("task", "deps")}
+    assert names("train-tasks", "outs", "plots") == names("train", "outs", "plots")
+    for again, first in (("evaluate-tasks", "evaluate"), ("export-tasks", "export")):
+        found = {*names(again, "deps")}
+        assert found ^ {*names(first, "deps")} == {"models/${item.run}", "models/${key}"}
+        assert {**body(again), "deps": None} == {**body(first), "deps": None}
+
+
 def test_commands_run_the_stage_that_they_are_named_after() -> None:
     for stage in GRAPH:
-        command = f"python -m stages.{stage.removesuffix('-after')}"
+        command = f"python -m {module(stage)}"
         assert body(stage)["cmd"] in (command, f"{command} ${{key}}")

@@ -5,6 +5,7 @@ Tests read it; those that change something work on copies of their own.
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +77,14 @@ class World(NamedTuple):
         params = to / "params.yaml"
         params.write_text(params.read_text().replace(str(self.root), str(to)))
         return World(to)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_core() -> Iterator[None]:
+    """Small tensors are done sooner by one thread, and tests run a process a core."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hardware, "num_cores", lambda: 1)
+        yield
 
 
 @pytest.fixture(scope="session")

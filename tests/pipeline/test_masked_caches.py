@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +35,6 @@ from tests.pipeline.test_language_caches import held
 
 TOPK = {"codec": "topk", "k": 5, "layout": "plain"}
 MASK = 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_core() -> Iterator[None]:
-    """Small tensors are done sooner by one thread, on a busy machine above all."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hardware, "num_cores", lambda: 1)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline import plots, report
+from pipeline.findings import CLASSIFIERS
 from storage.errors import AssetError
 
 ABOUT = {
@@ -197,6 +198,16 @@ def test_the_best_student_of_a_column_is_marked_and_a_teacher_never_is(world: Wo
     }
     assert marked["teacher-big"] == 0
     assert marked["small-kd"] > marked["small-ce"] > 0
+
+
+def test_a_task_that_was_learned_beside_others_is_no_baseline_of_labels_alone() -> None:
+    def row(name: str, accuracy: float, **more: Any) -> dict[str, Any]:
+        about = {"name": name, "student": "small", "teacher": "big", "seeds": [0], "distilled": False}
+        return {**about, "metrics": metrics([accuracy]), **more}
+
+    runs = [row("beside", 0.9, run="both"), row("plain", 0.7), row("kd", 0.8, distilled=True)]
+    found = report._compared(runs[2], runs, [], CLASSIFIERS)
+    assert found["metrics"]["over_labels"]["mean"] == pytest.approx(10)
 
 
 def test_break_even_by_hand() -> None:

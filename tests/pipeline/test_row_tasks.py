@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from pipeline import (
     config_teachers,
     data,
     evaluation,
-    hardware,
     inputs,
     kinds,
     lessons,
@@ -50,13 +49,6 @@ RECIPES = {
     "images": {"alpha": 0.5, "temperature": 2.0}, "several": {"alpha": 0.5, "temperature": 2.0},
     "numbers": {"alpha": 0.5, "divergence": "mse"}, "vectors": {"alpha": 0.0, "divergence": "cosine"},
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_core() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hardware, "num_cores", lambda: 1)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +108,7 @@ def test_every_task_goes_from_rows_to_results(worlds: dict[str, World], name: st
     assert cache.manifest.format_version == 4
     run = config.Run(dataset="toy", cache="toy", student="s", recipe="r")
     paths = world.paths(tmp_path / "model")
-    runs._refuse_misfit("run", cache, data.load_rows(world.dataset), student, recipe(name), paths.verified)
+    runs.refuse_run("run", cache, data.load_rows(world.dataset), student, recipe(name), paths.verified)
     runs.make_reader(student, cache, data.load_rows(world.dataset), paths.out / "tokenizer")
     done = seeds.train_seed(runs.Job(0, 1, student, recipe(name), paths))
     body = {"seeds": [{"seed": 0, "seconds": done.fit.seconds}]}
@@ -154,7 +146,7 @@ def test_a_recipe_whose_loss_the_task_has_not_is_refused(
     world = worlds[name]
     student = MLP if name == "images" else FC
     with pytest.raises(SpecMismatch, match=field):
-        runs._refuse_misfit(
+        runs.refuse_run(
             "run", Cache.open(world.cache), data.load_rows(world.dataset), student, recipe(name, **changes),
             world.root / "verified.json",
         )  # fmt: skip
@@ -164,7 +156,7 @@ def test_a_student_of_text_is_refused_for_images_and_one_of_images_for_text(worl
     for name, student in (("images", FC), ("numbers", MLP)):
         world = worlds[name]
         with pytest.raises(SpecMismatch, match=r"spec\.task"):
-            runs._refuse_misfit(
+            runs.refuse_run(
                 "run", Cache.open(world.cache), data.load_rows(world.dataset), student, recipe(name),
                 world.root / "verified.json",
             )  # fmt: skip

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from pipeline import (
     config_recipes,
     data,
     evaluation,
-    hardware,
     kinds,
     metrics,
     report,
@@ -38,14 +36,6 @@ from tests import toy
 from tests.pipeline import encoders
 from tests.pipeline.encoders import TAGS, Project
 from tests.pipeline.test_capture import content, no_teacher
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_core() -> Iterator[None]:
-    """Small tensors are done sooner by one thread, on a busy machine above all."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hardware, "num_cores", lambda: 1)
-        yield
 
 
 @pytest.fixture(scope="module")

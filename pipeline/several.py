@@ -1,0 +1,148 @@
+"""Several lessons for one student: a batch of every task a step, the weighted mean of their losses.
+
+The student's last layer is linear, and has the outputs of all tasks side by side: the same as a linear head
+for each on what they share (Caruana 1997; Liu et al. 2019, arXiv:1904.09482).
+"""
+
+from collections.abc import Generator, Mapping
+from contextlib import closing
+from itertools import accumulate, count
+from typing import Any, NamedTuple
+
+import torch
+
+from pipeline.batches import DistillBatch
+from pipeline.lessons import Lesson
+from pipeline.students import OneTask
+from pipeline.training import Fit, Validation
+
+# Within an epoch of the run, a task's second round is epoch + ROUND of its own, its third epoch + 2 ROUND.
+ROUND = 2**20
+
+
+class TaskBatches(NamedTuple):
+    """What a student of several tasks sees in one step: a batch of each, in the order of the tasks."""
+
+    parts: tuple[DistillBatch, ...]
+
+    def to(self, device: torch.device) -> "TaskBatches":
+        """The same batches on another device."""
+        return TaskBatches(tuple(part.to(device) for part in self.parts))
+
+    @property
+    def num_rows(self) -> int:
+        """Of all tasks."""
+        return sum(part.num_rows for part in self.parts)
+
+    @property
+    def num_targets(self) -> int:
+        """Of all tasks."""
+        return sum(part.num_targets for part in self.parts)
+
+
+class Look(NamedTuple):
+    """One look at a task on the way."""
+
+    rows: int  # of the task, seen until then
+    train_loss: float  # mean since the look before
+    seen: Validation
+
+
+class Joined:
+    """Lessons by the names of their tasks, and how much the loss of each counts.
+
+    `heads` has the outputs of each task, from and to. `lesson` is what the student is trained with.
+    """
+
+    def __init__(self, lessons: Mapping[str, Lesson], weights: Mapping[str, float]) -> None:
+        self._lessons = lessons
+        self._shares = {name: weights[name] / sum(weights[task] for task in lessons) for name in lessons}
+        ends = list(accumulate(lesson.num_outputs for lesson in lessons.values()))
+        self.heads = dict(zip(lessons, zip([0, *ends], ends, strict=False), strict=True))
+        self._rows = dict.fromkeys(lessons, 0)
+        self._losses: dict[str, list[float]] = {name: [] for name in lessons}
+        self._looks: dict[str, list[Look]] = {name: [] for name in lessons}
+        self._longest = max(lessons, key=lambda name: lessons[name].steps)
+
+    @property
+    def lesson(self) -> Lesson:
+        """One lesson of all tasks. The one with the most batches says how many steps an epoch has."""
+        lessons, steps = self._lessons.values(), self._lessons[self._longest].steps
+        return Lesson(
+            num_outputs=sum(lesson.num_outputs for lesson in lessons),
+            num_targets=round(sum(lesson.num_targets * steps / lesson.steps for lesson in lessons)),
+            steps=steps,
+            batches=self._epoch,
+            loss=self._loss,
+            validate=self._validate,
+            by_loss=any(lesson.by_loss for lesson in lessons),
+            cut_rows=sum(lesson.cut_rows for lesson in lessons),
+            padding=None,
+            rows_a_piece=1.0,
+        )
+
+    def told(self, fit: Fit) -> dict[str, dict[str, Any]]:
+        """What became of each task: rows seen, its curve, and where it stood in the state that was kept."""
+        found = {}
+        for name, looks in self._looks.items():
+            curve = [
+                {
+                    **point, "rows": look.rows, "train_loss": look.train_loss,
+                    "validation_accuracy": look.seen.accuracy, "validation_loss": look.seen.loss,
+                }
+                for point, look in zip(fit.curve, looks, strict=True)
+            ]  # fmt: skip
+            best = next(point for point in curve if point["step"] == fit.best_step)
+            found[name] = {
+                "rows_seen": self._rows[name],
+                "cut_rows": self._lessons[name].cut_rows,
+                "best_accuracy": best["validation_accuracy"],
+                "best_loss": best["validation_loss"],
+                "curve": curve,
+            }
+        return found
+
+    def _epoch(self, epoch: int) -> Generator[TaskBatches, None, None]:
+        """As many steps as the longest task has batches; shorter ones begin again, in another order.
+
+        A function of (seed, epoch) alone, as the order of each task is. The first round of a task is the
+        epoch that it has in a run of its own.
+        """
+        rounds = {name: _rounds(self._lessons[name], epoch) for name in self._lessons}
+        with closing(self._lessons[self._longest].batches(epoch)) as leading:
+            try:
+                for first in leading:
+                    yield TaskBatches(
+                        tuple(first if name == self._longest else next(rounds[name]) for name in rounds)
+                    )
+            finally:
+                for own in rounds.values():
+                    own.close()  # ends the thread that reads ahead
+
+    def _loss(self, model: torch.nn.Module, batch: TaskBatches, done: float) -> torch.Tensor:
+        """The mean of the tasks' losses, weighted."""
+        parts = []
+        for (name, lesson), part in zip(self._lessons.items(), batch.parts, strict=True):
+            loss = lesson.loss(OneTask(model, self.heads[name]), part, done)
+            self._rows[name] += part.num_rows
+            self._losses[name].append(float(loss.detach()))
+            parts.append(self._shares[name] * loss)
+        return torch.stack(parts).sum()
+
+    def _validate(self, model: torch.nn.Module) -> Validation:
+        """The weighted means of what is seen of each task."""
+        accuracy = loss = 0.0
+        for name, lesson in self._lessons.items():
+            seen = lesson.validate(OneTask(model, self.heads[name]))
+            losses = self._losses[name]
+            self._looks[name].append(Look(self._rows[name], sum(losses) / max(1, len(losses)), seen))
+            self._losses[name] = []
+            accuracy += self._shares[name] * seen.accuracy
+            loss += self._shares[name] * seen.loss
+        return Validation(accuracy, loss)
+
+
+def _rounds(lesson: Lesson, epoch: int) -> Generator[DistillBatch, None, None]:
+    """The batches of a lesson's epoch, and of more epochs of it, numbered past those of any run."""
+    for number in count():
+        yield from lesson.batches(epoch + number * ROUND)
