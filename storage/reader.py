@@ -15,7 +15,7 @@ from storage.errors import Mismatch, ShardCorrupt, SpecMismatch
 from storage.hidden import Basis
 from storage.manifest import Manifest, ShardEntry
 from storage.spec import Identity, SparseCodec, content_fingerprint, sha256_json
-from storage.verify import AGAIN, check_files, check_sizes
+from storage.verify import AGAIN, check_files, check_sizes, refuse_stray
 
 
 class Cache:
@@ -71,9 +71,8 @@ class Cache:
 
     @property
     def tokenizer_dir(self) -> Path:
-        """The directory of the teacher's tokenizer files, checked."""
-        self._check("tokenizer", self.manifest.tokenizer_files)
-        return self.path / "tokenizer"
+        """The directory of the teacher's tokenizer files, checked; it holds no others."""
+        return self._checked_dir(manifest.TOKENIZER_DIR, self.manifest.tokenizer_files)
 
     @property
     def weights_layers(self) -> tuple[int, ...]:
@@ -82,7 +81,9 @@ class Cache:
 
     @property
     def weights_dir(self) -> Path:
-        """The directory of the teacher's weights, checked. Raises SpecMismatch where the cache has none."""
+        """The directory of the teacher's weights, checked; it holds nothing else. Raises SpecMismatch where
+        the cache has none.
+        """
         if self.manifest.weights is None:
             raise SpecMismatch(
                 f"{self.path} carries no weights of its teacher",
@@ -90,8 +91,7 @@ class Cache:
                 f"Write weights: {{layers: [...]}} under caches.{self.path.name} in params.yaml and run "
                 f"`dvc repro cache@{self.path.name}`: the teacher is not asked again.",
             )
-        self._check("weights", self.manifest.weights.files)
-        return self.path / "weights"
+        return self._checked_dir(manifest.WEIGHTS_DIR, self.manifest.weights.files)
 
     @property
     def manifest_sha256(self) -> str:
@@ -215,6 +215,12 @@ class Cache:
                 faults.append(Mismatch("dataset.content", self.manifest.dataset, content))
         if faults:
             raise SpecMismatch(f"{self.path} does not fit {what}", faults, advice)
+
+    def _checked_dir(self, name: str, files: Iterable[manifest.FileEntry]) -> Path:
+        """A directory that is handed to others, who read what they find there."""
+        refuse_stray(self.path, {file.path for file in files}, name)
+        self._check(name, files)
+        return self.path / name
 
     def _check(self, name: str, files: Iterable[manifest.FileEntry]) -> None:
         if name not in self._checked:

@@ -145,11 +145,17 @@ def test_a_missing_file_is_named(small: Path, part: str) -> None:
         Cache.open(small)
 
 
-@pytest.mark.parametrize("part", ["layer.1/c.0.0", "layer.1.scale/c.0"])
-def test_missing_numbers_are_never_read_as_zeros(small: Path, part: str) -> None:
+@pytest.mark.parametrize("name", ["layer.1", "layer.1.scale"])
+def test_missing_numbers_are_never_read_as_zeros(small: Path, name: str) -> None:
     shard = Cache.open(small).shards[0]
-    (small / shard.hidden_path / part).unlink()
+    array = zarr.open_array(small / shard.hidden_path / name, mode="r+")
+    values = np.array(array[:])
+    values.flat[0] = array.fill_value
+    array[:] = values
     with pytest.raises(ShardCorrupt, match="vectors without a scale, or numbers that are missing"):
+        hidden.read(small / shard.hidden_path, "layer.1", shard.positions, SMALL)
+    next((small / shard.hidden_path / name).glob("c.*")).unlink()
+    with pytest.raises(ShardCorrupt, match="cannot be read as Zarr"):
         hidden.read(small / shard.hidden_path, "layer.1", shard.positions, SMALL)
 
 
@@ -216,7 +222,7 @@ def test_arrays_of_another_shape_or_dtype_are_refused(small: Path, other: Hidden
                     (path / file.path).write_bytes(b"")
 
     forge(small, exchange)
-    with pytest.raises(ShardCorrupt, match=r"layer\.1 cannot be read as Zarr: found .* expected int8"):
+    with pytest.raises(ShardCorrupt, match=r"layer\.1 cannot be read as Zarr: (shape|data_type) is"):
         read_all(small)
 
 
