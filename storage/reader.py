@@ -72,7 +72,9 @@ class Cache:
     @property
     def tokenizer_dir(self) -> Path:
         """The directory of the teacher's tokenizer files, checked; it holds no others."""
-        return self._checked_dir(manifest.TOKENIZER_DIR, self.manifest.tokenizer_files)
+        refuse_stray(self.path, {file.path for file in self.manifest.tokenizer_files}, manifest.TOKENIZER_DIR)
+        self._check(manifest.TOKENIZER_DIR, self.manifest.tokenizer_files)
+        return self.path / manifest.TOKENIZER_DIR
 
     @property
     def weights_layers(self) -> tuple[int, ...]:
@@ -91,7 +93,9 @@ class Cache:
                 f"Write weights: {{layers: [...]}} under caches.{self.path.name} in params.yaml and run "
                 f"`dvc repro cache@{self.path.name}`: the teacher is not asked again.",
             )
-        return self._checked_dir(manifest.WEIGHTS_DIR, self.manifest.weights.files)
+        refuse_stray(self.path, set(manifest.WEIGHTS_FILES), manifest.WEIGHTS_DIR)
+        self._check(manifest.WEIGHTS_DIR, self.manifest.weights.files)
+        return self.path / manifest.WEIGHTS_DIR
 
     @property
     def manifest_sha256(self) -> str:
@@ -128,6 +132,8 @@ class Cache:
                 f"  rows, positions, inputs found    {found}\n"
                 f"  rows, positions, inputs expected {(shard.rows, shard.positions, shard.inputs)}\n{AGAIN}"
             )
+        if (empty := np.flatnonzero(rows.num_tokens < 1)).size:
+            raise ShardCorrupt(f"{path}: row {rows.row_ids[int(empty[0])]} has no tokens.\n{AGAIN}")
         if isinstance(rows, records.LogitRows) and not np.isfinite(rows.logits).all():
             bad = int(rows.owners[~np.isfinite(rows.logits).all(axis=1)][0])
             raise ShardCorrupt(f"{self.path}: the logits of row {rows.row_ids[bad]} are not finite.\n{AGAIN}")
@@ -215,12 +221,6 @@ class Cache:
                 faults.append(Mismatch("dataset.content", self.manifest.dataset, content))
         if faults:
             raise SpecMismatch(f"{self.path} does not fit {what}", faults, advice)
-
-    def _checked_dir(self, name: str, files: Iterable[manifest.FileEntry]) -> Path:
-        """A directory that is handed to others, who read what they find there."""
-        refuse_stray(self.path, {file.path for file in files}, name)
-        self._check(name, files)
-        return self.path / name
 
     def _check(self, name: str, files: Iterable[manifest.FileEntry]) -> None:
         if name not in self._checked:

@@ -11,6 +11,7 @@ lists over the positions and entries of the row (sparse; docs/cache-format.md ha
 Shape letters: N rows, C classes, P positions of all rows, E entries.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage import compact
+from storage import compact, pages
 from storage.compact import Columns, Ranks
 from storage.entries import Entries, ends, ranges
 from storage.errors import ShardCorrupt
@@ -27,6 +28,13 @@ from storage.spec import SparseCodec, Threshold, TopK, canonical_json
 
 ROW_GROUP_ROWS = 16_384  # about 1 MB encoded for a handful of classes; never read single rows
 ROW_GROUP_POSITIONS = 2**18  # 4 MB encoded at 15 bytes a position; of dense targets so many numbers
+FIRST_COLUMNS = pa.schema(
+    [
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field("input_hash", pa.string(), nullable=False),
+        pa.field("num_tokens", pa.int32(), nullable=False),
+    ]
+)
 COMPACT: dict[str, dict[str, pa.DataType]] = {
     "topk": {"num_ids": pa.uint16(), "gaps": pa.uint32(), "codes": pa.uint8(), "tail_code": pa.uint16()},
     "sample": {"num_ids": pa.uint16(), "gaps": pa.uint32(), "draws": pa.uint16()},
@@ -211,7 +219,7 @@ def read_sparse(path: Path, codec: SparseCodec, ranks: Ranks, tokens: bool = Fal
     num_positions = columns[a_position].value_lengths().to_numpy()
     num_tokens = columns["num_tokens"].to_numpy()
     if tokens:
-        _refuse_other_counts(path, columns, num_tokens, "token_ids")
+        _refuse_other_counts(path, columns, num_tokens, "token_ids", a_position)
     entropy = columns["entropy"].to_numpy() if tokens else None
     if entropy is not None and not (np.isfinite(entropy) & (entropy >= -0.01)).all():
         raise ShardCorrupt(f"{path} has rows whose entropy is no entropy.")
@@ -222,22 +230,13 @@ def read_sparse(path: Path, codec: SparseCodec, ranks: Ranks, tokens: bool = Fal
 
 
 def read_columns(path: Path, *names: str) -> list[pa.Array]:
-    """Some of `row_id`, `input_hash` and `num_tokens` of any shard, no targets. Raises ShardCorrupt."""
-    try:
-        file = pq.ParquetFile(path, page_checksum_verification=True)
-        table = file.read(columns=list(names)).combine_chunks()
-        return [table.column(name).combine_chunks() for name in names]
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise ShardCorrupt(f"{path} cannot be read as Parquet: {error}") from error
+    """Some of FIRST_COLUMNS of any shard, no targets. Raises ShardCorrupt."""
+    table = _table(path, FIRST_COLUMNS, names)
+    return [table.column(name).combine_chunks() for name in names]
 
 
 def _schema(targets: dict[str, pa.DataType], labels: tuple[str, ...]) -> pa.Schema:
-    fields = [
-        pa.field("row_id", pa.string(), nullable=False),
-        pa.field("input_hash", pa.string(), nullable=False),
-        pa.field("num_tokens", pa.int32(), nullable=False),
-        *(pa.field(name, kind, nullable=False) for name, kind in targets.items()),
-    ]
+    fields = [*FIRST_COLUMNS, *(pa.field(name, kind, nullable=False) for name, kind in targets.items())]
     return pa.schema(fields, metadata={"stillroom.labels": canonical_json(list(labels)).decode()})
 
 
@@ -269,16 +268,22 @@ def _rows_a_group(num_rows: int, num_positions: int) -> int:
 
 
 def _read(path: Path, expected: pa.Schema) -> dict[str, pa.Array]:
-    try:
-        table = pq.ParquetFile(path, page_checksum_verification=True).read()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise ShardCorrupt(f"{path} cannot be read as Parquet: {error}") from error
-    if not table.schema.equals(expected, check_metadata=False):
-        raise ShardCorrupt(
-            f"{path} has another layout.\n  found    {table.schema.types}\n  expected {expected.types}"
-        )
-    table = table.combine_chunks()
+    table = _table(path, expected)
     return {name: table.column(name).combine_chunks() for name in table.column_names}
+
+
+def _table(path: Path, expected: pa.Schema, names: Sequence[str] | None = None) -> pa.Table:
+    """The columns of `expected`, or those of `names`. Nothing is decoded before layout and size are known."""
+    try:
+        file = pages.open_bounded(path)
+        found = file.schema_arrow
+        if names is not None:
+            found = pa.schema([found.field(name) for name in expected.names])
+        if not found.equals(expected, check_metadata=False):
+            raise ValueError(f"it has another layout.\n  found    {found.types}\n  expected {expected.types}")
+        return file.read(columns=names).combine_chunks()
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise ShardCorrupt(f"{path} cannot be read as Parquet: {error}") from error
 
 
 def _plain(entries: Entries) -> Columns:

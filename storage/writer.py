@@ -30,7 +30,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from storage import hidden, manifest, records
 from storage.compact import Columns
@@ -52,8 +51,7 @@ class StoredShard(NamedTuple):
 
     def row_ids(self) -> pa.StringArray:
         """The ids of its rows, in order."""
-        column = pq.read_table(self.root / self.entry.logits_path, columns=["row_id"]).column(0)
-        return column.combine_chunks()
+        return records.read_columns(self.root / self.entry.logits_path, "row_id")[0]
 
 
 class Weights(NamedTuple):
