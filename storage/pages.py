@@ -36,7 +36,6 @@ def open_bounded(path: Path) -> pq.ParquetFile:
         path,
         page_checksum_verification=True,
         thrift_container_size_limit=MAX_CONTAINERS,
-        thrift_string_size_limit=max(size, 1),
     )
     needed, most = 0, max(ALWAYS_FINE, MOST_EXPANDED * size)
     with path.open("rb") as raw:

@@ -305,6 +305,7 @@ Damage = Callable[[Path], object]
         (lambda p: (p / MIXTURE_NAME).write_text("{"), ManifestInvalid, "mixture.json is not JSON"),
         (lambda p: edit(p, missing="guess"), ManifestInvalid, "missing"),
         (lambda p: edit(p, members=[]), ManifestInvalid, "members"),
+        (lambda p: write_again(p), ManifestInvalid, "mixture.json .* canonical form"),
         (lambda p: edit(p, format_version=3), ManifestInvalid, "format_version"),
         (lambda p: edit(p, format_version=1), ManifestInvalid, "format_version"),
         (lambda p: shutil.copytree(p / "first", p / "second", dirs_exist_ok=True), SpecMismatch, "second"),
@@ -318,6 +319,11 @@ def test_damage_to_a_mixture_is_a_named_error(
     damage(tmp_path / "both")
     with pytest.raises(error, match=said):
         open_cache(tmp_path / "both")
+
+
+def write_again(path: Path) -> None:
+    content = json.loads((path / MIXTURE_NAME).read_text())
+    (path / MIXTURE_NAME).write_text(json.dumps(content))
 
 
 def edit(path: Path, **fields: Any) -> None:

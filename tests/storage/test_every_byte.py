@@ -4,6 +4,7 @@ The caches are the golden ones of every format version, and a mixture. A damaged
 door that it can be read through, on a `Cache` of its own, so that none relies on what another one checked.
 """
 
+import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from storage import Cache
 from storage.errors import CacheError, ManifestInvalid, ShardCorrupt, ShardMissing, ShardTruncated
 from storage.manifest import BASIS_DIR, MANIFEST_NAME, ShardEntry
 from storage.mixture import MIXTURE_NAME, Mixture, mix, open_cache
+from storage.spec import canonical_json, sha256_json
 from storage.verify import verify
 from tests.storage.conftest import make_cache
 
@@ -147,3 +149,25 @@ def test_a_file_that_is_cut_anywhere_grown_or_gone_is_refused(shelf: Path) -> No
         if cache is not None:
             refuses(path, root, [(cache, doors(cache, relative))], ShardMissing)
         path.write_bytes(sound)
+
+
+def test_a_mixture_of_before_there_were_checksums_is_read_and_keeps_its_name(shelf: Path) -> None:
+    path = shelf / "both" / MIXTURE_NAME
+    sound = path.read_bytes()
+    body = json.loads(sound)
+    body.pop("checksum")
+    body["format_version"] = 1
+    path.write_bytes(canonical_json(body) + b"\n")
+    opened = open_cache(shelf / "both")
+    assert isinstance(opened, Mixture)
+    assert [member.weight for member in opened.members] == [0.25, 0.75]
+    assert opened.manifest_sha256 == sha256_json(body)
+    for change, said in {
+        '"weight":0.35': "do not sum to 1",
+        '"weight": 0.25': "canonical",
+        '"weight":0.25,"more":1': "more",
+    }.items():
+        path.write_bytes(canonical_json(body).replace(b'"weight":0.25', change.encode()) + b"\n")
+        with pytest.raises(ManifestInvalid, match=rf"mixture\.json .*(?s:.)*{said}"):
+            open_cache(shelf / "both")
+    path.write_bytes(sound)
