@@ -77,6 +77,23 @@ def read(group_dir: Path, name: str, num: int, spec: HiddenSpec) -> Floats:
     return decoded
 
 
+def read_arrays(group_dir: Path, num: int, spec: HiddenSpec) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of a shard as they are written, undecoded, each of `num` vectors. Raises ShardCorrupt."""
+    arrays = {}
+    for name in spec.names:
+        arrays[name] = _read(group_dir, name, (num, spec.kept_width(name)), spec.dtype)
+        if spec.dtype == "int8":
+            arrays[f"{name}.scale"] = _read(group_dir, f"{name}.scale", (num,), "float32")
+    return arrays
+
+
+def write_arrays(group_dir: Path, arrays: Mapping[str, npt.NDArray[Any]], spec: HiddenSpec) -> None:
+    """Write vectors of `read_arrays`: the bytes that `write` gives for them."""
+    group = zarr.create_group(group_dir, zarr_format=3, attributes={"pool": spec.pool})
+    for name, values in arrays.items():
+        _write(group, name, values, MISSING if values.dtype == np.int8 else np.nan)
+
+
 def encode(values_NW: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
     """(codes [N, W], scales [N]): each vector over its largest number / 127, the error at most scale / 2."""
     largest = np.abs(values_NW).max(axis=1, initial=0)

@@ -18,13 +18,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from storage import compact, pages
 from storage.compact import Columns, Ranks
 from storage.entries import Entries, ends, ranges
 from storage.errors import ShardCorrupt
-from storage.spec import SparseCodec, Threshold, TopK, canonical_json
+from storage.spec import SparseCodec, Spec, Threshold, TopK, canonical_json
 
 ROW_GROUP_ROWS = 16_384  # about 1 MB encoded for a handful of classes; never read single rows
 ROW_GROUP_POSITIONS = 2**18  # 4 MB encoded at 15 bytes a position; of dense targets so many numbers
@@ -134,6 +135,30 @@ def sparse_schema(codec: SparseCodec, labels: tuple[str, ...] = (), tokens: bool
     columns = {"token_ids": pa.int32(), **columns} if tokens else columns
     lists = {name: pa.list_(_element(kind)) for name, kind in columns.items()}
     return _schema({"entropy": pa.float32(), **lists} if tokens else lists, labels)
+
+
+def layout(spec: Spec) -> pa.Schema:
+    """The Arrow schema of the shards of a cache."""
+    if spec.codec == "dense":
+        return schema(spec.num_outputs, spec.labels, spec.per_position, spec.column)
+    return sparse_schema(spec.codec, spec.labels, spec.per_position)
+
+
+def read_table(path: Path, spec: Spec) -> pa.Table:
+    """A shard as it is written, undecoded. Raises ShardCorrupt for anything but a file of `layout`."""
+    return _table(path, layout(spec))
+
+
+def write_table(path: Path, table: pa.Table, spec: Spec) -> None:
+    """Write rows of `read_table`s: the bytes that `write` and `write_sparse` give for them."""
+    a_group = ROW_GROUP_ROWS
+    if spec.codec != "dense" or spec.per_position:
+        name = next(f.name for f in table.schema if pa.types.is_list(f.type) and f.name not in ELEMENTS)
+        numbers = pc.sum(pc.list_value_length(table.column(name))).as_py()
+        numbers *= spec.num_outputs if spec.codec == "dense" else 1
+        a_group = _rows_a_group(len(table), numbers)
+    table = pa.Table.from_arrays([c.combine_chunks() for c in table.columns], schema=layout(spec))
+    _write(path, table, level=3 if spec.codec == "dense" else 1, row_group_rows=a_group)
 
 
 def write(path: Path, rows: LogitRows, labels: tuple[str, ...], column: str = "logits") -> None:
