@@ -51,8 +51,8 @@ def _refuse_unknown() -> None:
     if gone:
         raise ConfigError(
             f"caches.{gone[0]} was finished once and is not in {paths.CACHES}/ ({len(gone)} such): nothing "
-            f"says which shards it needs.\nBring it back (`dvc checkout {paths.CACHES / gone[0]}`), or finish it "
-            f"(`dvc repro cache@{gone[0]}`)."
+            f"says which shards it needs.\nBring it back (`dvc checkout {paths.CACHES}/{gone[0]}`), or finish "
+            f"it (`dvc repro cache@{gone[0]}`)."
         )
 
 

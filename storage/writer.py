@@ -25,6 +25,7 @@ import shutil
 import socket
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,8 +78,9 @@ class Store:
         Any number of processes hold a store at once, and one that is killed lets go. Waits for a clean-up.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        self._held = (self.root / LOCK).open("a")
-        fcntl.flock(self._held, fcntl.LOCK_SH)
+        handle = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT)
+        weakref.finalize(self, os.close, handle)
+        fcntl.flock(handle, fcntl.LOCK_SH)
 
     def finished(self, identity: Identity) -> list[StoredShard]:
         """Every sound shard made under `identity`, largest first. Damaged ones are removed."""
