@@ -50,8 +50,9 @@ def _refuse_unknown() -> None:
     ]
     if gone:
         raise ConfigError(
-            f"caches.{gone[0]} was finished once and is not in {paths.CACHES}/ ({len(gone)} such): nothing says\n"
-            f"which shards it needs. Bring it back (`dvc checkout {paths.CACHES}/{gone[0]}`), or finish it\n"
+            f"caches.{gone[0]} was finished once and is not in {paths.CACHES}/ ({len(gone)} such): "
+            "nothing says which shards it needs.\n"
+            f"Bring it back (`dvc checkout {paths.CACHES}/{gone[0]}`), or finish it "
             f"(`dvc repro cache@{gone[0]}`)."
         )
 
