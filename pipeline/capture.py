@@ -40,7 +40,6 @@ from storage.spec import (
 )
 from storage.writer import Store, StoredShard, Weights, seal
 
-STORE = Path(".stillroom")
 CAPTURE_VERSION = int((Path(__file__).parent / "CAPTURE_VERSION").read_text())
 RANKED_TARGETS = 1024  # whose probabilities say which ids are frequent
 BASIS_VECTORS = 8192  # hidden states that principal axes are those of
@@ -137,6 +136,7 @@ def capture(
     reader = teachers.reader(teacher)
     asked = questions(teacher, who.spec, reader, rows, before_teacher)
     teaching = asker(asked)
+    store.hold()
     store.sweep()
     row_ids = rows.row_ids.to_pylist()
     ranks = basis = pinned = None

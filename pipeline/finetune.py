@@ -291,7 +291,7 @@ def _save_tokenizer(source: Path, out: Path) -> None:
     from transformers import AutoTokenizer
 
     try:
-        AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(out)
+        AutoTokenizer.from_pretrained(source, **teachers.OFFLINE).save_pretrained(out)
     except (OSError, ValueError) as error:
         raise TeacherError(f"the tokenizer in {source} cannot be loaded: {error}") from error
     _only_tokenizer_and_weights(out)

@@ -311,7 +311,7 @@ def _whole(directory: Path) -> nn.Module:
     if isinstance(model, Transformers):
         from transformers import AutoConfig
 
-        model.rebuild(AutoConfig.from_pretrained(directory))
+        model.rebuild(AutoConfig.from_pretrained(directory, trust_remote_code=False))
         model.net.load_state_dict(load_file(directory / "model.safetensors"))
         return model.eval()
     if isinstance(

@@ -2,8 +2,8 @@
 
 A teacher is a directory: config.json, *.safetensors, tokenizer.json, tokenizer_config.json, and after the
 teacher stage teacher.json (its score and what it cost). Identities are read from the files alone, so that
-asking whether anything is missing never loads a model. Weights are safetensors only; nothing is unpickled, no
-remote code is run.
+asking whether anything is missing never loads a model. Weights are safetensors only; nothing is unpickled,
+and code that comes with a model is never run.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from pipeline import hardware
 from pipeline.inputs import PixelReader, Reader
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 How = ImageSpec | EmbeddingSpec
 RECORD = "teacher.json"
+MAX_HEADER_BYTES = 100_000_000  # of a safetensors file: what its own library allows
+# For all that transformers loads. Left to itself it asks on the terminal whether to run a model's code.
+OFFLINE = {"local_files_only": True, "trust_remote_code": False}
 # How transformers calls the models of each task.
 MODELS = {
     "sequence-classification": "AutoModelForSequenceClassification",
@@ -177,12 +181,13 @@ def _from_files(
     from transformers import logging
 
     weight_files(directory)
+    refuse_own_code(directory)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    options |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    options |= {"use_safetensors": True, "output_loading_info": True, **OFFLINE}
     try:
         model, loaded = loader.from_pretrained(directory, **options)
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise TeacherError(f"the model in {directory} cannot be loaded as a {kind}: {error}") from error
     return model, sorted(loaded["missing_keys"])
 
@@ -200,7 +205,7 @@ def from_gguf(file: Path, out: Path) -> None:
     logging.disable_progress_bar()
     # The loader's own bar does not know that switch: it shows ours.
     gguf_loader.tqdm = lambda tensors, **_: tracked(f"reading {file.name}", tensors, "tensors")
-    options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    options: dict[str, Any] = {"gguf_file": file.name, **OFFLINE}
     plain = {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
     try:
         AutoTokenizer.from_pretrained(file.parent, **options).save_pretrained(out)
@@ -226,11 +231,8 @@ def _weights_digest(directory: Path) -> str:
     digest = hashlib.sha256()
     tensors: dict[str, tuple[Path, int, dict[str, Any]]] = {}
     for path in weight_files(directory):
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(header_bytes))
-        header.pop("__metadata__", None)
-        tensors |= {name: (path, 8 + header_bytes, entry) for name, entry in header.items()}
+        header, start = _header(path)
+        tensors |= {name: (path, start, entry) for name, entry in header.items()}
     for name in sorted(tensors):
         path, start, entry = tensors[name]
         first, last = entry["data_offsets"]
@@ -238,6 +240,20 @@ def _weights_digest(directory: Path) -> str:
         if last > first:
             digest.update(np.memmap(path, np.uint8, "r", start + first, (last - first,)).data)
     return digest.hexdigest()
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """(what a safetensors file says of its tensors, where their bytes begin)."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > MAX_HEADER_BYTES:
+                raise ValueError(f"its header has {size:,} bytes")
+            header: dict[str, Any] = json.loads(file.read(size))
+        header.pop("__metadata__", None)
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise TeacherError(f"{path} is no safetensors file: {error}.\nFetch the model again.") from error
+    return header, 8 + size
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -249,6 +265,22 @@ def weight_files(directory: Path) -> list[Path]:
             "Weights in other formats can hold programs and are never opened: convert them (save_pretrained)."
         )
     return files
+
+
+def refuse_own_code(directory: Path) -> None:
+    """Raise TeacherError where a model is made of code that lies beside it: that is never run.
+
+    A model that transformers knows loads without, even where its files name some.
+    """
+    from transformers import CONFIG_MAPPING
+
+    config = _json(directory / "config.json", directory)
+    if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
+        raise TeacherError(
+            f"the model in {directory} runs on code of its own: its config.json names {config['auto_map']}.\n"
+            "Code that comes with a model is never run here, and transformers has no architecture "
+            f"{config.get('model_type')!r}. Take one that it has, or answers from elsewhere."
+        )
 
 
 def _json(path: Path, directory: Path) -> dict[str, Any]:

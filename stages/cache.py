@@ -19,7 +19,7 @@ def main(name: str) -> None:
         paths.DATA / entry.dataset,
         teacher,
         paths.CACHES / name,
-        Store(capture.STORE),
+        Store(paths.STORE),
         before_teacher=partial(refuse_if_done_elsewhere, f"cache@{name}", name),
     )
     paths.CAPTURE.mkdir(parents=True, exist_ok=True)

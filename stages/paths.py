@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pipeline.config import ChainedRun, Run, RunPaths, TaskRun
 
+STORE = Path(".stillroom")
 ASSETS = Path("assets")
 DATA = Path("data")
 TEACHERS = Path("teachers")

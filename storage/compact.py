@@ -52,7 +52,9 @@ class Ranks(NamedTuple):
         return ranks
 
     def id(self, ranks: npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
-        """The id of each rank."""
+        """The id of each rank. Raises IndexError for one that no id has."""
+        if len(ranks) and not 0 <= int(ranks.min()) <= int(ranks.max()) < self.vocab_size:
+            raise IndexError(f"a rank is outside the vocabulary of {self.vocab_size:,}")
         if self.vocab_size <= DENSE_TABLE:
             named: npt.NDArray[np.int32] = self._table()[ranks]
             return named

@@ -10,6 +10,7 @@ StillroomError: what a person can mend; the message says what, where, found, exp
 ├── TeacherElsewhere (RuntimeError)     a teacher would start here that has done its work on another machine
 ├── StoreFull        (OSError)          the disk ran full; finished shards are kept
 ├── ShardUnwritten   (OSError)          a shard could not be written otherwise; finished shards are kept
+├── StoreInUse       (BlockingIOError)  shards cannot be removed while a capture may take them
 └── CacheError                          a cache that must not be read
     ├── NoManifest       (FileNotFoundError)  not a cache, or one that was never sealed
     ├── ManifestInvalid  (ValueError)         the manifest is damaged, or was edited
@@ -65,6 +66,10 @@ class StoreFull(StillroomError, OSError):
 
 class ShardUnwritten(StillroomError, OSError):
     """A shard could not be written otherwise; finished shards are kept."""
+
+
+class StoreInUse(StillroomError, BlockingIOError):
+    """Shards cannot be removed while a capture may take them."""
 
 
 class CacheError(StillroomError):

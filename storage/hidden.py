@@ -11,6 +11,8 @@ Shape letters: N vectors (of rows, or of positions), W width, M components.
 """
 
 import hashlib
+import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     import zarr  # half a second to import, and many caches have no hidden states
 
 CHUNK_BYTES = 512 * 1024  # inner chunks: one read, one crc
+MAX_METADATA_BYTES = 2**16  # of a zarr.json
 LARGEST, MISSING = 127, -128  # of int8: what the largest number of a vector becomes, and what none does
 
 Floats = npt.NDArray[np.float32]
@@ -77,6 +80,25 @@ def read(group_dir: Path, name: str, num: int, spec: HiddenSpec) -> Floats:
     return decoded
 
 
+def read_arrays(group_dir: Path, num: int, spec: HiddenSpec) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of a shard as they are written, undecoded, each of `num` vectors. Raises ShardCorrupt."""
+    arrays = {}
+    for name in spec.names:
+        arrays[name] = _read(group_dir, name, (num, spec.kept_width(name)), spec.dtype)
+        if spec.dtype == "int8":
+            arrays[f"{name}.scale"] = _read(group_dir, f"{name}.scale", (num,), "float32")
+    return arrays
+
+
+def write_arrays(group_dir: Path, arrays: Mapping[str, npt.NDArray[Any]], spec: HiddenSpec) -> None:
+    """Write vectors of `read_arrays`: the bytes that `write` gives for them."""
+    import zarr
+
+    group = zarr.create_group(group_dir, zarr_format=3, attributes={"pool": spec.pool})
+    for name, values in arrays.items():
+        _write(group, name, values, MISSING if values.dtype == np.int8 else np.nan)
+
+
 def encode(values_NW: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
     """(codes [N, W], scales [N]): each vector over its largest number / 127, the error at most scale / 2."""
     largest = np.abs(values_NW).max(axis=1, initial=0)
@@ -121,9 +143,7 @@ def fingerprint(bases: Mapping[str, Basis]) -> str:
 def _write(group: "zarr.Group", name: str, values: npt.NDArray[Any], missing: float) -> None:
     from zarr.codecs import BytesCodec, Crc32cCodec
 
-    a_vector = values[:1].nbytes or values.itemsize
-    inside = (max(1, min(CHUNK_BYTES // a_vector, len(values))), *values.shape[1:])
-    whole = (-(-max(len(values), 1) // inside[0]) * inside[0], *values.shape[1:])  # zarr wants whole chunks
+    inside, whole = _chunks(values.shape, values.dtype)
     array = group.create_array(
         name,
         shape=values.shape,
@@ -139,13 +159,55 @@ def _write(group: "zarr.Group", name: str, values: npt.NDArray[Any], missing: fl
     array[:] = values
 
 
+def _chunks(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(shape of an inner chunk, shape of the one shard file), in numbers; zarr wants whole chunks."""
+    a_vector = math.prod(shape[1:]) * dtype.itemsize
+    inside = max(1, min(CHUNK_BYTES // a_vector, shape[0]))
+    return (inside, *shape[1:]), (-(-max(shape[0], 1) // inside) * inside, *shape[1:])
+
+
+def _layout(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[dict[str, Any], int]:
+    """(the zarr.json of an array as `_write` makes it, bytes of its shard file)."""
+    inside, whole = _chunks(shape, dtype)
+    little = {"name": "bytes", "configuration": {"endian": "little"}}
+    sharding = {
+        "chunk_shape": list(inside),
+        "codecs": [little if dtype.itemsize > 1 else {"name": "bytes"}, {"name": "crc32c"}],
+        "index_codecs": [little, {"name": "crc32c"}],
+        "index_location": "end",
+    }
+    described = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(shape),
+        "data_type": dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(whole)}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": MISSING if dtype == np.int8 else "NaN",
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+    }
+    num, index_entry, crc = whole[0] // inside[0], 16, 4
+    return described, num * (math.prod(inside) * dtype.itemsize + crc + index_entry) + crc
+
+
 def _read(group_dir: Path, name: str, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
+    """One array. What its zarr.json says is compared before zarr, or any memory, sees it."""
     import zarr
 
+    where = group_dir / name
     try:
-        array = zarr.open_array(group_dir / name, mode="r", zarr_format=3)
-        if array.shape != shape or array.dtype != np.dtype(dtype):
-            raise ValueError(f"found {array.dtype}{list(array.shape)}, expected {dtype}{list(shape)}")
+        expected, size = _layout(shape, np.dtype(dtype))
+        if (where / "zarr.json").stat().st_size > MAX_METADATA_BYTES:
+            raise ValueError("its zarr.json is longer than any that describes an array")
+        found = json.loads((where / "zarr.json").read_bytes())
+        more = [key for key, value in found.items() if value and key != "attributes"]
+        for key in [*expected, *more]:
+            if found.get(key) != expected.get(key):
+                raise ValueError(f"{key} is {found.get(key)}, expected {expected.get(key)}")
+        file = where / ("c" + ".0" * len(shape))
+        if file.stat().st_size != size:
+            raise ValueError(f"{file.name} has {file.stat().st_size:,} bytes, expected {size:,}")
+        array = zarr.open_array(where, mode="r", zarr_format=3)
         return np.asarray(array[:])
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        raise ShardCorrupt(f"{group_dir}/{name} cannot be read as Zarr: {error}") from error
+    except (ValueError, KeyError, OSError, TypeError, AttributeError, RecursionError) as error:
+        raise ShardCorrupt(f"{where} cannot be read as Zarr: {error}") from error

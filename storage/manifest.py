@@ -5,6 +5,7 @@ so a flipped byte anywhere in it is seen. Readers trust the manifest and never a
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -18,9 +19,14 @@ FORMAT = "stillroom-cache"
 FORMAT_VERSION = 4  # the highest; each cache is written as the lowest that can hold it: needed_version
 MANIFEST_NAME = "manifest.json"
 OPTIONAL = ("ranks", "weights", "hidden_basis")  # fields that are left out where there is nothing to say
-WEIGHTS_FILES = ("weights/config.json", "weights/model.safetensors")
+WEIGHTS_DIR = "weights"
+WEIGHTS_FILES = (f"{WEIGHTS_DIR}/config.json", f"{WEIGHTS_DIR}/model.safetensors")
 BASIS_DIR = "hidden-basis"
+TOKENIZER_DIR = "tokenizer"
 MAX_MANIFEST_BYTES = 2**30  # refuse to load more: the manifest of a billion rows stays far below
+# A value (a number, a string, a list) takes at least so many bytes of a manifest on average, but for so many:
+# labels and ranks are short. "[],[],[]," would take fifty times its size in memory.
+BYTES_A_VALUE, SHORT_VALUES = 16, 2**18
 
 # Relative, forward slashes, no empty, "." or ".." part: a manifest can never name a file outside its cache.
 RelativePath = Annotated[
@@ -98,6 +104,8 @@ class Manifest(Strict):
             raise ValueError("ranks are not those that the codec names")
         if self.ranks is not None and len(set(self.ranks)) != len(self.ranks):
             raise ValueError("ranks hold an id twice")
+        if self.ranks and max(self.ranks) >= self.identity.spec.num_outputs:
+            raise ValueError(f"ranks hold ids outside the vocabulary of {self.identity.spec.num_outputs:,}")
         return self
 
     @model_validator(mode="after")
@@ -107,8 +115,10 @@ class Manifest(Strict):
             raise ValueError("hidden_basis is there where hidden.pca is, and only there")
         if kept is not None and kept.pca is not None and kept.basis is None:
             raise ValueError("hidden.pca names no basis")
-        if stray := [f.path for f in self.hidden_basis or () if not f.path.startswith(f"{BASIS_DIR}/")]:
-            raise ValueError(f"hidden_basis lists files that are not its own: {stray}")
+        if kept is not None and self.hidden_basis is not None:
+            _refuse_other_files(
+                "hidden_basis", self.hidden_basis, {f"{BASIS_DIR}/{f}" for f in kept.basis_files}
+            )
         return self
 
     @model_validator(mode="after")
@@ -116,16 +126,13 @@ class Manifest(Strict):
         paths = [file.path for file in self.files]
         if len(set(paths)) != len(paths):
             raise ValueError("a file is listed twice")
+        kept = self.identity.spec.hidden
+        own = () if kept is None else kept.files
         for shard in self.shards:
-            stray = [
-                f.path
-                for f in shard.files
-                if f.path != shard.logits_path and not f.path.startswith(shard.hidden_path + "/")
-            ]
-            if stray or shard.logits_path not in (f.path for f in shard.files):
-                raise ValueError(
-                    f"shard {shard.key[:12]} lists files that are not its own: {stray or 'no logits'}"
-                )
+            expected = {shard.logits_path, *(f"{shard.hidden_path}/{file}" for file in own)}
+            _refuse_other_files(f"shard {shard.key[:12]}", shard.files, expected)
+        if stray := [f.path for f in self.tokenizer_files if not f.path.startswith(f"{TOKENIZER_DIR}/")]:
+            raise ValueError(f"tokenizer_files lists what is no file of a tokenizer: {stray[0]}")
         return self
 
     @property
@@ -138,6 +145,15 @@ class Manifest(Strict):
     def num_rows(self) -> int:
         """Rows in all shards."""
         return sum(shard.rows for shard in self.shards)
+
+
+def _refuse_other_files(what: str, files: Iterable[FileEntry], expected: set[str]) -> None:
+    """A file that is not listed would be read unchecked; one that is not expected would not be read."""
+    found = {file.path for file in files}
+    if stray := found - expected:
+        raise ValueError(f"{what} lists files that are not its own: {min(stray)}")
+    if missing := expected - found:
+        raise ValueError(f"{what} does not list its file {min(missing)}")
 
 
 def needed_version(identity: Identity, weights: WeightsEntry | None) -> int:
@@ -161,8 +177,7 @@ def fields(manifest: Manifest) -> dict[str, Any]:
 
 def render(manifest: Manifest) -> bytes:
     """The exact bytes of manifest.json: canonical JSON with its checksum, and a newline."""
-    body = fields(manifest)
-    return canonical_json({**body, "checksum": sha256_json(body)}) + b"\n"
+    return seal(fields(manifest))
 
 
 def load(cache: Path) -> Manifest:
@@ -189,21 +204,7 @@ def load(cache: Path) -> Manifest:
 def parse(raw: bytes, path: Path) -> Manifest:
     """The manifest in `raw`, refused unless it is byte for byte what `render` would write."""
     again = f"Copy the cache again (`dvc checkout --force {path.parent}`), or rebuild it."
-    try:
-        body = _read_json(raw)
-    except (ValueError, RecursionError) as error:
-        raise ManifestInvalid(f"{path} is not JSON: {error}.\n{again}") from None
-    if not isinstance(body, dict) or body.get("format") != FORMAT:
-        found = body.get("format") if isinstance(body, dict) else type(body).__name__
-        raise ManifestInvalid(
-            f"{path} does not describe a cache: format is {found!r}, expected {FORMAT!r}.\n{again}"
-        )
-    checksum = body.pop("checksum", None)
-    if checksum != sha256_json(body):
-        raise ManifestInvalid(
-            f"{path} is damaged or was edited by hand.\n"
-            f"  checksum found {checksum}, expected {sha256_json(body)}\n{again}"
-        )
+    body = open_sealed(raw, path, FORMAT, again)
     version = body.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise FormatTooNew(
@@ -212,19 +213,55 @@ def parse(raw: bytes, path: Path) -> Manifest:
         )
     try:
         manifest = Manifest.model_validate(body)
+        written = render(manifest)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "manifest"
         raise ManifestInvalid(
             f"{path}: {where}: {first['msg']} (of {error.error_count()} faults).\n{again}"
         ) from None
-    if render(manifest) != raw:
+    except (ValueError, RecursionError) as error:  # what lies in provenance is anybody's
+        raise ManifestInvalid(f"{path} cannot be written again: {error}.\n{again}") from None
+    if written != raw:
         raise ManifestInvalid(f"{path} is not in canonical form: it was edited or re-encoded.\n{again}")
     return manifest
 
 
+def seal(body: dict[str, Any]) -> bytes:
+    """The bytes of a file that knows its own checksum: canonical JSON, and a newline."""
+    return canonical_json({**body, "checksum": sha256_json(body)}) + b"\n"
+
+
+def open_sealed(raw: bytes, path: Path, kind: str, again: str) -> dict[str, Any]:
+    """What `seal` was given, of the format `kind`. Raises ManifestInvalid; `again` says what to do."""
+    try:
+        body = _read_json(raw)
+        if not isinstance(body, dict) or body.get("format") != kind:
+            found = body.get("format") if isinstance(body, dict) else type(body).__name__
+            raise ManifestInvalid(
+                f"{path} does not describe a {kind.removeprefix('stillroom-')}: "
+                f"format is {found!r:.80}, expected {kind!r}.\n{again}"
+            )
+        checksum, expected = body.pop("checksum", None), sha256_json(body)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ManifestInvalid):
+            raise
+        raise ManifestInvalid(f"{path} is not JSON: {error}.\n{again}") from None
+    if checksum != expected:
+        raise ManifestInvalid(
+            f"{path} is damaged or was edited by hand.\n"
+            f"  checksum found {checksum!r:.80}, expected {expected}\n{again}"
+        )
+    return body
+
+
 def _read_json(raw: bytes) -> Any:
+    """Raises ValueError for what is no JSON, or would take far more memory than its bytes."""
+
     def refuse(token: str) -> Any:
         raise ValueError(f"{token} is not a number that JSON knows")
 
+    values = sum(raw.count(mark) for mark in (b",", b"[", b"{"))
+    if values > SHORT_VALUES + len(raw) // BYTES_A_VALUE:
+        raise ValueError(f"{values:,} values in {len(raw):,} bytes are more than a manifest has")
     return json.loads(raw, parse_constant=refuse)

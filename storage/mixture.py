@@ -8,6 +8,7 @@ Shape letters: M caches, N rows, C classes.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -18,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints, model_validator
 
+from storage import manifest
 from storage.errors import ManifestInvalid, Mismatch, SpecMismatch
-from storage.manifest import MAX_MANIFEST_BYTES
 from storage.reader import Cache
 from storage.records import LogitRows
 from storage.spec import Identity, Sha256, Strict, canonical_json, sha256_json
@@ -31,7 +32,12 @@ MIXTURE_NAME = "mixture.json"
 # Tasks whose logits are those of one distribution over the classes.
 AVERAGED = ("sequence-classification", "image-classification")
 
+MAX_MIXTURE_BYTES = 2**16
+VERSION_1 = b'{"format":"stillroom-mixture","format_version":1,'
+
 Missing = Literal["error", "skip"]
+Version = Literal[1, 2]
+VERSION: Version = 2  # 1 had no checksum
 
 
 class MemberEntry(Strict):
@@ -46,9 +52,17 @@ class MixtureFile(Strict):
     """The content of mixture.json."""
 
     format: Literal["stillroom-mixture"] = "stillroom-mixture"
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2]
     members: Annotated[tuple[MemberEntry, ...], Field(min_length=2, max_length=100, strict=False)]
     missing: Missing
+
+    @model_validator(mode="after")
+    def _shares(self) -> Self:
+        if not math.isclose(sum(member.weight for member in self.members), 1, abs_tol=1e-9):
+            raise ValueError(f"weights {[member.weight for member in self.members]} do not sum to 1")
+        if len({member.name for member in self.members}) != len(self.members):
+            raise ValueError("a cache is listed twice")
+        return self
 
 
 class Member(NamedTuple):
@@ -65,10 +79,10 @@ class Mixture(Cache):
     What is one teacher's by nature (tokenizer, weights, hidden states, order of shards) is the first one's.
     """
 
-    def __init__(self, root: Path, members: tuple[Member, ...], missing: Missing) -> None:
+    def __init__(self, root: Path, members: tuple[Member, ...], missing: Missing, version: Version) -> None:
         first = members[0].cache
         super().__init__(first.path, first.manifest)
-        self.root, self.members, self.missing = root, members, missing
+        self.root, self.members, self.missing, self.version = root, members, missing, version
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -77,9 +91,11 @@ class Mixture(Cache):
         again = f"Copy it again (`dvc checkout --force {root}`), or mix it again: dvc repro mix@{root.name}"
         file = root / MIXTURE_NAME
         try:
-            raw = file.read_bytes() if file.stat().st_size <= MAX_MANIFEST_BYTES else b""
-            read = MixtureFile.model_validate(json.loads(raw))
-        except (OSError, ValidationError, ValueError, RecursionError) as error:
+            raw = file.read_bytes() if file.stat().st_size <= MAX_MIXTURE_BYTES else b""
+            read = _parse(raw, file, again)
+        except (OSError, RecursionError, ValueError) as error:
+            if isinstance(error, ManifestInvalid):
+                raise
             raise ManifestInvalid(f"{file} does not describe a mixture: {error}.\n{again}") from None
         members = tuple(Member(m.name, m.weight, Cache.open(root / m.name)) for m in read.members)
         wrong = [
@@ -89,12 +105,12 @@ class Mixture(Cache):
         ]
         if wrong:
             raise SpecMismatch(f"{root} holds other caches than it names", wrong, again)
-        return cls(root, members, read.missing)
+        return cls(root, members, read.missing, read.format_version)
 
     @property
     def manifest_sha256(self) -> str:
         """sha256 hex of the content of mixture.json: it stands for every byte of every cache in it."""
-        return sha256_json(_file(self.members, self.missing))
+        return sha256_json(_file(self.members, self.missing, self.version))
 
     @property
     def weights_M(self) -> npt.NDArray[np.float32]:  # noqa: N802 (the letter of its shape)
@@ -164,18 +180,33 @@ def mix(out: Path, caches: Mapping[str, tuple[Cache, float]], missing: Missing) 
         shutil.rmtree(stale)
     for member in members:
         shutil.copytree(member.cache.path, aside / member.name, copy_function=link)
-    (aside / MIXTURE_NAME).write_bytes(canonical_json(_file(members, missing)) + b"\n")
+    (aside / MIXTURE_NAME).write_bytes(manifest.seal(_file(members, missing, VERSION)))
     shutil.rmtree(out, ignore_errors=True)
     os.rename(aside, out)
     return Mixture.open(out)
 
 
-def _file(members: Iterable[Member], missing: Missing) -> dict[str, Any]:
+def _file(members: Iterable[Member], missing: Missing, version: Version) -> dict[str, Any]:
     entries = tuple(
         MemberEntry(name=member.name, weight=member.weight, manifest=member.cache.manifest_sha256)
         for member in members
     )
-    return MixtureFile(members=entries, missing=missing).model_dump(mode="json")
+    return MixtureFile(format_version=version, members=entries, missing=missing).model_dump(mode="json")
+
+
+def _parse(raw: bytes, file: Path, again: str) -> MixtureFile:
+    """The content of mixture.json. Raises ValueError, and ManifestInvalid for a wrong checksum."""
+    if raw.startswith(VERSION_1):  # of before there was a checksum: in canonical form, at least
+        read = MixtureFile.model_validate(json.loads(raw))
+        written = canonical_json(read.model_dump(mode="json")) + b"\n"
+    else:
+        read = MixtureFile.model_validate(manifest.open_sealed(raw, file, "stillroom-mixture", again))
+        if read.format_version != VERSION:
+            raise ValueError(f"format_version is {read.format_version}: that one has no checksum")
+        written = manifest.seal(read.model_dump(mode="json"))
+    if written != raw:
+        raise ValueError("it is not in canonical form")
+    return read
 
 
 def _refuse(name: str, member: Member, first: Member) -> None:

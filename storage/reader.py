@@ -15,7 +15,7 @@ from storage.errors import Mismatch, ShardCorrupt, SpecMismatch
 from storage.hidden import Basis
 from storage.manifest import Manifest, ShardEntry
 from storage.spec import Identity, SparseCodec, content_fingerprint, sha256_json
-from storage.verify import AGAIN, check_files, check_sizes
+from storage.verify import AGAIN, check_files, check_sizes, refuse_stray
 
 
 class Cache:
@@ -71,9 +71,10 @@ class Cache:
 
     @property
     def tokenizer_dir(self) -> Path:
-        """The directory of the teacher's tokenizer files, checked."""
-        self._check("tokenizer", self.manifest.tokenizer_files)
-        return self.path / "tokenizer"
+        """The directory of the teacher's tokenizer files, checked; it holds no others."""
+        refuse_stray(self.path, {file.path for file in self.manifest.tokenizer_files}, manifest.TOKENIZER_DIR)
+        self._check(manifest.TOKENIZER_DIR, self.manifest.tokenizer_files)
+        return self.path / manifest.TOKENIZER_DIR
 
     @property
     def weights_layers(self) -> tuple[int, ...]:
@@ -82,7 +83,9 @@ class Cache:
 
     @property
     def weights_dir(self) -> Path:
-        """The directory of the teacher's weights, checked. Raises SpecMismatch where the cache has none."""
+        """The directory of the teacher's weights, checked; it holds nothing else. Raises SpecMismatch where
+        the cache has none.
+        """
         if self.manifest.weights is None:
             raise SpecMismatch(
                 f"{self.path} carries no weights of its teacher",
@@ -90,8 +93,9 @@ class Cache:
                 f"Write weights: {{layers: [...]}} under caches.{self.path.name} in params.yaml and run "
                 f"`dvc repro cache@{self.path.name}`: the teacher is not asked again.",
             )
-        self._check("weights", self.manifest.weights.files)
-        return self.path / "weights"
+        refuse_stray(self.path, set(manifest.WEIGHTS_FILES), manifest.WEIGHTS_DIR)
+        self._check(manifest.WEIGHTS_DIR, self.manifest.weights.files)
+        return self.path / manifest.WEIGHTS_DIR
 
     @property
     def manifest_sha256(self) -> str:
@@ -128,6 +132,8 @@ class Cache:
                 f"  rows, positions, inputs found    {found}\n"
                 f"  rows, positions, inputs expected {(shard.rows, shard.positions, shard.inputs)}\n{AGAIN}"
             )
+        if (empty := np.flatnonzero(rows.num_tokens < 1)).size:
+            raise ShardCorrupt(f"{path}: row {rows.row_ids[int(empty[0])]} has no tokens.\n{AGAIN}")
         if isinstance(rows, records.LogitRows) and not np.isfinite(rows.logits).all():
             bad = int(rows.owners[~np.isfinite(rows.logits).all(axis=1)][0])
             raise ShardCorrupt(f"{self.path}: the logits of row {rows.row_ids[bad]} are not finite.\n{AGAIN}")

@@ -11,22 +11,31 @@ lists over the positions and entries of the row (sparse; docs/cache-format.md ha
 Shape letters: N rows, C classes, P positions of all rows, E entries.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from storage import compact
+from storage import compact, pages
 from storage.compact import Columns, Ranks
 from storage.entries import Entries, ends, ranges
 from storage.errors import ShardCorrupt
-from storage.spec import SparseCodec, Threshold, TopK, canonical_json
+from storage.spec import SparseCodec, Spec, Threshold, TopK, canonical_json
 
 ROW_GROUP_ROWS = 16_384  # about 1 MB encoded for a handful of classes; never read single rows
 ROW_GROUP_POSITIONS = 2**18  # 4 MB encoded at 15 bytes a position; of dense targets so many numbers
+FIRST_COLUMNS = pa.schema(
+    [
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field("input_hash", pa.string(), nullable=False),
+        pa.field("num_tokens", pa.int32(), nullable=False),
+    ]
+)
 COMPACT: dict[str, dict[str, pa.DataType]] = {
     "topk": {"num_ids": pa.uint16(), "gaps": pa.uint32(), "codes": pa.uint8(), "tail_code": pa.uint16()},
     "sample": {"num_ids": pa.uint16(), "gaps": pa.uint32(), "draws": pa.uint16()},
@@ -128,6 +137,30 @@ def sparse_schema(codec: SparseCodec, labels: tuple[str, ...] = (), tokens: bool
     return _schema({"entropy": pa.float32(), **lists} if tokens else lists, labels)
 
 
+def layout(spec: Spec) -> pa.Schema:
+    """The Arrow schema of the shards of a cache."""
+    if spec.codec == "dense":
+        return schema(spec.num_outputs, spec.labels, spec.per_position, spec.column)
+    return sparse_schema(spec.codec, spec.labels, spec.per_position)
+
+
+def read_table(path: Path, spec: Spec) -> pa.Table:
+    """A shard as it is written, undecoded. Raises ShardCorrupt for anything but a file of `layout`."""
+    return _table(path, layout(spec))
+
+
+def write_table(path: Path, table: pa.Table, spec: Spec) -> None:
+    """Write rows of `read_table`s: the bytes that `write` and `write_sparse` give for them."""
+    a_group = ROW_GROUP_ROWS
+    if spec.codec != "dense" or spec.per_position:
+        name = next(f.name for f in table.schema if pa.types.is_list(f.type) and f.name not in ELEMENTS)
+        numbers = pc.sum(pc.list_value_length(table.column(name))).as_py()
+        numbers *= spec.num_outputs if spec.codec == "dense" else 1
+        a_group = _rows_a_group(len(table), numbers)
+    table = pa.Table.from_arrays([c.combine_chunks() for c in table.columns], schema=layout(spec))
+    _write(path, table, level=3 if spec.codec == "dense" else 1, row_group_rows=a_group)
+
+
 def write(path: Path, rows: LogitRows, labels: tuple[str, ...], column: str = "logits") -> None:
     """Write one shard of dense targets, called `column`.
 
@@ -211,7 +244,7 @@ def read_sparse(path: Path, codec: SparseCodec, ranks: Ranks, tokens: bool = Fal
     num_positions = columns[a_position].value_lengths().to_numpy()
     num_tokens = columns["num_tokens"].to_numpy()
     if tokens:
-        _refuse_other_counts(path, columns, num_tokens, "token_ids")
+        _refuse_other_counts(path, columns, num_tokens, "token_ids", a_position)
     entropy = columns["entropy"].to_numpy() if tokens else None
     if entropy is not None and not (np.isfinite(entropy) & (entropy >= -0.01)).all():
         raise ShardCorrupt(f"{path} has rows whose entropy is no entropy.")
@@ -222,22 +255,13 @@ def read_sparse(path: Path, codec: SparseCodec, ranks: Ranks, tokens: bool = Fal
 
 
 def read_columns(path: Path, *names: str) -> list[pa.Array]:
-    """Some of `row_id`, `input_hash` and `num_tokens` of any shard, no targets. Raises ShardCorrupt."""
-    try:
-        file = pq.ParquetFile(path, page_checksum_verification=True)
-        table = file.read(columns=list(names)).combine_chunks()
-        return [table.column(name).combine_chunks() for name in names]
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise ShardCorrupt(f"{path} cannot be read as Parquet: {error}") from error
+    """Some of FIRST_COLUMNS of any shard, no targets. Raises ShardCorrupt."""
+    table = _table(path, FIRST_COLUMNS, names)
+    return [table.column(name).combine_chunks() for name in names]
 
 
 def _schema(targets: dict[str, pa.DataType], labels: tuple[str, ...]) -> pa.Schema:
-    fields = [
-        pa.field("row_id", pa.string(), nullable=False),
-        pa.field("input_hash", pa.string(), nullable=False),
-        pa.field("num_tokens", pa.int32(), nullable=False),
-        *(pa.field(name, kind, nullable=False) for name, kind in targets.items()),
-    ]
+    fields = [*FIRST_COLUMNS, *(pa.field(name, kind, nullable=False) for name, kind in targets.items())]
     return pa.schema(fields, metadata={"stillroom.labels": canonical_json(list(labels)).decode()})
 
 
@@ -269,16 +293,22 @@ def _rows_a_group(num_rows: int, num_positions: int) -> int:
 
 
 def _read(path: Path, expected: pa.Schema) -> dict[str, pa.Array]:
-    try:
-        table = pq.ParquetFile(path, page_checksum_verification=True).read()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise ShardCorrupt(f"{path} cannot be read as Parquet: {error}") from error
-    if not table.schema.equals(expected, check_metadata=False):
-        raise ShardCorrupt(
-            f"{path} has another layout.\n  found    {table.schema.types}\n  expected {expected.types}"
-        )
-    table = table.combine_chunks()
+    table = _table(path, expected)
     return {name: table.column(name).combine_chunks() for name in table.column_names}
+
+
+def _table(path: Path, expected: pa.Schema, names: Sequence[str] | None = None) -> pa.Table:
+    """The columns of `expected`, or those of `names`. Nothing is decoded before layout and size are known."""
+    try:
+        file = pages.open_bounded(path)
+        found = file.schema_arrow
+        if names is not None:
+            found = pa.schema([found.field(name) for name in expected.names])
+        if not found.equals(expected, check_metadata=False):
+            raise ValueError(f"it has another layout.\n  found    {found.types}\n  expected {expected.types}")
+        return file.read(columns=names).combine_chunks()
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise ShardCorrupt(f"{path} cannot be read as Parquet: {error}") from error
 
 
 def _plain(entries: Entries) -> Columns:

@@ -4,7 +4,7 @@
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -66,6 +66,13 @@ def check_files(root: Path, files: Iterable[FileEntry]) -> None:
             )
 
 
+def refuse_stray(root: Path, listed: Set[str], below: str = "") -> None:
+    """Raise ShardUnexpected where a file below `root / below` is none of `listed` (relative to `root`)."""
+    present = {p.relative_to(root).as_posix() for p in (root / below).rglob("*") if not p.is_dir()}
+    if stray := sorted(present - listed):
+        raise ShardUnexpected(f"{root / stray[0]} is not part of this cache ({len(stray)} such): remove it.")
+
+
 def verify(cache: "Cache", on_shard: Callable[[int], None] = lambda rows: None) -> Counts:
     """Read all of `cache` and check it: digests, no stray file, rows unique and covered, every number finite,
     token ids those that the row's hash was made of.
@@ -73,12 +80,7 @@ def verify(cache: "Cache", on_shard: Callable[[int], None] = lambda rows: None) 
     `on_shard` is called with the number of rows after each shard, for progress. Raises a CacheError that
     names the first fault; returns what was counted otherwise.
     """
-    listed = {file.path for file in cache.manifest.files} | {MANIFEST_NAME}
-    present = {path.relative_to(cache.path).as_posix() for path in cache.path.rglob("*") if path.is_file()}
-    if stray := sorted(present - listed):
-        raise ShardUnexpected(
-            f"{cache.path / stray[0]} is not part of this cache ({len(stray)} such): remove it."
-        )
+    refuse_stray(cache.path, {file.path for file in cache.manifest.files} | {MANIFEST_NAME})
     check_files(cache.path, cache.manifest.tokenizer_files)
     if cache.manifest.weights is not None:
         check_files(cache.path, cache.manifest.weights.files)

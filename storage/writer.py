@@ -7,6 +7,7 @@ A store is a directory of finished shards, each in a directory named by what it 
                                               /hidden/<key>/...
     <store>/ranks/<identity fingerprint>.json      frequent ids, for compact layouts
     <store>/bases/<identity fingerprint>/...       mean and axes, for hidden states as principal components
+    <store>/in-use                                 who holds it, takes shards from here now
     <store>/tmp/                                   what is being written, swept when its writer is gone
 
 A shard is written aside, flushed to disk and renamed, so it is there whole or not at all, whoever else writes
@@ -17,12 +18,14 @@ place.
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
 import socket
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +33,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from storage import hidden, manifest, records
 from storage.compact import Columns
@@ -41,6 +43,7 @@ from storage.verify import check_files, file_entry
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 STALE_SECONDS = 24 * 3600
+LOCK = "in-use"  # a file of the store: captures hold it together, a clean-up alone
 
 
 class StoredShard(NamedTuple):
@@ -52,8 +55,7 @@ class StoredShard(NamedTuple):
 
     def row_ids(self) -> pa.StringArray:
         """The ids of its rows, in order."""
-        column = pq.read_table(self.root / self.entry.logits_path, columns=["row_id"]).column(0)
-        return column.combine_chunks()
+        return records.read_columns(self.root / self.entry.logits_path, "row_id")[0]
 
 
 class Weights(NamedTuple):
@@ -69,6 +71,16 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._tmp = root / "tmp"
+
+    def hold(self) -> None:
+        """Say that this process takes shards from here, for as long as this object lives: none may go.
+
+        Any number of processes hold a store at once, and one that is killed lets go. Waits for a clean-up.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT)
+        weakref.finalize(self, os.close, handle)
+        fcntl.flock(handle, fcntl.LOCK_SH)
 
     def finished(self, identity: Identity) -> list[StoredShard]:
         """Every sound shard made under `identity`, largest first. Damaged ones are removed."""
@@ -102,8 +114,8 @@ class Store:
         """
         row_ids, inputs = rows.row_ids.to_pylist(), rows.input_hashes.to_pylist()
         key = shard_key(identity, row_ids, inputs)
-        final = self.root / identity.fingerprint / key
-        with self._aside() as aside, _disk_full_explained(self.root):
+
+        def write(aside: Path) -> ShardEntry:
             (aside / "logits").mkdir()
             path, spec = aside / "logits" / f"{key}.parquet", identity.spec
             if isinstance(rows, records.LogitRows):
@@ -112,13 +124,26 @@ class Store:
                 records.write_sparse(path, rows, spec.codec, spec.labels, packed)
             if identity.spec.hidden is not None:
                 hidden.write(aside / "hidden" / key, states, identity.spec.hidden)
-            entry = ShardEntry(
+            return ShardEntry(
                 key=key,
                 rows=len(row_ids),
                 positions=int(rows.num_tokens.sum()),
                 inputs=sha256_json(inputs),
-                files=_entries(aside),
+                files=file_entries(aside),
             )
+
+        return self.take_in(identity, key, seconds, write)
+
+    def take_in(
+        self, identity: Identity, key: str, seconds: float, write: Callable[[Path], ShardEntry]
+    ) -> StoredShard:
+        """The finished shard of this name; where it is not there, `write` puts its files into a directory.
+
+        Raises StoreFull.
+        """
+        final = self.root / identity.fingerprint / key
+        with self._aside() as aside, _disk_full_explained(self.root):
+            entry = write(aside)
             body = {"entry": entry.model_dump(mode="json"), "seconds": round(seconds, 3)}
             (aside / "shard.json").write_bytes(canonical_json(body))
             _fsync_tree(aside)
@@ -130,6 +155,7 @@ class Store:
                     not final.is_dir()
                 ):  # else another worker finished the same shard first: its bytes are ours
                     raise
+                entry = ShardEntry.model_validate(json.loads((final / "shard.json").read_bytes())["entry"])
             _fsync(final.parent)
         return StoredShard(final, entry, seconds)
 
@@ -178,9 +204,13 @@ class Store:
             if stale or (host == _host() and not Path(f"/proc/{pid}").exists()):
                 shutil.rmtree(aside, ignore_errors=True)
 
+    def aside_name(self) -> Path:
+        """A path below tmp/ that is this process's own."""
+        return self._tmp / f"{_host()}.{os.getpid()}.{uuid.uuid4().hex}"
+
     @contextlib.contextmanager
     def _aside(self) -> Iterator[Path]:
-        aside = self._tmp / f"{_host()}.{os.getpid()}.{uuid.uuid4().hex}"
+        aside = self.aside_name()
         with _disk_full_explained(self.root):
             aside.mkdir(parents=True)
         try:
@@ -213,19 +243,19 @@ def seal(
         (aside / "tokenizer").mkdir(parents=True)
         for name, content in tokenizer_files.items():
             (aside / "tokenizer" / name).write_bytes(content)
-        tokenizer = _entries(aside)
+        tokenizer = file_entries(aside)
         carried = None
         if weights is not None:
             (aside / "weights").mkdir()
             weights.write(aside / "weights")
-            carried = WeightsEntry(layers=weights.layers, files=_entries(aside, "weights"))
+            carried = WeightsEntry(layers=weights.layers, files=file_entries(aside, "weights"))
         based = None
         if basis is not None:
             for source in sorted(path for path in basis.rglob("*") if path.is_file()):
                 target = aside / manifest.BASIS_DIR / source.relative_to(basis)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 link(source, target)
-            based = _entries(aside, manifest.BASIS_DIR)
+            based = file_entries(aside, manifest.BASIS_DIR)
         row_ids: list[str] = []
         for shard in shards:
             row_ids.extend(shard.row_ids().to_pylist())
@@ -253,7 +283,8 @@ def seal(
     return sealed
 
 
-def _entries(root: Path, below: str = "") -> tuple[FileEntry, ...]:
+def file_entries(root: Path, below: str = "") -> tuple[FileEntry, ...]:
+    """The entries of all files below `root / below`, relative to `root`."""
     files = sorted(path for path in (root / below).rglob("*") if path.is_file())
     return tuple(file_entry(root, path.relative_to(root).as_posix()) for path in files)
 

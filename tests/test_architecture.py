@@ -1,6 +1,7 @@
 """The house: imports go one way, rooms keep to their libraries, every file is small and says what it is."""
 
 import ast
+import re
 import sys
 import tomllib
 
@@ -40,6 +41,36 @@ def test_storage_needs_four_libraries_and_pipeline_holds_no_dask() -> None:
         if name.split(".")[0] == "storage":
             assert libraries <= STORAGE_LIBRARIES | {"storage"}, name
         assert not libraries & {"dask", "distributed"}, name
+
+
+# What runs, or lets a file run, code that is not the house's own.
+RUNS_CODE = re.compile(
+    r"(?<![\w.])(eval|exec|compile|__import__)\(|\b(pickle|cPickle|dill|cloudpickle|joblib|marshal|shelve)\b"
+    r"|torch\.load\(|allow_pickle=True|trust_remote_code.{0,3}True|yaml\.(unsafe_|full_)?load\(|weights_only=False"
+)
+
+
+@pytest.mark.parametrize("name", modules())
+def test_nothing_is_unpickled_and_no_code_of_strangers_is_run(name: str) -> None:
+    tree = ast.parse(modules()[name].read_text())
+    for node in ast.walk(tree):  # words in docstrings run nothing
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    assert not (found := RUNS_CODE.search(ast.unparse(tree))), found
+
+
+def test_every_model_that_transformers_loads_is_told_to_run_no_code() -> None:
+    calls = [
+        (name, node)
+        for name, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".from_pretrained")
+    ]
+    assert len(calls) >= 6
+    for name, call in calls:
+        said = ast.unparse(call)
+        of_its_own_class = ast.unparse(call.func) == "LlamaConfig.from_pretrained"
+        assert of_its_own_class or "trust_remote_code=False" in said or "**" in said, f"{name}: {said}"
 
 
 def test_an_install_for_predict_alone_has_what_predict_imports() -> None:

@@ -1,14 +1,16 @@
 """A teacher's fingerprint is what it computes: tensors and config, not how they were saved."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline import teachers
+from pipeline import finetune, teachers
 from storage.errors import AssetError, TeacherError
 from tests import toy
 
@@ -74,6 +76,53 @@ def test_pickled_weights_are_never_opened(model: Path) -> None:
     for ask in (teachers.identity, teachers.load):
         with pytest.raises(AssetError, match="can hold programs"):
             ask(model)
+
+
+class Deadly:
+    """What leaves a mark when somebody unpickles it."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+def with_own_code(model: Path, mark: Path, **changes: object) -> None:
+    """Let a model name code beside it, which leaves a mark when it is run."""
+    (model / "own.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n")
+    change_config(model, auto_map={"AutoConfig": "own.Own", "AutoModel": "own.Own"}, **changes)
+
+
+def test_code_that_comes_with_a_model_is_never_run(model: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    with_own_code(model, mark)
+    teachers.load(model)  # transformers has a BERT of its own
+    with_own_code(model, mark, model_type="evil")
+    with pytest.raises(TeacherError, match=r"runs on code of its own(?s:.)*no architecture 'evil'"):
+        teachers.load(model)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(TeacherError, match=r"the tokenizer in .* cannot be loaded"):
+        finetune._save_tokenizer(model, tmp_path)
+    assert not mark.exists()
+
+
+def test_a_pickle_among_the_files_of_a_model_is_not_opened(model: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    deadly = pickle.dumps(Deadly(mark))
+    for name in ("pytorch_model.bin", "training_args.bin", "model.pt", "optimizer.pt"):
+        (model / name).write_bytes(deadly)
+    teachers.load(model)
+    (model / "model.safetensors").write_bytes(deadly)
+    with pytest.raises(TeacherError, match="cannot be loaded as a classifier"):
+        teachers.load(model)
+    with pytest.raises(TeacherError, match="is no safetensors file"):
+        teachers.identity(model)
+    assert not mark.exists()
+    pickle.loads(deadly)
+    assert mark.exists(), "it would have been seen"
 
 
 def test_a_model_without_a_trained_head_is_no_teacher(model: Path) -> None:

@@ -22,7 +22,7 @@ from pipeline.inputs import read
 from pipeline.losses import MixedTargets, distillation_loss
 from pipeline.targets import ThresholdTargets
 from pipeline.tokens import TextReader
-from storage import Cache
+from storage import Cache, manifest
 from storage.errors import ConfigError, DataError, ManifestInvalid, ShardMissing, SpecMismatch
 from storage.mixture import MIXTURE_NAME, Mixture, mix, open_cache
 from tests import toy
@@ -326,10 +326,12 @@ Damage = Callable[[Path], object]
 @pytest.mark.parametrize(
     ("damage", "error", "said"),
     [
-        (lambda p: (p / MIXTURE_NAME).write_text("{"), ManifestInvalid, "does not describe a mixture"),
+        (lambda p: (p / MIXTURE_NAME).write_text("{"), ManifestInvalid, "mixture.json is not JSON"),
         (lambda p: edit(p, missing="guess"), ManifestInvalid, "missing"),
         (lambda p: edit(p, members=[]), ManifestInvalid, "members"),
-        (lambda p: edit(p, format_version=2), ManifestInvalid, "format_version"),
+        (lambda p: write_again(p), ManifestInvalid, "mixture.json .* canonical form"),
+        (lambda p: edit(p, format_version=3), ManifestInvalid, "format_version"),
+        (lambda p: edit(p, format_version=1), ManifestInvalid, "format_version"),
         (lambda p: shutil.copytree(p / "first", p / "second", dirs_exist_ok=True), SpecMismatch, "second"),
         (lambda p: (p / "second" / "tokenizer" / "tokenizer.json").unlink(), ShardMissing, "tokenizer.json"),
     ],
@@ -343,9 +345,16 @@ def test_damage_to_a_mixture_is_a_named_error(
         open_cache(tmp_path / "both")
 
 
-def edit(path: Path, **fields: Any) -> None:
+def write_again(path: Path) -> None:
     content = json.loads((path / MIXTURE_NAME).read_text())
-    (path / MIXTURE_NAME).write_text(json.dumps(content | fields))
+    (path / MIXTURE_NAME).write_text(json.dumps(content))
+
+
+def edit(path: Path, **fields: Any) -> None:
+    """As a forger would: with a right checksum."""
+    content = json.loads((path / MIXTURE_NAME).read_text()) | fields
+    content.pop("checksum")
+    (path / MIXTURE_NAME).write_bytes(manifest.seal(content))
 
 
 def test_a_changed_weight_is_another_mixture(two: Two, tmp_path: Path) -> None:

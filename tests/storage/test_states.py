@@ -1,7 +1,6 @@
 """Hidden states of tokens, in int8, as principal components: what comes back, and what is refused."""
 
 import json
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from pydantic import ValidationError
 
 from storage import Cache, hidden
-from storage.errors import CacheError, ManifestInvalid, ShardCorrupt, ShardMissing
+from storage.errors import ManifestInvalid, ShardCorrupt, ShardMissing
 from storage.spec import HiddenSpec
 from storage.verify import file_entry, verify
 from tests.golden import make_states
@@ -120,23 +119,6 @@ def test_states_that_cannot_be_are_refused(changes: dict[str, Any], said: str) -
         HiddenSpec.model_validate({**HIDDEN.model_dump(), **changes})
 
 
-def test_a_flipped_byte_in_any_file_is_refused(small: Path) -> None:
-    chosen = random.Random(0)
-    files = sorted(p for p in small.rglob("*") if p.is_file())
-    assert any(p.match("hidden-basis/layer.1.axes/c.0.0") for p in files)
-    assert any(p.match("layer.1.scale/c.0") for p in files)
-    for path in files:
-        raw = path.read_bytes()
-        for place in chosen.sample(range(len(raw)), min(5, len(raw))):
-            path.write_bytes(
-                raw[:place] + bytes([raw[place] ^ (1 << chosen.randrange(8))]) + raw[place + 1 :]
-            )
-            with pytest.raises(CacheError):
-                read_all(small)
-        path.write_bytes(raw)
-    read_all(small)
-
-
 @pytest.mark.parametrize("part", ["hidden-basis/layer.1.mean/c.0", "hidden/*/qkv.2.scale/zarr.json"])
 def test_a_missing_file_is_named(small: Path, part: str) -> None:
     path = next(small.glob(part))
@@ -145,11 +127,17 @@ def test_a_missing_file_is_named(small: Path, part: str) -> None:
         Cache.open(small)
 
 
-@pytest.mark.parametrize("part", ["layer.1/c.0.0", "layer.1.scale/c.0"])
-def test_missing_numbers_are_never_read_as_zeros(small: Path, part: str) -> None:
+@pytest.mark.parametrize("name", ["layer.1", "layer.1.scale"])
+def test_missing_numbers_are_never_read_as_zeros(small: Path, name: str) -> None:
     shard = Cache.open(small).shards[0]
-    (small / shard.hidden_path / part).unlink()
+    array = zarr.open_array(small / shard.hidden_path / name, mode="r+")
+    values = np.array(array[:])
+    values.flat[0] = array.fill_value
+    array[:] = values
     with pytest.raises(ShardCorrupt, match="vectors without a scale, or numbers that are missing"):
+        hidden.read(small / shard.hidden_path, "layer.1", shard.positions, SMALL)
+    next((small / shard.hidden_path / name).glob("c.*")).unlink()
+    with pytest.raises(ShardCorrupt, match="cannot be read as Zarr"):
         hidden.read(small / shard.hidden_path, "layer.1", shard.positions, SMALL)
 
 
@@ -216,7 +204,7 @@ def test_arrays_of_another_shape_or_dtype_are_refused(small: Path, other: Hidden
                     (path / file.path).write_bytes(b"")
 
     forge(small, exchange)
-    with pytest.raises(ShardCorrupt, match=r"layer\.1 cannot be read as Zarr: found .* expected int8"):
+    with pytest.raises(ShardCorrupt, match=r"layer\.1 cannot be read as Zarr: (shape|data_type) is"):
         read_all(small)
 
 

@@ -1,0 +1,93 @@
+"""What a store holds and no cache names, and how it goes: `stillroom gc`.
+
+A shard may go when no sealed cache names it, nobody holds the store (a capture takes shards that no cache
+names yet), and it is not new: what a killed capture has finished is what it goes on from. Bytes are counted
+where the store is the last that holds them: caches link to its files.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from storage import manifest
+from storage.errors import NoManifest, StoreInUse
+from storage.merging import unpinned
+from storage.writer import LOCK, Store
+
+
+class Unused(NamedTuple):
+    """Something in a store that no cache names."""
+
+    path: Path
+    rows: int
+    bytes: int  # that removing it frees
+
+
+@contextlib.contextmanager
+def alone(store: Store) -> Iterator[None]:
+    """While this lasts no capture takes shards from the store. Raises StoreInUse where one does now."""
+    with (store.root / LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreInUse(
+                f"a capture is running that takes shards from {store.root}: wait until it has ended."
+            ) from None
+        yield
+
+
+def unused(store: Store, caches: Path, keep_seconds: float) -> list[Unused]:
+    """Shards and tables below `store` that no sealed cache below `caches` names, and that are so old.
+
+    Raises NoManifest where there is no such directory, and ManifestInvalid for a cache that cannot be read:
+    what it names is not known.
+    """
+    if not caches.is_dir():
+        raise NoManifest(f"there is no {caches} here: run this from the root of the project.")
+    named: set[str] = set()
+    for found in sorted([*caches.glob("*/manifest.json"), *caches.glob("*/*/manifest.json")]):  # and mixtures
+        sealed = manifest.load(found.parent)
+        who, first = sealed.identity.fingerprint, unpinned(sealed.identity).fingerprint
+        named |= {f"{who}/{shard.key}" for shard in sealed.shards} | {f"ranks/{first}.json", f"bases/{first}"}
+    before = time.time() - keep_seconds
+    candidates = [
+        *store.root.glob(f"{'[0-9a-f]' * 64}/*"),
+        *store.root.glob("ranks/*"),
+        *store.root.glob("bases/*"),
+    ]
+    return [
+        _described(path)
+        for path in sorted(candidates)
+        if path.relative_to(store.root).as_posix() not in named and _changed(path) < before
+    ]
+
+
+def remove(store: Store, found: Sequence[Unused]) -> None:
+    """Remove these, each at once as others see it, and what killed writers left behind."""
+    for item in found:
+        aside = store.aside_name()
+        aside.parent.mkdir(exist_ok=True)
+        os.rename(item.path, aside)
+        shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+        with contextlib.suppress(OSError):  # others lie beside it
+            item.path.parent.rmdir()
+    store.sweep()
+
+
+def _changed(path: Path) -> float:
+    meta = path / "shard.json"
+    return (meta if meta.is_file() else path).stat().st_mtime
+
+
+def _described(path: Path) -> Unused:
+    files = [file.stat() for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
+    rows = 0
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged ones may go like others
+        rows = int(json.loads((path / "shard.json").read_bytes())["entry"]["rows"])
+    return Unused(path, rows, sum(file.st_size for file in files if file.st_nlink == 1))
