@@ -35,10 +35,5 @@ def main(
             print(f"{answer.label}\t{shares}", flush=True)
 
 
-def stillroom() -> None:
-    """The console script."""
-    cli.run(main, "predict")
-
-
 if __name__ == "__main__":
     cli.run(main)

@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "storage": {"storage"},
 }
 STAGE_HELPERS = {"stages", "stages.cli", "stages.paths", "stages.elsewhere"}
+COMMANDS = {"stages.gc", "stages.merge", "stages.predict"}  # what stages.command gathers
 STORAGE_LIBRARIES = {"numpy", "pyarrow", "zarr", "pydantic"}
 MOST_LINES = 400
 
@@ -31,6 +32,7 @@ def test_no_stage_imports_another_or_torch() -> None:
         if name.startswith("stages."):
             found = imported(path)
             sideways = {other for other in found if other.startswith("stages")} - STAGE_HELPERS
+            sideways -= {f"{c}.main" for c in COMMANDS} | COMMANDS if name == "stages.command" else set()
             assert not {s for s in sideways if ".".join(s.split(".")[:2]) not in STAGE_HELPERS}, name
             assert not {other for other in found if other.split(".")[0] in {"torch", "transformers"}}, name
 
@@ -73,10 +75,10 @@ def test_every_model_that_transformers_loads_is_told_to_run_no_code() -> None:
         assert of_its_own_class or "trust_remote_code=False" in said or "**" in said, f"{name}: {said}"
 
 
-def test_an_install_for_predict_alone_has_what_predict_imports() -> None:
+def test_an_install_for_the_command_alone_has_what_it_imports() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     installed = {*project["dependencies"], *project["optional-dependencies"]["predict"]}
-    libraries = {name.split(".")[0] for file in closure("stages.predict") for name in imported(ROOT / file)}
+    libraries = {name.split(".")[0] for file in closure("stages.command") for name in imported(ROOT / file)}
     assert libraries - set(sys.stdlib_module_names) - set(MAY_IMPORT) == {n.split(".")[0] for n in installed}
 
 

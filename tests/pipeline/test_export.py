@@ -331,6 +331,6 @@ def test_a_command_needs_its_word(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["stillroom", "bilstm", "good film"])
     with pytest.raises(SystemExit) as end:
-        cli.run(predict.main, "predict")
+        cli.run({"predict": predict.main})
     assert end.value.code == 2
     assert "No such command 'bilstm'" in capsys.readouterr().err
