@@ -7,17 +7,29 @@ depends on (seed, epoch, position) alone, as in batches.py.
 Shape letters: N pieces, T tokens.
 """
 
-from collections.abc import Generator, Iterable, Iterator
+import itertools
+from collections.abc import Generator, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.batches import BUCKET_BATCHES, PREFETCH_BYTES, SHARDS_PER_WINDOW, DistillBatch, places, prefetch
+from pipeline.batches import (
+    ALONE,
+    BUCKET_BATCHES,
+    SHARDS_PER_WINDOW,
+    DistillBatch,
+    Stream,
+    Whole,
+    ahead,
+    places,
+)
 from pipeline.cached_states import States, laid_end_to_end, narrowed, read_states, refuse_unkept
 from pipeline.data import Rows
 from pipeline.losses import SparseTargets
+from pipeline.prefetch import decoded
 from storage import Cache, order
 from storage.entries import Entries, concatenate, ends, ranges
 from storage.records import EntryRows
@@ -58,9 +70,11 @@ class CachedDocuments:
         splits: tuple[str, ...],
         max_length: int,
         hidden: tuple[str, ...] = (),
+        stream: Stream = ALONE,
     ) -> None:
         refuse_unkept(cache, hidden)
         self.cache, self.max_length, self.hidden = cache, max_length, hidden
+        self._stream = stream
         self._by_shard = [place.held for place in places(cache, rows, splits)]
         lengths, starts = cache.index()[1], ends([shard.rows for shard in cache.shards])
         self._pieces = [
@@ -90,15 +104,20 @@ class CachedDocuments:
             spent_unsorted += sum(len(part) * int(part.max()) for part in same_sizes)
         return 1 - self.num_targets / max(spent, 1), 1 - self.num_targets / max(spent_unsorted, 1)
 
-    def epoch(self, seed: int, epoch: int, batch_tokens: int) -> Generator[DistillBatch, None, None]:
-        """The batches of one training epoch, prefetched. The order depends on (seed, epoch) alone."""
-        return prefetch(self._epoch(seed, epoch, batch_tokens), PREFETCH_BYTES, lambda batch: batch.num_bytes)
+    def epoch(
+        self, seed: int, epoch: int, batch_tokens: int, start: int = 0
+    ) -> Generator[DistillBatch, None, None]:
+        """The batches of one training epoch from the `start`th on, read ahead.
+
+        The order depends on (seed, epoch) alone; shards whose batches all lie before `start` are not read.
+        """
+        return ahead(self._epoch(seed, epoch, batch_tokens, start), self._stream.readers)
 
     def in_order(self, batch_tokens: int) -> Iterator[DistillBatch]:
         """All pieces once, a shard at a time, those of like length together: for evaluation."""
         for shard, lengths in enumerate(self._pieces):
             if len(lengths):
-                window = _Window(self.cache, [(shard, self._by_shard[shard])], self.max_length, self.hidden)
+                window = _Window([self._read(shard)], self.max_length)
                 for part in order.token_batches(lengths, batch_tokens, BUCKET_BATCHES, 0):
                     yield window.batch(part)
 
@@ -122,39 +141,63 @@ class CachedDocuments:
             if len(lengths):
                 yield chosen, order.token_batches(lengths, batch_tokens, BUCKET_BATCHES, seed, epoch, number)
 
-    def _epoch(self, seed: int, epoch: int, batch_tokens: int) -> Iterator[DistillBatch]:
+    def _epoch(self, seed: int, epoch: int, batch_tokens: int, start: int) -> Iterator[DistillBatch]:
+        windows: list[tuple[list[int], Iterator[Indices]]] = []
         for shards, cut in self._order(seed, epoch, batch_tokens):
-            held = [(s, self._by_shard[s]) for s in shards]
-            window = _Window(self.cache, held, self.max_length, self.hidden)
-            for part in cut:
-                yield window.batch(part)
+            if start:  # lengths alone say what lies before it
+                parts = list(cut)
+                behind, start = min(start, len(parts)), max(0, start - len(parts))
+                if behind == len(parts):
+                    continue
+                cut = iter(parts[behind:])
+            windows.append((shards, cut))
+        reading = [partial(self._read, shard) for shards, _ in windows for shard in shards]
+        with decoded(reading, self._stream.readers) as held:
+            for shards, cut in windows:
+                window = _Window(list(itertools.islice(held, len(shards))), self.max_length)
+                for part in cut:
+                    yield self._own(part, window)
+
+    def _read(self, shard: int) -> "_Part":
+        """What the cache holds of the rows of one shard that are asked for."""
+        held = self.cache.read(self.cache.shards[shard])
+        assert isinstance(held, EntryRows)  # the spec says that there is a target a token
+        rows = self._by_shard[shard]
+        return _Part(held.take(rows), read_states(self.cache, shard, self.hidden, rows, held.num_tokens))
+
+    def _own(self, part: Indices, window: "_Window") -> DistillBatch:
+        """This rank's part of a global batch."""
+        ranks = self._stream.ranks
+        if ranks == 1:
+            return window.batch(part)
+        own, targets = order.part(part, self._stream.rank, ranks), window.num_targets(part)
+        whole = Whole(ranks, len(part), targets, targets, not len(own))
+        return window.batch(own if len(own) else part[:1])._replace(whole=whole)
+
+
+class _Part(NamedTuple):
+    """Rows of one shard."""
+
+    rows: EntryRows
+    hidden: dict[str, States]
 
 
 class _Window:
     """Rows of some shards in memory."""
 
-    def __init__(
-        self,
-        cache: Cache,
-        held: Iterable[tuple[int, Indices]],
-        max_length: int,
-        hidden: tuple[str, ...],
-    ) -> None:
-        tokens, lengths, entries = [], [], []
-        states: list[dict[str, States]] = []
-        for shard, rows in held:
-            part = cache.read(cache.shards[shard])
-            assert isinstance(part, EntryRows)  # the spec says that there is a target a token
-            states.append(read_states(cache, shard, hidden, rows, part.num_tokens))
-            part = part.take(rows)
-            assert part.token_ids is not None
-            tokens.append(part.token_ids)
-            lengths.append(part.num_tokens)
-            entries.append(part.entries)
+    def __init__(self, parts: list[_Part], max_length: int) -> None:
+        tokens = [part.rows.token_ids for part in parts if part.rows.token_ids is not None]
+        entries = [part.rows.entries for part in parts]
+        lengths = [part.rows.num_tokens for part in parts]
+        states = [part.hidden for part in parts]
         self._tokens = np.concatenate(tokens).astype(np.int64)
         self._entries: Entries = concatenate(entries)
         self._hidden = {name: kept.values for name, kept in laid_end_to_end(states).items()}
         self._pieces = _Pieces.of(np.concatenate(lengths), max_length)
+
+    def num_targets(self, part: Indices) -> int:
+        """Those of these pieces."""
+        return int(self._pieces.lengths[part].sum())
 
     def batch(self, part: Indices) -> DistillBatch:
         """These pieces, padded on the right."""
