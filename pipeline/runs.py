@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pipeline import by_config, choosing, config, config_recipes, encoders, hardware, kinds, layer_maps
+from pipeline import by_config, choosing, config, config_recipes, encoders, hardware, kinds, layer_maps, ranks
 from pipeline.data import POOL, SPLITS, VIEWS, Rows, load_rows
 from pipeline.decoders import refuse_misfit
 from pipeline.mixing import refuse_unverified
@@ -59,6 +59,8 @@ class Job(NamedTuple):
     recipe: config_recipes.Recipe
     paths: config.RunPaths
     trial: choosing.Trial | None = None  # what it judges; None: a student that is kept
+    readers: int = 1  # threads that read the cache for it
+    checkpoint_minutes: float | None = None  # how often it writes down where it stands; None: never
 
     @property
     def label(self) -> str:
@@ -85,30 +87,44 @@ def train(
     recipe: config_recipes.Recipe,
     seeds_at_once: int | None,
     paths: config.RunPaths,
+    readers: int = 1,
+    checkpoint_minutes: float | None = None,
 ) -> dict[str, Any]:
     """Train every seed of a run and write its directory; return the content of training.json.
 
-    Refuses a cache that was not verified or does not fit, before the first step.
+    Refuses a cache that was not verified or does not fit, before the first step. Where an earlier process was
+    killed, it goes on from the checkpoints that were left; they are removed when the run is done. Processes
+    that torchrun started train one seed after the other together, and the first of them writes.
     """
-    _start_importing()
+    rank, num_ranks = hardware.ranks()
+    first = rank == 0
+    if num_ranks == 1:
+        _start_importing()
+    else:
+        ranks.refuse_misfit(name, recipe, num_ranks)
     cache, rows = open_inputs(paths)
     _refuse_misfit(name, cache, rows, student, recipe, paths.verified)
     _refuse_start(name, cache, student, paths.init)
-    if paths.out.exists():
-        shutil.rmtree(paths.out)
-    make_reader(student, cache, rows, paths.out / "tokenizer", paths.init)
+    if first:
+        if paths.out.exists():
+            shutil.rmtree(paths.out)
+        make_reader(student, cache, rows, paths.out / "tokenizer", paths.init)
     record: dict[str, Any] = {"family": recipe.family}
     if skipped := len(rows.select(SKIPPED)):
         record["skipped_rows"] = skipped
         log(f"{name}: {skipped:,} rows are left out, because a cache lacks them")
     if recipe.grid:
-        job = Job(run.seeds[0], 1, student, recipe, paths)
+        job = Job(run.seeds[0], 1, student, recipe, paths, None, readers, checkpoint_minutes)
         recipe, record["choice"] = _choose(name, rows, job, seeds_at_once)
-    jobs = [Job(seed, 1, student, recipe, paths) for seed in run.seeds]
+    jobs = [Job(seed, 1, student, recipe, paths, None, readers, checkpoint_minutes) for seed in run.seeds]
     trained = _side_by_side(name, jobs, seeds_at_once)
-    _tell(name, trained)
+    if first:
+        _tell(name, trained)
     record["seeds"] = [_seed_record(job, done) for job, done in zip(jobs, trained, strict=True)]
-    write_json(record, paths.out / RECORD)
+    if first:
+        write_json(record, paths.out / RECORD)
+        if paths.checkpoints:
+            shutil.rmtree(paths.checkpoints, ignore_errors=True)
     return record
 
 
@@ -289,6 +305,8 @@ def _seed_record(job: Job, done: "Trained") -> dict[str, Any]:
 def _side_by_side(name: str, jobs: list[Job], seeds_at_once: int | None) -> list["Trained"]:
     """Train the jobs in processes side by side, with a bar each; they share the cores. The first error ends
     all."""
+    if hardware.ranks()[1] > 1:
+        return ranks.one_by_one(jobs)
     at_once = min(len(jobs), seeds_at_once or SEEDS_PER_CORE * hardware.num_cores())
     threads = max(1, hardware.num_cores() // at_once)
     jobs = [job._replace(threads=threads) for job in jobs]

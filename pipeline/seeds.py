@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
+from accelerate import PartialState
 
 from pipeline import (
     by_config,
@@ -16,8 +17,10 @@ from pipeline import (
     inputs,
     kinds,
     lessons,
+    resuming,
     students,
 )
+from pipeline.batches import Stream
 from pipeline.data import POOL, Rows
 from pipeline.runs import Job, open_inputs, start_of
 from pipeline.training import Fit, Settings, fit
@@ -37,11 +40,14 @@ class Trained(NamedTuple):
 def train_seed(
     job: Job, tell: Callable[[int], object] = lambda targets: None, every_seconds: float = 0.5
 ) -> Trained:
-    """Train one seed, and save it where it is no trial.
+    """Train one seed, and save it where it is no trial; go on from its checkpoint where there is one.
 
     `tell` hears how many targets there are in all, then how many more are done.
     Raises TrainingError where it diverges.
     """
+    rank, ranks = hardware.ranks()
+    if ranks > 1:
+        PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()  # for the first one's tokenizer
     hardware.pin_threads(1)
     torch.manual_seed(job.seed)
     student, recipe = job.student, job.recipe
@@ -51,11 +57,12 @@ def train_seed(
         rows = choosing.held_out(rows, job.trial.fold, job.trial.folds)
     rows = rows.only("validation", *lessons.taught_by(recipe))
     reader = inputs.of_student(student, rows, job.paths.out / "tokenizer")
+    stream = Stream(rank, ranks, job.readers)
     if isinstance(student, kinds.Llama):
-        lesson = lessons.of_documents(student, recipe, cache, rows, job.seed)
+        lesson = lessons.of_documents(student, recipe, cache, rows, job.seed, stream)
         num_ids = lesson.num_outputs
     else:
-        lesson = lessons.of_rows(student, recipe, cache, rows, reader, job.seed)
+        lesson = lessons.of_rows(student, recipe, cache, rows, reader, job.seed, stream)
         num_ids = reader.num_ids
     model = students.build(student, num_ids, lesson.num_outputs)
     if isinstance(student, kinds.Transformers):
@@ -68,10 +75,19 @@ def train_seed(
         initialise.from_teacher(cast(students.Llama, model), student, cache.weights_dir)
     elif isinstance(student, kinds.FC | kinds.BiLSTM | kinds.TinyBERT) and student.init:
         encoder_start.begin(model, student, cache.weights_dir if cache.weights_layers else None)
+    keeper = resuming.of_job(job, cache)
     setup = Setup(1, "float32", {})
-    if cache.identity.spec.per_position:
+    if keeper and keeper.kept:
+        setup = Setup(**keeper.notes)
+    elif cache.identity.spec.per_position and ranks > 1:  # all must run alike
+        setup = Setup(job.threads, hardware.precision(recipe.precision), {})
+    elif cache.identity.spec.per_position:
         setup = fastest(model, lesson, job.threads, recipe.precision)
         torch.manual_seed(job.seed)
+    if keeper:
+        keeper.notes = setup._asdict()
+    if ranks > 1:
+        torch.manual_seed(job.seed * ranks + rank)  # each drops units of its own rows
     hardware.pin_threads(setup.threads)
     tell(recipe.epochs * lesson.num_targets)
     done = fit(
@@ -91,8 +107,9 @@ def train_seed(
             by_loss=lesson.by_loss,
         ),
         _in_gulps(tell, every_seconds),
+        keeper,
     )
-    if job.trial is None:
+    if job.trial is None and rank == 0:
         students.save(job.paths.out / f"seed-{job.seed}", model, student, num_ids, lesson.num_outputs)
     rows_seen = round(done.rows_seen * lesson.rows_a_piece * _share_asked(recipe, rows))
     told = {**setup._asdict(), "padding": lesson.padding}

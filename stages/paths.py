@@ -10,6 +10,7 @@ TEACHERS = Path("teachers")
 CACHES = Path("caches")
 VERIFIED = Path("verified")
 MODELS = Path("models")
+TRAINING = Path(".stillroom/training")  # DVC removes models/RUN before it is trained
 EXPORTED = Path("exported")
 EVAL = Path("results/eval")
 EXPORT = Path("results/export")
@@ -26,4 +27,5 @@ def of_run(name: str, run: Run) -> RunPaths:
         verified=VERIFIED / f"{run.cache}.json",
         out=MODELS / name,
         init=MODELS / run.init if isinstance(run, ChainedRun) else None,
+        checkpoints=TRAINING / name,
     )
