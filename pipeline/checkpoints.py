@@ -6,6 +6,7 @@ and renamed, so it is there whole or not at all. Nothing is ever unpickled. Trai
 where everything that decides the training is what it was: resuming.py names that.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -38,9 +39,9 @@ class Keeper:
     """
 
     def __init__(self, path: Path, label: str, facts: dict[str, str], every_seconds: float) -> None:
-        self.path, self._facts, self._every = path, facts, every_seconds
+        self.path, self._label, self._facts, self._every = path, label, facts, every_seconds
         self.notes: dict[str, Any] = {}  # JSON that is kept with every checkpoint from now on
-        self.kept = self._load(label)
+        self.kept = self._load()
         self._saved = time.monotonic()
 
     def due(self) -> bool:
@@ -48,18 +49,26 @@ class Keeper:
         return time.monotonic() - self._saved >= self._every
 
     def save(self, tensors: Tensors, numbers: dict[str, Any]) -> None:
-        """Replace the checkpoint by this one."""
+        """Replace the checkpoint by this one; a line on stderr where it cannot be written."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         header = {"facts": json.dumps(self._facts), "numbers": json.dumps(numbers | {"notes": self.notes})}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        save_file(tensors, aside, metadata=header | {"digest": _digest(tensors, header)})
-        _flush(aside)
-        os.replace(aside, self.path)
-        _flush(self.path.parent)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, aside, metadata=header | {"digest": _digest(tensors, header)})
+            _flush(aside)
+            os.replace(aside, self.path)
+            _flush(self.path.parent)
+        except (
+            OSError,
+            SafetensorError,
+        ) as error:  # the disk is full, perhaps: no reason to lose the training
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            self._say(f"could not be written ({error}); training goes on")
         self._saved = time.monotonic()
 
-    def _load(self, label: str) -> Kept | None:
+    def _load(self) -> Kept | None:
         if not self.path.is_file():
             return None
         try:
@@ -70,14 +79,17 @@ class Keeper:
                 raise ValueError("its bytes are not those that were written")
             facts, numbers = json.loads(header["facts"]), json.loads(header["numbers"])
         except (SafetensorError, OSError, ValueError, KeyError) as error:
-            log(f"{label}: the checkpoint {self.path} is damaged ({error}); training starts anew")
+            self._say(f"is damaged ({error}); training starts anew")
             return None
         names = {**facts, **self._facts}
         if other := [name for name in names if facts.get(name) != self._facts.get(name)]:
-            log(f"{label}: the checkpoint {self.path} is of another {', '.join(other)}; training starts anew")
+            self._say(f"is of another {', '.join(other)}; training starts anew")
             return None
         self.notes = numbers.pop("notes")
         return Kept(tensors, numbers)
+
+    def _say(self, what: str) -> None:
+        log(f"{self._label}: the checkpoint {self.path} {what}")
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:

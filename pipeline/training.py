@@ -106,10 +106,7 @@ def fit(
     plain: torch.nn.Module = accelerator.unwrap_model(model)  # what lies in the wrapper of several processes
     state = _Progress(settings.by_loss)
     if kept:
-        state.resume(kept, plain, optimizer)
-        schedule.load_state_dict(schedule.state_dict() | {"last_epoch": state.steps})
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * pace(state.steps, total, settings.warmup)
+        state.resume(kept, plain, optimizer, schedule)
         advance(state.targets)
         checkpoints.restore_random_state(kept.tensors["random"][accelerator.process_index])
     started = hardware.compute_seconds() - state.seconds
@@ -206,6 +203,9 @@ class _Progress:
         self.best_state = {name: tensor.to(device) for name, tensor in best.items()}
         model.load_state_dict(checkpoints.below("model.", kept.tensors))
         checkpoints.restore_optimizer(model, optimizer, kept.tensors)
+        schedule.load_state_dict(schedule.state_dict() | {"last_epoch": self.steps})
+        for group, rate in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
+            group["lr"] = rate * schedule.lr_lambdas[0](self.steps)
 
     def look(
         self, model: torch.nn.Module, validate: Callable[[torch.nn.Module], Validation], epoch: float

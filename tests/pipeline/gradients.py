@@ -1,5 +1,9 @@
-"""The gradients of every step of an epoch, as the training loop has them: run alone, or by torchrun."""
+"""The gradients of every step of an epoch, as the training loop has them: run alone, or by torchrun.
 
+gradients.py WORLD PROSE OUT PROJECT       then trains the run `long` of PROJECT
+"""
+
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +16,7 @@ from pipeline.batches import Stream
 from pipeline.config_recipes import Recipe
 from pipeline.data import load_rows
 from pipeline.training import Settings, Validation, fit
+from stages import train
 from storage import Cache
 
 STILL = 1e-30  # a learning rate that moves nothing
@@ -57,4 +62,6 @@ def measure(world: Path, prose: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    measure(*(Path(argument) for argument in sys.argv[1:]))
+    measure(*(Path(argument) for argument in sys.argv[1:4]))
+    os.chdir(sys.argv[4])
+    train.main("long")

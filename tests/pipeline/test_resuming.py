@@ -211,6 +211,18 @@ def test_a_checkpoint_of_another_training_is_named_and_not_used(
     assert f"is of another {what}; training" in capsys.readouterr().err.replace("\n", "")
 
 
+def test_a_checkpoint_that_cannot_be_written_is_named_and_training_goes_on(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calm = job(world, tmp_path / "calm", checkpoint_minutes=None)
+    expected = outcome(calm, seeds.train_seed(calm))
+    own = job(world, tmp_path / "own")
+    assert own.paths.checkpoints is not None
+    own.paths.checkpoints.write_text("a file stands where the directory should be")
+    assert outcome(own, seeds.train_seed(own)) == expected
+    assert "could not be written" in capsys.readouterr().err
+
+
 def test_without_a_setting_nothing_is_written_down(world: World, tmp_path: Path) -> None:
     own = job(world, tmp_path / "own", checkpoint_minutes=None)
     seeds.train_seed(own)

@@ -123,6 +123,21 @@ def test_from_any_place_on_the_rest_is_the_same_and_what_lies_before_is_not_read
     assert 0 < len(decoded) < everything
 
 
+def test_evaluation_has_one_window_of_shards_in_memory_and_sees_each_row_once(
+    read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+    cached_read = Cache.read
+    monkeypatch.setattr(Cache, "read", lambda self, shard: decoded.append(1) or cached_read(self, shard))
+    cached = read.cached(Stream())
+    stream = cached.in_order(16)
+    seen = rows_of(next(stream))
+    assert len(decoded) <= 2 < len(cached.cache.shards)
+    for batch in stream:
+        seen += rows_of(batch)
+    assert sorted(map(str, seen)) == sorted(str(row) for batch in read.batches() for row in batch)
+
+
 def test_what_a_batch_is_a_part_of_is_counted_over_all_ranks(read: Read) -> None:
     alone = list(read.epoch())
     for rank in (0, 3):
