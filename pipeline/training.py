@@ -192,9 +192,13 @@ class _Progress:
         return own | {"best": list(self.best), "losses": self._losses}
 
     def resume(
-        self, kept: checkpoints.Kept, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+        self,
+        kept: checkpoints.Kept,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LambdaLR,
     ) -> None:
-        """Be where a checkpoint was taken, with its weights in the model and its state in the optimizer."""
+        """Be where a checkpoint was taken: with its weights, its optimizer's state, its learning rate."""
         for name in KEPT:
             setattr(self, name, kept.numbers[name])
         self.best, self._losses = Validation(*kept.numbers["best"]), kept.numbers["losses"]
