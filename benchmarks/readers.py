@@ -125,30 +125,31 @@ def _loader(rows: Any, workers: int) -> Iterable[Batch]:
 READERS = {"ours": ours, "datasets": with_datasets, "webdataset": with_webdataset, "litdata": with_litdata}
 
 
-def write(name: str, root: Path) -> None:
-    """The records of root/cache in a peer's own format."""
+def records(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of one shard, each a dictionary of arrays."""
     import pyarrow.parquet as pq
 
+    table = pq.read_table(file, columns=list(FIELDS))
+    columns = {field: table.column(field).combine_chunks() for field in FIELDS}
+    for place in range(len(table)):
+        yield {field: columns[field][place].values.to_numpy().copy() for field in FIELDS}
+
+
+def write(name: str, root: Path) -> None:
+    """The records of root/cache in a peer's own format."""
     files = sorted((root / "cache" / "logits").glob("*.parquet"))
-
-    def rows(file: Path) -> Iterator[dict[str, Any]]:
-        table = pq.read_table(file, columns=list(FIELDS))
-        columns = {field: table.column(field).combine_chunks() for field in FIELDS}
-        for place in range(len(table)):
-            yield {field: columns[field][place].values.to_numpy().copy() for field in FIELDS}
-
     if name == "webdataset":
         import webdataset
 
         (root / name).mkdir()
         for number, file in enumerate(files):
             with webdataset.TarWriter(str(root / name / f"{number:05}.tar")) as tar:
-                for place, row in enumerate(rows(file)):
+                for place, row in enumerate(records(file)):
                     tar.write({"__key__": f"{number:05}-{place:05}", "row.ten": list(row.values())})
     if name == "litdata":
         import litdata
 
-        litdata.optimize(rows, files, str(root / name), chunk_bytes="64MB", num_workers=1)
+        litdata.optimize(records, files, str(root / name), chunk_bytes="64MB", num_workers=1)
 
 
 class Peak(threading.Thread):

@@ -77,8 +77,8 @@ class CachedDocuments:
         self._stream = stream
         self._by_shard = [place.held for place in places(cache, rows, splits)]
         lengths, starts = cache.index()[1], ends([shard.rows for shard in cache.shards])
-        self._pieces = [
-            _Pieces.of(held, lengths[first + held], max_length).lengths
+        self._pieces = [  # where they begin is known when their shard is read
+            _Pieces.of(np.zeros_like(held), lengths[first + held], max_length).lengths
             for first, held in zip(starts[:-1], self._by_shard, strict=True)
         ]
         self.num_rows = sum(len(held) for held in self._by_shard)
