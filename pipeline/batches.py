@@ -1,16 +1,17 @@
 """Cached shards -> training batches, in an order that is a function of (seed, epoch, position) alone.
 
 Labels and splits come from the prepared dataset, targets from the cache, joined by row_id. One window of
-shards is in memory at a time; a thread reads and decodes it, a bounded number of bytes ahead, so a step does
-not wait. This file has rows with one target each; documents.py has those with a target a token.
+shards is in memory at a time; threads read and decode it, a bounded number of bytes ahead, so a step does
+not wait. How many threads, and how many processes share a batch, changes no batch: see Stream. This file has
+rows with one target each; documents.py has those with a target a token.
 
 Shape letters: B batch, L tokens, C classes, T targets: of B rows, or of their true tokens, row after row.
 """
 
-import queue
-import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import NamedTuple, TypeVar
+import itertools
+from collections.abc import Generator, Iterable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +19,10 @@ import pyarrow.compute as pc
 import torch
 
 from pipeline.cached_states import States, laid_end_to_end, narrowed, read_states, refuse_unkept
-from pipeline.data import Rows
+from pipeline.data import NO_LABEL, Rows
 from pipeline.inputs import Inputs
 from pipeline.losses import MixedTargets, SparseTargets
+from pipeline.prefetch import decoded, prefetch
 from storage import Cache, order
 from storage.entries import Entries, concatenate, ends
 from storage.errors import Mismatch, SpecMismatch
@@ -31,7 +33,29 @@ SHARDS_PER_WINDOW = 16  # rows are mixed within a window: 65,536 rows at the def
 BUCKET_BATCHES = 50  # rows of like length meet within so many batches
 PREFETCH_BYTES = 32 * 2**20
 
-Item = TypeVar("Item")
+
+class Stream(NamedTuple):
+    """Who reads: one of several processes that share each batch, and how many threads it reads with.
+
+    Batches, and the order of their rows, are the same for every choice.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    readers: int = 1  # threads beside the one that trains: one makes batches, others decode shards for it
+
+
+ALONE = Stream()
+
+
+class Whole(NamedTuple):
+    """The global batch that a batch is one rank's part of."""
+
+    ranks: int
+    rows: int
+    targets: int
+    labelled: int  # targets that have a label
+    empty: bool  # nothing of it was left for this rank: what it sees instead counts nothing
 
 
 class DistillBatch(NamedTuple):
@@ -44,28 +68,53 @@ class DistillBatch(NamedTuple):
     teacher: torch.Tensor | SparseTargets | MixedTargets
     # What the teacher thought, float32 by name: [B, W] pooled, [all true tokens, W] in the order of the mask.
     hidden: dict[str, torch.Tensor] = {}  # noqa: RUF012 (a default of NamedTuple is never changed)
+    whole: Whole | None = None  # None: this is all of it
 
     def to(self, device: torch.device) -> "DistillBatch":
         """The same batch on another device."""
         hidden = {name: states.to(device) for name, states in self.hidden.items()}
         ids, mask, labels = (part.to(device) for part in self[:3])
-        return DistillBatch(ids, mask, labels, self.teacher.to(device), hidden)
+        return DistillBatch(ids, mask, labels, self.teacher.to(device), hidden, self.whole)
 
     @property
     def num_rows(self) -> int:
-        """Rows, or pieces of long ones."""
-        return len(self.ids_BL)
+        """Rows, or pieces of long ones, of the global batch."""
+        return self.whole.rows if self.whole else len(self.ids_BL)
 
     @property
     def num_targets(self) -> int:
-        """Of its rows, or of their true tokens."""
-        return len(self.labels_T)
+        """Targets of the global batch: of its rows, or of their true tokens."""
+        return self.whole.targets if self.whole else len(self.labels_T)
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """What a mean over this batch's targets, and one over its labelled ones, counts.
+
+        The mean of all ranks' means, each times this, is the mean over the global batch. 1 where it is whole.
+        """
+        if self.whole is None:
+            return 1.0, 1.0
+        if self.whole.empty:
+            return 0.0, 0.0
+        ranks, own = self.whole.ranks, int(labelled(self.labels_T.numpy(force=True)).sum())
+        return (
+            ranks * len(self.labels_T) / self.whole.targets,
+            ranks * own / max(self.whole.labelled, 1),
+        )
 
     @property
     def num_bytes(self) -> int:
         """Size in memory."""
         parts = [*self[:3], *([self.teacher] if isinstance(self.teacher, torch.Tensor) else self.teacher)]
         return sum(tensor.nbytes for tensor in [*parts, *self.hidden.values()])
+
+
+def labelled(truth: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Which of these labels [T] (or numbers [T, C], nan for none) there are."""
+    there: npt.NDArray[np.bool_] = (
+        ~np.isnan(truth).any(-1) if np.issubdtype(truth.dtype, np.floating) else truth != NO_LABEL
+    )
+    return there
 
 
 class Place(NamedTuple):
@@ -105,9 +154,11 @@ class CachedRows:
         pad_id: int,
         splits: tuple[str, ...],
         hidden: tuple[str, ...] = (),
+        stream: Stream = ALONE,
     ) -> None:
         refuse_unkept(cache, hidden)
         self.cache, self.rows, self.tokens, self.pad_id, self.hidden = cache, rows, tokens, pad_id, hidden
+        self._stream = stream
         self._truth = rows.truth
         self._by_shard = places(cache, rows, splits)
         # Of a mixture, the first cache is read shard by shard; the logits of the others are in memory.
@@ -123,25 +174,45 @@ class CachedRows:
         windows = -(-len(sizes) // self._shards_per_window)
         return -(-self.num_rows // batch_rows) + windows - 1
 
-    def epoch(self, seed: int, epoch: int, batch_rows: int) -> Generator[DistillBatch, None, None]:
-        """The batches of one training epoch, prefetched. The order depends on (seed, epoch) alone."""
-        return prefetch(self._epoch(seed, epoch, batch_rows), PREFETCH_BYTES, lambda batch: batch.num_bytes)
+    def epoch(
+        self, seed: int, epoch: int, batch_rows: int, start: int = 0
+    ) -> Generator[DistillBatch, None, None]:
+        """The batches of one training epoch from the `start`th on, read ahead.
+
+        The order depends on (seed, epoch) alone; shards whose batches all lie before `start` are not read.
+        """
+        return ahead(self._epoch(seed, epoch, batch_rows, start), self._stream.readers)
 
     def in_order(self, batch_rows: int) -> Iterator[DistillBatch]:
-        """All rows once, those of like length together: for evaluation."""
-        rows, held = self._window(range(len(self._by_shard)))
-        by_length = np.argsort(self.tokens.lengths[rows], kind="stable")
-        for start in range(0, len(rows), batch_rows):
-            part = by_length[start : start + batch_rows]
-            yield self._batch(rows[part], held.take(part))
-
-    def _epoch(self, seed: int, epoch: int, batch_rows: int) -> Iterator[DistillBatch]:
-        windows = order.windows(len(self._by_shard), self._shards_per_window, seed, epoch)
-        for number, shards in enumerate(windows):
-            rows, held = self._window(sorted(int(shard) for shard in shards))
-            lengths = self.tokens.lengths[rows]
-            for part in order.batches(lengths, batch_rows, BUCKET_BATCHES, seed, epoch, number):
+        """All rows once, a window of shards at a time, those of like length together: for evaluation."""
+        for first in range(0, len(self._by_shard), self._shards_per_window):
+            shards = range(first, min(first + self._shards_per_window, len(self._by_shard)))
+            rows, held = self._window(shards, map(self._read, shards))
+            by_length = np.argsort(self.tokens.lengths[rows], kind="stable")
+            for start in range(0, len(rows), batch_rows):
+                part = by_length[start : start + batch_rows]
                 yield self._batch(rows[part], held.take(part))
+
+    def _epoch(self, seed: int, epoch: int, batch_rows: int, start: int) -> Iterator[DistillBatch]:
+        windows: list[tuple[int, list[int]]] = []
+        for number, shards in enumerate(
+            order.windows(len(self._by_shard), self._shards_per_window, seed, epoch)
+        ):
+            chosen = sorted(int(shard) for shard in shards)
+            num = -(-sum(len(self._by_shard[shard].rows) for shard in chosen) // batch_rows)
+            if windows or start < num:
+                windows.append((number, chosen))
+            else:
+                start -= num
+        reading = [partial(self._read, shard) for _, chosen in windows for shard in chosen]
+        with decoded(reading, self._stream.readers) as parts:
+            for number, chosen in windows:
+                rows, held = self._window(chosen, parts)
+                lengths = self.tokens.lengths[rows]
+                cut = order.batches(lengths, batch_rows, BUCKET_BATCHES, seed, epoch, number)
+                for part in itertools.islice(cut, start, None):
+                    yield self._own(rows[part], part, held)
+                start = 0
 
     def _refuse_other_tokens(self) -> None:
         """A state belongs to a token: the student must have the teacher's tokens of every row."""
@@ -159,25 +230,49 @@ class CachedRows:
                 f"{int(lengths[held].max())} tokens, the longest row.",
             )
 
-    def _window(self, shards: Iterable[int]) -> tuple[npt.NDArray[np.int64], "_Held"]:
-        """(rows of the dataset, what the cache holds of them) of some shards."""
+    def _read(self, shard: int) -> "_Held | None":
+        """What the cache holds of the rows of one shard; None where none of them is asked for."""
+        shard_rows = self._by_shard[shard].held
+        if not len(shard_rows):
+            return None
+        held = self.cache.read(self.cache.shards[shard])
+        targets = (
+            _Dense(held.logits[shard_rows]) if isinstance(held, LogitRows) else held.entries.take(shard_rows)
+        )
+        return _Held(targets, read_states(self.cache, shard, self.hidden, shard_rows, held.num_tokens))
+
+    def _window(
+        self, shards: Iterable[int], parts: Iterator["_Held | None"]
+    ) -> tuple[npt.NDArray[np.int64], "_Held"]:
+        """(rows of the dataset, what the cache holds of them) of some shards; the next `parts` are theirs."""
         rows: list[npt.NDArray[np.int64]] = [np.zeros(0, np.int64)]
         dense = [np.zeros((0, self.cache.identity.spec.num_outputs), np.float32)]
         sparse = []
         hidden: list[dict[str, States]] = []
-        for shard in shards:
-            dataset_rows, shard_rows = self._by_shard[shard]
-            if not len(dataset_rows):
+        for shard, held in zip(shards, parts, strict=False):
+            if held is None:
                 continue
-            rows.append(dataset_rows)
-            held = self.cache.read(self.cache.shards[shard])
-            if isinstance(held, LogitRows):
-                dense.append(held.logits[shard_rows])
+            rows.append(self._by_shard[shard].rows)
+            if isinstance(held.targets, _Dense):
+                dense.append(held.targets.logits)
             else:
-                sparse.append(held.entries.take(shard_rows))
-            hidden.append(read_states(self.cache, shard, self.hidden, shard_rows, held.num_tokens))
+                sparse.append(held.targets)
+            hidden.append(held.hidden)
         targets = concatenate(sparse) if sparse else _Dense(np.concatenate(dense))
         return np.concatenate(rows), _Held(targets, laid_end_to_end(hidden))
+
+    def _own(
+        self, rows: npt.NDArray[np.int64], batch: npt.NDArray[np.int64], window: "_Held"
+    ) -> DistillBatch:
+        """This rank's part of a global batch; `batch` are the places of its rows in the window."""
+        if self._stream.ranks == 1:
+            return self._batch(rows, window.take(batch))
+        own = order.part(np.arange(len(rows)), self._stream.rank, self._stream.ranks)
+        whole = Whole(
+            self._stream.ranks, len(rows), len(rows), int(labelled(self._truth[rows]).sum()), not len(own)
+        )
+        own = own if len(own) else np.zeros(1, np.int64)
+        return self._batch(rows[own], window.take(batch[own]))._replace(whole=whole)
 
     def _batch(self, rows: npt.NDArray[np.int64], held: "_Held") -> DistillBatch:
         targets = held.targets
@@ -213,61 +308,8 @@ class _Held(NamedTuple):
         return _Held(self.targets.take(rows), {name: s.take(rows) for name, s in self.hidden.items()})
 
 
-def prefetch(
-    items: Iterable[Item], max_bytes: int, size: Callable[[Item], int]
-) -> Generator[Item, None, None]:
-    """The same items, made by a thread that stays at most `max_bytes` (or one item) ahead.
-
-    Its errors are raised here, in their place. Closing the iterator early ends the thread.
-    """
-    ahead = _Ahead(max_bytes)
-    ready: queue.SimpleQueue[Item | Exception | None] = queue.SimpleQueue()
-
-    def produce() -> None:
-        try:
-            for item in items:
-                if not ahead.wait_and_take(size(item)):
-                    return
-                ready.put(item)
-            ready.put(None)
-        except Exception as error:
-            ready.put(error)  # raised where the item would have been used
-
-    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
-            ahead.give_back(size(item))
-            yield item
-    finally:
-        ahead.close()
-        thread.join()
-
-
-class _Ahead:
-    """How many bytes a producer is ahead of its consumer, with a limit that it waits at."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._held, self._closed = limit, 0, False
-        self._changed = threading.Condition()
-
-    def wait_and_take(self, num_bytes: int) -> bool:
-        """Wait for room and take it; False where nobody wants more."""
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._closed or not self._held or self._held + num_bytes <= self._limit
-            )
-            self._held += num_bytes
-            return not self._closed
-
-    def give_back(self, num_bytes: int) -> None:
-        with self._changed:
-            self._held -= num_bytes
-            self._changed.notify()
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
+def ahead(batches: Iterator[DistillBatch], readers: int) -> Generator[DistillBatch, None, None]:
+    """The same batches, made by a thread a bounded number of bytes ahead; without `readers` by this one."""
+    if readers == 0:
+        return (batch for batch in batches)
+    return prefetch(batches, PREFETCH_BYTES, lambda batch: batch.num_bytes)

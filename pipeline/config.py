@@ -79,6 +79,11 @@ class Workers(Section):
 
     seeds_at_once: Positive | None = None
     """Seeds of a run trained side by side, each on one thread; null: two a core."""
+    readers: Annotated[int, Field(ge=0)] = 1
+    """Threads of a training beside its own that read the cache: one makes batches, others decode shards."""
+    checkpoint_minutes: Annotated[float, Field(ge=0)] | None = 5.0
+    """How often a training writes down where it stands; 0: after each step, null: never. A killed run goes on
+    from there, finished seeds included."""
 
 
 class RunPaths(NamedTuple):
@@ -90,6 +95,7 @@ class RunPaths(NamedTuple):
     out: Path
     init: Path | None = None  # the trained run whose students this one's start from
     task: str | None = None  # the one of the student's several tasks that is meant
+    checkpoints: Path | None = None  # where a training writes down how far it is; None: nowhere
 
 
 class Params(Section):

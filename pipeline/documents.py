@@ -7,19 +7,31 @@ depends on (seed, epoch, position) alone, as in batches.py.
 Shape letters: N pieces, T tokens.
 """
 
-from collections.abc import Generator, Iterable, Iterator
+import itertools
+from collections.abc import Generator, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.batches import BUCKET_BATCHES, PREFETCH_BYTES, SHARDS_PER_WINDOW, DistillBatch, places, prefetch
-from pipeline.cached_states import States, laid_end_to_end, narrowed, read_states, refuse_unkept
+from pipeline.batches import (
+    ALONE,
+    BUCKET_BATCHES,
+    SHARDS_PER_WINDOW,
+    DistillBatch,
+    Stream,
+    Whole,
+    ahead,
+    places,
+)
+from pipeline.cached_states import narrowed, read_states, refuse_unkept
 from pipeline.data import Rows
 from pipeline.losses import SparseTargets
+from pipeline.prefetch import decoded
 from storage import Cache, order
-from storage.entries import Entries, concatenate, ends, ranges
+from storage.entries import concatenate, ends, ranges
 from storage.records import EntryRows
 
 WINDOW_TOKENS = 2**21  # about 200 MB of entries at a time
@@ -29,19 +41,19 @@ Indices = npt.NDArray[np.int64]
 
 
 class _Pieces(NamedTuple):
-    """Pieces of some rows: where each begins among the tokens of all, and how many it has."""
+    """Pieces of some rows of a shard: where each begins among its tokens, and how many it has."""
 
     starts: Indices  # N
     lengths: Indices  # N, tokens with a target
 
     @classmethod
-    def of(cls, num_tokens: npt.ArrayLike, max_length: int) -> "_Pieces":
-        """The pieces of rows of so many tokens each, laid end to end."""
+    def of(cls, first: Indices, num_tokens: npt.ArrayLike, max_length: int) -> "_Pieces":
+        """The pieces of rows that begin at these tokens and have so many."""
         tokens = np.asarray(num_tokens, np.int64)
         counts = -(-np.maximum(tokens - 1, 0) // max_length)
         owner = np.repeat(np.arange(len(tokens)), counts)
         inside = ranges(np.zeros(len(tokens), np.int64), counts) * max_length
-        return cls(ends(tokens)[owner] + inside, np.minimum(max_length, tokens[owner] - 1 - inside))
+        return cls(first[owner] + inside, np.minimum(max_length, tokens[owner] - 1 - inside))
 
 
 class CachedDocuments:
@@ -58,13 +70,15 @@ class CachedDocuments:
         splits: tuple[str, ...],
         max_length: int,
         hidden: tuple[str, ...] = (),
+        stream: Stream = ALONE,
     ) -> None:
         refuse_unkept(cache, hidden)
         self.cache, self.max_length, self.hidden = cache, max_length, hidden
+        self._stream = stream
         self._by_shard = [place.held for place in places(cache, rows, splits)]
         lengths, starts = cache.index()[1], ends([shard.rows for shard in cache.shards])
-        self._pieces = [
-            _Pieces.of(lengths[first + held], max_length).lengths
+        self._pieces = [  # where they begin is known when their shard is read
+            _Pieces.of(np.zeros_like(held), lengths[first + held], max_length).lengths
             for first, held in zip(starts[:-1], self._by_shard, strict=True)
         ]
         self.num_rows = sum(len(held) for held in self._by_shard)
@@ -90,15 +104,20 @@ class CachedDocuments:
             spent_unsorted += sum(len(part) * int(part.max()) for part in same_sizes)
         return 1 - self.num_targets / max(spent, 1), 1 - self.num_targets / max(spent_unsorted, 1)
 
-    def epoch(self, seed: int, epoch: int, batch_tokens: int) -> Generator[DistillBatch, None, None]:
-        """The batches of one training epoch, prefetched. The order depends on (seed, epoch) alone."""
-        return prefetch(self._epoch(seed, epoch, batch_tokens), PREFETCH_BYTES, lambda batch: batch.num_bytes)
+    def epoch(
+        self, seed: int, epoch: int, batch_tokens: int, start: int = 0
+    ) -> Generator[DistillBatch, None, None]:
+        """The batches of one training epoch from the `start`th on, read ahead.
+
+        The order depends on (seed, epoch) alone; shards whose batches all lie before `start` are not read.
+        """
+        return ahead(self._epoch(seed, epoch, batch_tokens, start), self._stream.readers)
 
     def in_order(self, batch_tokens: int) -> Iterator[DistillBatch]:
         """All pieces once, a shard at a time, those of like length together: for evaluation."""
         for shard, lengths in enumerate(self._pieces):
             if len(lengths):
-                window = _Window(self.cache, [(shard, self._by_shard[shard])], self.max_length, self.hidden)
+                window = _Window([self._read(shard)])
                 for part in order.token_batches(lengths, batch_tokens, BUCKET_BATCHES, 0):
                     yield window.batch(part)
 
@@ -122,51 +141,92 @@ class CachedDocuments:
             if len(lengths):
                 yield chosen, order.token_batches(lengths, batch_tokens, BUCKET_BATCHES, seed, epoch, number)
 
-    def _epoch(self, seed: int, epoch: int, batch_tokens: int) -> Iterator[DistillBatch]:
+    def _epoch(self, seed: int, epoch: int, batch_tokens: int, start: int) -> Iterator[DistillBatch]:
+        windows: list[tuple[list[int], Iterator[Indices]]] = []
         for shards, cut in self._order(seed, epoch, batch_tokens):
-            held = [(s, self._by_shard[s]) for s in shards]
-            window = _Window(self.cache, held, self.max_length, self.hidden)
-            for part in cut:
-                yield window.batch(part)
+            if start:  # lengths alone say what lies before it
+                parts = list(cut)
+                behind, start = min(start, len(parts)), max(0, start - len(parts))
+                if behind == len(parts):
+                    continue
+                cut = iter(parts[behind:])
+            windows.append((shards, cut))
+        reading = [partial(self._read, shard) for shards, _ in windows for shard in shards]
+        with decoded(reading, self._stream.readers) as held:
+            for shards, cut in windows:
+                window = _Window(list(itertools.islice(held, len(shards))))
+                for part in cut:
+                    yield self._own(part, window)
+
+    def _read(self, shard: int) -> "_Part":
+        """What the cache holds of one shard, and the pieces of its rows that are asked for."""
+        rows = self.cache.read(self.cache.shards[shard])
+        assert isinstance(rows, EntryRows)  # the spec says that there is a target a token
+        held, every = self._by_shard[shard], np.arange(len(rows.num_tokens))
+        states = read_states(self.cache, shard, self.hidden, every, rows.num_tokens)
+        pieces = _Pieces.of(ends(rows.num_tokens)[held], rows.num_tokens[held], self.max_length)
+        return _Part(rows, {name: kept.values for name, kept in states.items()}, pieces)
+
+    def _own(self, part: Indices, window: "_Window") -> DistillBatch:
+        """This rank's part of a global batch."""
+        ranks = self._stream.ranks
+        if ranks == 1:
+            return window.batch(part)
+        own, targets = order.part(part, self._stream.rank, ranks), window.num_targets(part)
+        whole = Whole(ranks, len(part), targets, targets, not len(own))
+        return window.batch(own if len(own) else part[:1])._replace(whole=whole)
+
+
+class _Part(NamedTuple):
+    """One shard in memory."""
+
+    rows: EntryRows
+    hidden: dict[str, npt.NDArray[np.float32]]
+    pieces: _Pieces
 
 
 class _Window:
-    """Rows of some shards in memory."""
+    """Some shards in memory, as they were read: a batch copies the tokens of its pieces, run by run."""
 
-    def __init__(
-        self,
-        cache: Cache,
-        held: Iterable[tuple[int, Indices]],
-        max_length: int,
-        hidden: tuple[str, ...],
-    ) -> None:
-        tokens, lengths, entries = [], [], []
-        states: list[dict[str, States]] = []
-        for shard, rows in held:
-            part = cache.read(cache.shards[shard])
-            assert isinstance(part, EntryRows)  # the spec says that there is a target a token
-            states.append(read_states(cache, shard, hidden, rows, part.num_tokens))
-            part = part.take(rows)
-            assert part.token_ids is not None
-            tokens.append(part.token_ids)
-            lengths.append(part.num_tokens)
-            entries.append(part.entries)
-        self._tokens = np.concatenate(tokens).astype(np.int64)
-        self._entries: Entries = concatenate(entries)
-        self._hidden = {name: kept.values for name, kept in laid_end_to_end(states).items()}
-        self._pieces = _Pieces.of(np.concatenate(lengths), max_length)
+    def __init__(self, parts: list[_Part]) -> None:
+        self._parts = parts
+        self._owner = np.repeat(np.arange(len(parts)), [len(part.pieces.lengths) for part in parts])
+        self._starts = np.concatenate([part.pieces.starts for part in parts])
+        self._lengths = np.concatenate([part.pieces.lengths for part in parts])
+
+    def num_targets(self, part: Indices) -> int:
+        """Those of these pieces."""
+        return int(self._lengths[part].sum())
 
     def batch(self, part: Indices) -> DistillBatch:
         """These pieces, padded on the right."""
-        starts, lengths = self._pieces.starts[part], self._pieces.lengths[part]
+        lengths = self._lengths[part]
         mask_BL = np.arange(lengths.max()) < lengths[:, None]
         ids_BL = np.full(mask_BL.shape, PAD_ID, np.int64)
-        places_T = ranges(starts, lengths)
-        ids_BL[mask_BL] = self._tokens[places_T]
-        targets = SparseTargets.of(self._entries.take(places_T))
-        labels_T = torch.from_numpy(self._tokens[places_T + 1])
-        hidden = {name: torch.from_numpy(states[places_T]) for name, states in self._hidden.items()}
-        return DistillBatch(torch.from_numpy(ids_BL), torch.from_numpy(mask_BL), labels_T, targets, hidden)
+        runs = [
+            (self._parts[owner], start, start + length)
+            for owner, start, length in zip(
+                self._owner[part].tolist(), self._starts[part].tolist(), lengths.tolist(), strict=True
+            )
+        ]
+        read = [(_tokens(own.rows), start, stop) for own, start, stop in runs]
+        ids_BL[mask_BL] = np.concatenate([tokens[start:stop] for tokens, start, stop in read])
+        following = [tokens[start + 1 : stop + 1] for tokens, start, stop in read]
+        labels_T = torch.from_numpy(np.concatenate(following, dtype=np.int64))
+        entries = concatenate([own.rows.entries.run(start, stop) for own, start, stop in runs])
+        hidden = {
+            name: torch.from_numpy(
+                np.concatenate([own.hidden[name][start:stop] for own, start, stop in runs])
+            )
+            for name in self._parts[0].hidden
+        }
+        ids, mask = torch.from_numpy(ids_BL), torch.from_numpy(mask_BL)
+        return DistillBatch(ids, mask, labels_T, SparseTargets.of(entries), hidden)
+
+
+def _tokens(rows: EntryRows) -> npt.NDArray[np.int32]:
+    assert rows.token_ids is not None
+    return rows.token_ids
 
 
 def _entropy(rows: object) -> npt.NDArray[np.float32]:

@@ -19,6 +19,11 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def ranks() -> tuple[int, int]:
+    """(the place of this process among those that torchrun started together, their number)."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def device() -> "torch.device":
     """The GPU where there is one, else the CPU."""
     import torch

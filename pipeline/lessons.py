@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from pipeline import config_recipes, inputs, kinds, layer_maps, row_tasks, students
-from pipeline.batches import CachedRows, DistillBatch
+from pipeline.batches import ALONE, CachedRows, DistillBatch, Stream
 from pipeline.data import POOL, VIEWS, Rows
 from pipeline.documents import CachedDocuments
 from pipeline.head_loss import head_loss, mixed
@@ -34,7 +34,7 @@ class Lesson(NamedTuple):
     num_outputs: int  # classes, or ids of the vocabulary
     num_targets: int  # of an epoch: what `advance` counts to
     steps: int  # of all epochs
-    batches: Callable[[int], Generator[Any, None, None]]  # of an epoch: DistillBatch, or several.TaskBatches
+    batches: Callable[..., Generator[Any, None, None]]  # of an epoch (from the start-th on)
     loss: Callable[[torch.nn.Module, Any, float], torch.Tensor]  # of such a batch; done: see training.fit
     validate: Callable[[torch.nn.Module], Validation]
     by_loss: bool  # what the best state is chosen by
@@ -58,13 +58,14 @@ def of_rows(
     rows: Rows,
     reader: inputs.Reader,
     seed: int,
+    stream: Stream = ALONE,
 ) -> Lesson:
     """That of a target a row: the answer to each row against its label and its cached target."""
     tokens, task = inputs.read(reader, rows), row_tasks.of(cache.identity.spec.task)
     match, hidden = recipe.match, cache.identity.spec.hidden
     plan = layer_maps.resolve("this run", match, student, hidden) if match else None
     names = plan.names if plan else ()
-    cached = CachedRows(cache, rows, tokens, reader.pad_id, taught_by(recipe), names)
+    cached = CachedRows(cache, rows, tokens, reader.pad_id, taught_by(recipe), names, stream)
     looked_at = () if recipe.predicts else names
     held_out = CachedRows(cache, rows, tokens, reader.pad_id, ("validation",), looked_at)
     sampled = isinstance(cache.codec, Sample | Threshold)
@@ -78,10 +79,20 @@ def of_rows(
         labels_T = batch.labels_T
         if recipe.pseudo_labels:
             labels_T = pseudo_labels(labels_T, _logits(batch.teacher, len(cache.labels)))
-        return task.loss(
-            said, labels_T, batch.teacher, at(recipe.alpha, done),
-            _temperature(recipe, batch, done), recipe.divergence, recipe.skew, sampled,
-        )  # fmt: skip
+
+        def mixed(alpha: float) -> torch.Tensor:
+            return task.loss(
+                said, labels_T, batch.teacher, alpha, _temperature(recipe, batch, done),
+                recipe.divergence, recipe.skew, sampled,
+            )  # fmt: skip
+
+        alpha, (share, label_share) = at(recipe.alpha, done), batch.shares
+        if recipe.pseudo_labels:
+            label_share = share  # every row has a label then
+        if share == label_share:
+            return share * mixed(alpha) if batch.whole else mixed(alpha)
+        # A rank's part: labels are a mean over labelled rows, what the teacher said one over all.
+        return label_share * alpha * mixed(1.0) + share * (1 - alpha) * mixed(0.0)
 
     def loss(model: torch.nn.Module, batch: DistillBatch, done: float) -> torch.Tensor:
         if match is None:
@@ -101,7 +112,7 @@ def of_rows(
         num_outputs=cache.identity.spec.num_outputs,
         num_targets=cached.num_rows,
         steps=recipe.epochs * cached.num_batches(recipe.batch_rows),
-        batches=lambda epoch: cached.epoch(seed, epoch, recipe.batch_rows),
+        batches=lambda epoch, start=0: cached.epoch(seed, epoch, recipe.batch_rows, start),
         loss=loss,
         validate=validate,
         by_loss=task.by_loss or not recipe.predicts,
@@ -113,10 +124,15 @@ def of_rows(
 
 
 def of_documents(
-    student: kinds.Llama, recipe: config_recipes.Recipe, cache: Cache, rows: Rows, seed: int
+    student: kinds.Llama,
+    recipe: config_recipes.Recipe,
+    cache: Cache,
+    rows: Rows,
+    seed: int,
+    stream: Stream = ALONE,
 ) -> Lesson:
     """A language model's: states of each token through the head, against the next token and the entries."""
-    cached = CachedDocuments(cache, rows, taught_by(recipe), student.max_length)
+    cached = CachedDocuments(cache, rows, taught_by(recipe), student.max_length, stream=stream)
     held_out = CachedDocuments(cache, rows, ("validation",), student.max_length)
     sampled = isinstance(cache.codec, Sample | Threshold)
 
@@ -128,7 +144,7 @@ def of_documents(
         num_outputs=cache.identity.spec.num_outputs,
         num_targets=cached.num_targets,
         steps=cached.num_steps(seed, recipe.epochs, recipe.batch_tokens),
-        batches=lambda epoch: cached.epoch(seed, epoch, recipe.batch_tokens),
+        batches=lambda epoch, start=0: cached.epoch(seed, epoch, recipe.batch_tokens, start),
         loss=lambda model, batch, done: language_loss(model, batch, at(recipe.alpha, done), sampled),
         validate=validate,
         by_loss=True,
@@ -170,7 +186,8 @@ def language_loss(model: torch.nn.Module, batch: DistillBatch, alpha: float, sam
         if alpha > 0:
             labels = mixed(batch.labels_T, batch.teacher, 1.0)
             loss = loss + alpha * head_loss(states_TD, head_VD, labels)
-    return loss / len(states_TD)
+    loss = loss / len(states_TD)
+    return batch.shares[0] * loss if batch.whole else loss
 
 
 def answers(model: torch.nn.Module, cached: CachedRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -20,16 +20,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pipeline import by_config, choosing, config, config_recipes, encoders, hardware, kinds, layer_maps
-from pipeline.data import POOL, SPLITS, VIEWS, Rows, load_rows
-from pipeline.decoders import refuse_misfit
-from pipeline.mixing import refuse_unverified
+from pipeline import choosing, config, config_recipes, hardware, kinds, ranks
+from pipeline.data import POOL, Rows, load_rows
 from pipeline.progress import bars, log
-from pipeline.schedules import ends
-from pipeline.targets import refuse_recipe, refuse_task, refuse_truncated
+from pipeline.run_checks import refuse_run, refuse_start, start_of
 from pipeline.tokens import TextReader
 from storage import Cache
-from storage.errors import ConfigError, DataError, Mismatch, SpecMismatch, TrainingError
+from storage.errors import TrainingError
 from storage.mixture import Mixture, open_cache
 
 if TYPE_CHECKING:
@@ -67,7 +64,17 @@ class Job(NamedTuple):
     recipe: config_recipes.Recipe
     paths: config.RunPaths
     trial: choosing.Trial | None = None  # what it judges; None: a student that is kept
+    readers: int = 1  # threads that read the cache for it
+    checkpoint_minutes: float | None = None  # how often it writes down where it stands; None: never
     parts: dict[str, Part] = {}  # noqa: RUF012 (a default of NamedTuple is never changed)
+
+    @property
+    def one_by_one(self) -> dict[str, "Job"]:
+        """Of several tasks: each as if it were alone."""
+        return {
+            task: self._replace(recipe=part.recipe, paths=part.paths, parts={})
+            for task, part in self.parts.items()
+        }
 
     @property
     def label(self) -> str:
@@ -94,30 +101,44 @@ def train(
     recipe: config_recipes.Recipe,
     seeds_at_once: int | None,
     paths: config.RunPaths,
+    readers: int = 1,
+    checkpoint_minutes: float | None = None,
 ) -> dict[str, Any]:
     """Train every seed of a run and write its directory; return the content of training.json.
 
-    Refuses a cache that was not verified or does not fit, before the first step.
+    Refuses a cache that was not verified or does not fit, before the first step. Where an earlier process was
+    killed, it goes on from the checkpoints that were left; they are removed when the run is done. Processes
+    that torchrun started train one seed after the other together, and the first of them writes.
     """
-    start_importing()
+    rank, num_ranks = hardware.ranks()
+    first = rank == 0
+    if num_ranks == 1:
+        start_importing()
+    else:
+        ranks.refuse_misfit(name, recipe, num_ranks)
     cache, rows = open_inputs(paths)
     refuse_run(name, cache, rows, student, recipe, paths.verified)
-    _refuse_start(name, cache, student, paths.init)
-    if paths.out.exists():
-        shutil.rmtree(paths.out)
-    make_reader(student, cache, rows, paths.out / "tokenizer", paths.init)
+    refuse_start(name, cache, student, paths.init)
+    if first:
+        if paths.out.exists():
+            shutil.rmtree(paths.out)
+        make_reader(student, cache, rows, paths.out / "tokenizer", paths.init)
     record: dict[str, Any] = {"family": recipe.family}
     if skipped := len(rows.select(SKIPPED)):
         record["skipped_rows"] = skipped
         log(f"{name}: {skipped:,} rows are left out, because a cache lacks them")
     if recipe.grid:
-        job = Job(run.seeds[0], 1, student, recipe, paths)
+        job = Job(run.seeds[0], 1, student, recipe, paths, None, readers, checkpoint_minutes)
         recipe, record["choice"] = _choose(name, rows, job, seeds_at_once)
-    jobs = [Job(seed, 1, student, recipe, paths) for seed in run.seeds]
+    jobs = [Job(seed, 1, student, recipe, paths, None, readers, checkpoint_minutes) for seed in run.seeds]
     trained = side_by_side(name, jobs, seeds_at_once)
-    tell(name, trained)
+    if first:
+        tell(name, trained)
     record["seeds"] = [seed_record(job, done) for job, done in zip(jobs, trained, strict=True)]
-    write_json(record, paths.out / RECORD)
+    if first:
+        write_json(record, paths.out / RECORD)
+        if paths.checkpoints:
+            shutil.rmtree(paths.checkpoints, ignore_errors=True)
     return record
 
 
@@ -170,95 +191,6 @@ def write_curve(record: dict[str, Any], path: Path) -> None:
             writer.writerow([rows, len(points), *(f"{mean:.5f}" for mean in means)])
 
 
-def refuse_run(
-    name: str, cache: Cache, rows: Rows, student: kinds.Student, recipe: config_recipes.Recipe, verified: Path
-) -> None:
-    """Raise ConfigError, DataError or SpecMismatch where this cache cannot teach the student so."""
-    refuse_unverified(cache, verified)
-    refuse_task(f"runs.{name}", cache.identity.spec.task, student.kind)
-    refuse_recipe(f"runs.{name}", cache.identity.spec.task, recipe)
-    if student.kind == "llama" and student.tokenizer != "teacher":
-        raise ConfigError(
-            f"the student of runs.{name} has a tokenizer of its own ({student.tokenizer} entries), but "
-            "learns to expect the teacher's tokens.\nWrite tokenizer: teacher."
-        )
-    if recipe.pseudo_labels and cache.identity.spec.per_position:
-        raise ConfigError(
-            f"runs.{name}: its recipe gives the pool pseudo-labels, and text that is to be continued has "
-            "labels of its own, the next tokens.\nWrite pseudo_labels: false."
-        )
-    if recipe.pool and not len(rows.select(POOL)):
-        raise DataError(
-            f"runs.{name}: its recipe trains on the pool, and the dataset has none.\n"
-            "Add a pool under datasets, or choose a recipe with pool: false."
-        )
-    if recipe.match:
-        layer_maps.resolve(f"runs.{name}", recipe.match, student, cache.identity.spec.hidden)
-    for one in [recipe.chosen(values) for values in recipe.grid] or [recipe]:
-        if not one.predicts or min(ends(one.alpha)) == 1:
-            continue
-        refuse_truncated(f"runs.{name}", cache.codec, one.divergence, one.temperature)
-        if cache.identity.spec.per_position and any(end != 1 for end in ends(one.temperature)):
-            raise SpecMismatch(
-                f"the cache does not fit runs.{name}",
-                [Mismatch("recipe.temperature", one.temperature, 1)],
-                "The loss of a language model's head has no temperature. Write temperature: 1.",
-            )
-    if not len(rows.select("train")):
-        raise DataError(
-            f"runs.{name}: no row to train on is in all caches of {cache.path.parent}.\n"
-            "Mix caches of the same dataset: row ids are made of a dataset's name and its texts."
-        )
-    there = 0 if rows.views is None else int(rows.views.max())
-    if recipe.views > there:
-        raise DataError(
-            f"runs.{name}: its recipe trains on {recipe.views} views of each training row, and the dataset "
-            f"has {there}.\nMake more of them (augmented.NAME.views), or lower the recipe's views."
-        )
-    rows = rows.with_views(recipe.views, recipe.view_labels)
-    wanted = rows.row_ids.take(rows.select(*SPLITS, VIEWS, *((POOL,) if recipe.pool else ())))
-    cache.check(f"runs.{name}", labels=rows.label_names, row_ids=wanted)
-
-
-def start_of(init: Path, seed: int) -> Path:
-    """The student of a trained run that this seed starts from: that of the same seed, or its only one."""
-    own = init / f"seed-{seed}"
-    return own if own.is_dir() else next(init.glob("seed-*"))
-
-
-def _refuse_start(name: str, cache: Cache, student: kinds.Student, init: Path | None) -> None:
-    if isinstance(student, kinds.Transformers):
-        by_config.settings(student, 2, len(cache.labels))
-    if init:
-        _refuse_other_run(name, cache, student, init)
-    elif (
-        isinstance(student, kinds.FC | kinds.BiLSTM | kinds.TinyBERT)
-        and student.init
-        and student.init.from_teacher
-    ):
-        what, held = f"the student of runs.{name}", cache.weights_dir
-        encoders.refuse_misfit(what, student, held, cache.weights_layers)
-    elif isinstance(student, kinds.Llama) and student.init:
-        refuse_misfit(f"the student of runs.{name}", student, cache.weights_dir, cache.weights_layers)
-
-
-def _refuse_other_run(name: str, cache: Cache, student: kinds.Student, init: Path) -> None:
-    """Raise SpecMismatch where the students of the run before are not those that this run trains on."""
-    facts = json.loads((next(init.glob("seed-*")) / "student.json").read_text())
-    sizes = {"student": student.model_dump(mode="json"), "num_labels": cache.identity.spec.num_outputs}
-    wrong = [Mismatch(key, facts[key], wanted) for key, wanted in sizes.items() if facts[key] != wanted]
-    known = cache.identity.tokenizer
-    if known is not None and not isinstance(student, kinds.MLP) and student.tokenizer == "teacher":
-        reads = TextReader(init / "tokenizer", student.max_length, "truncate").identity().content
-        if reads != known.content:
-            wrong.append(Mismatch("tokenizer.content", reads, known.content))
-    if wrong:
-        raise SpecMismatch(
-            f"the students of {init} are no start for chained.{name}", wrong,
-            "Chain runs of one student, over caches of one tokenizer and as many classes.",
-        )  # fmt: skip
-
-
 def _choose(
     name: str, rows: Rows, job: Job, seeds_at_once: int | None
 ) -> tuple[config_recipes.Recipe, dict[str, Any]]:
@@ -308,6 +240,8 @@ def seed_record(job: Job, done: "Trained") -> dict[str, Any]:
 def side_by_side(name: str, jobs: list[Job], seeds_at_once: int | None) -> list["Trained"]:
     """Train the jobs in processes side by side, with a bar each; they share the cores. The first error ends
     all."""
+    if hardware.ranks()[1] > 1:
+        return ranks.one_by_one(jobs)
     at_once = min(len(jobs), seeds_at_once or SEEDS_PER_CORE * hardware.num_cores())
     threads = max(1, hardware.num_cores() // at_once)
     jobs = [job._replace(threads=threads) for job in jobs]

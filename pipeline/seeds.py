@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
+from accelerate import PartialState
 
 from pipeline import (
     by_config,
@@ -16,10 +17,13 @@ from pipeline import (
     inputs,
     kinds,
     lessons,
+    resuming,
     students,
 )
+from pipeline.batches import Stream
 from pipeline.data import POOL, Rows
-from pipeline.runs import Job, open_inputs, start_of
+from pipeline.run_checks import start_of
+from pipeline.runs import Job, open_inputs
 from pipeline.several import Joined
 from pipeline.training import Fit, Settings, fit
 from pipeline.tuning import Setup, fastest
@@ -39,16 +43,20 @@ class Trained(NamedTuple):
 def train_seed(
     job: Job, tell: Callable[[int], object] = lambda targets: None, every_seconds: float = 0.5
 ) -> Trained:
-    """Train one seed, and save it where it is no trial.
+    """Train one seed, and save it where it is no trial; go on from its checkpoint where there is one.
 
     `tell` hears how many targets there are in all, then how many more are done.
     Raises TrainingError where it diverges.
     """
+    rank, ranks = hardware.ranks()
+    if ranks > 1:
+        PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()  # for the first one's tokenizer
     hardware.pin_threads(1)
     torch.manual_seed(job.seed)
     student, recipe = job.student, job.recipe
-    own = {name: _taught(job._replace(recipe=p.recipe, paths=p.paths)) for name, p in job.parts.items()}
-    cache, rows, reader, lesson, num_ids = next(iter(own.values())) if own else _taught(job)
+    stream = Stream(rank, ranks, job.readers)
+    own = {task: _taught(part_job, stream) for task, part_job in job.one_by_one.items()}
+    cache, rows, reader, lesson, num_ids = next(iter(own.values())) if own else _taught(job, stream)
     labels, joined = cache.labels, None
     if own:
         weights = {name: part.weight for name, part in job.parts.items()}
@@ -66,10 +74,21 @@ def train_seed(
         initialise.from_teacher(cast(students.Llama, model), student, cache.weights_dir)
     elif isinstance(student, kinds.FC | kinds.BiLSTM | kinds.TinyBERT) and student.init:
         encoder_start.begin(model, student, cache.weights_dir if cache.weights_layers else None)
+    keeper = resuming.of_job(job)
     setup = Setup(1, "float32", {})
-    if cache.identity.spec.per_position:
+    if keeper and keeper.kept:
+        setup = Setup(**keeper.notes["setup"])
+        if joined:
+            joined.resume(keeper.notes["tasks"])
+    elif cache.identity.spec.per_position and ranks > 1:  # all must run alike
+        setup = Setup(job.threads, hardware.precision(recipe.precision), {})
+    elif cache.identity.spec.per_position:
         setup = fastest(model, lesson, job.threads, recipe.precision)
         torch.manual_seed(job.seed)
+    if keeper:
+        keeper.notes = {"setup": setup._asdict(), "tasks": joined.kept if joined else None}
+    if ranks > 1:
+        torch.manual_seed(job.seed * ranks + rank)  # each drops units of its own rows
     hardware.pin_threads(setup.threads)
     tell(recipe.epochs * lesson.num_targets)
     done = fit(
@@ -89,8 +108,9 @@ def train_seed(
             by_loss=lesson.by_loss,
         ),
         _in_gulps(tell, every_seconds),
+        keeper,
     )
-    if job.trial is None:
+    if job.trial is None and rank == 0:
         heads = joined.heads if joined else None
         students.save(job.paths.out / f"seed-{job.seed}", model, student, num_ids, lesson.num_outputs, heads)
     rows_seen = round(done.rows_seen * lesson.rows_a_piece * _share_asked(recipe, rows))
@@ -114,7 +134,7 @@ class _Taught(NamedTuple):
     num_ids: int  # of the vocabulary, or numbers of an image
 
 
-def _taught(job: Job) -> _Taught:
+def _taught(job: Job, stream: Stream) -> _Taught:
     student, recipe = job.student, job.recipe
     cache, rows = open_inputs(job.paths)
     rows = rows.with_views(recipe.views, recipe.view_labels)
@@ -123,9 +143,9 @@ def _taught(job: Job) -> _Taught:
     rows = rows.only("validation", *lessons.taught_by(recipe))
     reader = inputs.of_student(student, rows, job.paths.out / "tokenizer")
     if isinstance(student, kinds.Llama):
-        lesson = lessons.of_documents(student, recipe, cache, rows, job.seed)
+        lesson = lessons.of_documents(student, recipe, cache, rows, job.seed, stream)
         return _Taught(cache, rows, reader, lesson, lesson.num_outputs)
-    lesson = lessons.of_rows(student, recipe, cache, rows, reader, job.seed)
+    lesson = lessons.of_rows(student, recipe, cache, rows, reader, job.seed, stream)
     return _Taught(cache, rows, reader, lesson, reader.num_ids)
 
 

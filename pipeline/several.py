@@ -40,18 +40,11 @@ class TaskBatches(NamedTuple):
         return sum(part.num_targets for part in self.parts)
 
 
-class Look(NamedTuple):
-    """One look at a task on the way."""
-
-    rows: int  # of the task, seen until then
-    train_loss: float  # mean since the look before
-    seen: Validation
-
-
 class Joined:
     """Lessons by the names of their tasks, and how much the loss of each counts.
 
-    `heads` has the outputs of each task, from and to. `lesson` is what the student is trained with.
+    `heads` has the outputs of each task, from and to. `lesson` is what the student is trained with. `kept` is
+    what happened to each task until now, as JSON: a checkpoint has it, and `resume` goes on from there.
     """
 
     def __init__(self, lessons: Mapping[str, Lesson], weights: Mapping[str, float]) -> None:
@@ -59,9 +52,9 @@ class Joined:
         self._shares = {name: weights[name] / sum(weights[task] for task in lessons) for name in lessons}
         ends = list(accumulate(lesson.num_outputs for lesson in lessons.values()))
         self.heads = dict(zip(lessons, zip([0, *ends], ends, strict=False), strict=True))
-        self._rows = dict.fromkeys(lessons, 0)
-        self._losses: dict[str, list[float]] = {name: [] for name in lessons}
-        self._looks: dict[str, list[Look]] = {name: [] for name in lessons}
+        self.kept: dict[str, dict[str, Any]] = {
+            name: {"rows": 0, "losses": [], "looks": []} for name in lessons
+        }
         self._longest = max(lessons, key=lambda name: lessons[name].steps)
 
     @property
@@ -84,17 +77,11 @@ class Joined:
     def told(self, fit: Fit) -> dict[str, dict[str, Any]]:
         """What became of each task: rows seen, its curve, and where it stood in the state that was kept."""
         found = {}
-        for name, looks in self._looks.items():
-            curve = [
-                {
-                    **point, "rows": look.rows, "train_loss": look.train_loss,
-                    "validation_accuracy": look.seen.accuracy, "validation_loss": look.seen.loss,
-                }
-                for point, look in zip(fit.curve, looks, strict=True)
-            ]  # fmt: skip
+        for name, kept in self.kept.items():
+            curve = [{**point, **look} for point, look in zip(fit.curve, kept["looks"], strict=True)]
             best = next(point for point in curve if point["step"] == fit.best_step)
             found[name] = {
-                "rows_seen": self._rows[name],
+                "rows_seen": kept["rows"],
                 "cut_rows": self._lessons[name].cut_rows,
                 "best_accuracy": best["validation_accuracy"],
                 "best_loss": best["validation_loss"],
@@ -102,14 +89,22 @@ class Joined:
             }
         return found
 
-    def _epoch(self, epoch: int) -> Generator[TaskBatches, None, None]:
+    def resume(self, kept: dict[str, dict[str, Any]]) -> None:
+        """Go on from where another process stood."""
+        for name, own in self.kept.items():
+            own.update(kept[name])
+
+    def _epoch(self, epoch: int, start: int = 0) -> Generator[TaskBatches, None, None]:
         """As many steps as the longest task has batches; shorter ones begin again, in another order.
 
         A function of (seed, epoch) alone, as the order of each task is. The first round of a task is the
         epoch that it has in a run of its own.
         """
         rounds = {name: _rounds(self._lessons[name], epoch) for name in self._lessons}
-        with closing(self._lessons[self._longest].batches(epoch)) as leading:
+        for name, own in rounds.items():
+            for _ in range(start if name != self._longest else 0):
+                next(own)  # how many a round has is known at its end alone
+        with closing(self._lessons[self._longest].batches(epoch, start)) as leading:
             try:
                 for first in leading:
                     yield TaskBatches(
@@ -124,8 +119,8 @@ class Joined:
         parts = []
         for (name, lesson), part in zip(self._lessons.items(), batch.parts, strict=True):
             loss = lesson.loss(OneTask(model, self.heads[name]), part, done)
-            self._rows[name] += part.num_rows
-            self._losses[name].append(float(loss.detach()))
+            self.kept[name]["rows"] += part.num_rows
+            self.kept[name]["losses"].append(float(loss.detach()))
             parts.append(self._shares[name] * loss)
         return torch.stack(parts).sum()
 
@@ -134,9 +129,11 @@ class Joined:
         accuracy = loss = 0.0
         for name, lesson in self._lessons.items():
             seen = lesson.validate(OneTask(model, self.heads[name]))
-            losses = self._losses[name]
-            self._looks[name].append(Look(self._rows[name], sum(losses) / max(1, len(losses)), seen))
-            self._losses[name] = []
+            kept = self.kept[name]
+            look = {"rows": kept["rows"], "train_loss": sum(kept["losses"]) / max(1, len(kept["losses"]))}
+            look |= {"validation_accuracy": seen.accuracy, "validation_loss": seen.loss}
+            kept["looks"].append(look)
+            kept["losses"] = []
             accuracy += self._shares[name] * seen.accuracy
             loss += self._shares[name] * seen.loss
         return Validation(accuracy, loss)

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import config_tasks, kinds, runs
+from pipeline import config, config_tasks, hardware, kinds, runs
+from pipeline.run_checks import refuse_run
 from storage import Cache
-from storage.errors import Mismatch, SpecMismatch
+from storage.errors import ConfigError, Mismatch, SpecMismatch
 
 SEVERAL = ", several tasks"  # what is learned beside others is a family of its own
 
@@ -22,26 +23,45 @@ def train(
     entry: config_tasks.Multitask,
     student: kinds.Student,
     parts: dict[str, runs.Part],
-    seeds_at_once: int | None,
+    workers: config.Workers,
     out: Path,
 ) -> dict[str, Any]:
     """Train every seed of a run of several tasks and write its directory; return the content of
     training.json.
 
     `parts` are its tasks by name. Refuses caches that were not verified or do not fit, before the first step.
+    A killed one goes on from its checkpoints, as in runs.train.
     """
+    if (num_ranks := hardware.ranks()[1]) > 1:
+        raise ConfigError(
+            f"multitask.{name}: found {num_ranks} processes, expected one: several tasks train in one.\n"
+            f"Run python -m stages.train_tasks {name}"
+        )
     runs.start_importing()
     opened = {task: runs.open_inputs(part.paths) for task, part in parts.items()}
     for task, (cache, rows) in opened.items():
         part = parts[task]
-        runs.refuse_run(task, cache, rows, student, part.recipe, part.paths.verified)
+        refuse_run(task, cache, rows, student, part.recipe, part.paths.verified)
     refuse_apart(name, {task: cache for task, (cache, _) in opened.items()}, student)
     shutil.rmtree(out, ignore_errors=True)
     (cache, rows), *others = opened.values()
     runs.make_reader(student, cache, rows, out / "tokenizer", others=[rows for _, rows in others])
     first = next(iter(parts.values()))
-    jobs = [runs.Job(seed, 1, student, first.recipe, first.paths, parts=parts) for seed in entry.seeds]
-    trained = runs.side_by_side(name, jobs, seeds_at_once)
+    jobs = [
+        runs.Job(
+            seed,
+            1,
+            student,
+            first.recipe,
+            first.paths,
+            None,
+            workers.readers,
+            workers.checkpoint_minutes,
+            parts,
+        )
+        for seed in entry.seeds
+    ]  # fmt: skip
+    trained = runs.side_by_side(name, jobs, workers.seeds_at_once)
     runs.tell(name, trained)
     seeds = [runs.seed_record(job, done) for job, done in zip(jobs, trained, strict=True)]
     record: dict[str, Any] = {"tasks": {}, "seeds": seeds}
@@ -56,6 +76,8 @@ def train(
             ],
         }
     runs.write_json(record, out / runs.RECORD)
+    if first.paths.checkpoints:
+        shutil.rmtree(first.paths.checkpoints, ignore_errors=True)
     return record
 
 

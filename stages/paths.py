@@ -12,6 +12,7 @@ CACHES = Path("caches")
 VERIFIED = Path("verified")
 TASKS = Path("tasks")
 MODELS = Path("models")
+TRAINING = Path(".stillroom/training")  # DVC removes models/RUN before it is trained
 EXPORTED = Path("exported")
 EVAL = Path("results/eval")
 EXPORT = Path("results/export")
@@ -29,4 +30,5 @@ def of_run(name: str, run: Run) -> RunPaths:
         out=MODELS / (run.run if isinstance(run, TaskRun) else name),
         init=MODELS / run.init if isinstance(run, ChainedRun) else None,
         task=name if isinstance(run, TaskRun) else None,
+        checkpoints=TRAINING / (run.run if isinstance(run, TaskRun) else name),
     )

@@ -13,8 +13,8 @@ def main(name: str) -> None:
         task: runs.Part(params.recipes[run.recipe], paths.of_run(task, run), entry.weights[task])
         for task, run in tasks.items()
     }
-    student, at_once = params.students[entry.student], params.workers.seeds_at_once
-    record = task_runs.train(name, entry, student, parts, at_once, paths.MODELS / name)
+    student = params.students[entry.student]
+    record = task_runs.train(name, entry, student, parts, params.workers, paths.MODELS / name)
     runs.write_curve(record, paths.CURVES / f"{name}.csv")
 
 

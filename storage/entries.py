@@ -37,11 +37,19 @@ class Entries(NamedTuple):
 
     def take(self, positions: npt.NDArray[np.int64]) -> Self:
         """The entries of these positions, in this order."""
-        counts = self.counts[positions]
+        counts = self.offsets[positions + 1] - self.offsets[positions]  # of these alone: all may be many
         chosen = ranges(self.offsets[positions], counts)
         return type(self)(
             ends(counts), self.ids[chosen], self.weights[chosen],
             self.num_exact[positions], self.log_tail[positions],
+        )  # fmt: skip
+
+    def run(self, start: int, stop: int) -> Self:
+        """The entries of positions start to stop, without a copy of their ids and weights."""
+        first, last = self.offsets[start], self.offsets[stop]
+        return type(self)(
+            self.offsets[start : stop + 1] - first, self.ids[first:last], self.weights[first:last],
+            self.num_exact[start:stop], self.log_tail[start:stop],
         )  # fmt: skip
 
 

@@ -29,6 +29,15 @@ def windows(num_shards: int, per_window: int, *key: int) -> list[Indices]:
     return [order[start : start + per_window] for start in range(0, num_shards, per_window)]
 
 
+def part(batch: Indices, rank: int, ranks: int) -> Indices:
+    """The contiguous part of a global batch that process `rank` of `ranks` takes, all about equally large.
+
+    The parts of all ranks, end to end, are the batch. Where it has fewer rows than there are ranks, some
+    parts are empty: nothing is ever repeated.
+    """
+    return batch[len(batch) * rank // ranks : len(batch) * (rank + 1) // ranks]
+
+
 def batches(
     lengths: Sequence[int] | Indices, batch_rows: int, bucket_batches: int, *key: int
 ) -> Iterator[Indices]:

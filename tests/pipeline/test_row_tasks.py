@@ -25,6 +25,7 @@ from pipeline import (
     lessons,
     row_losses,
     row_metrics,
+    run_checks,
     runs,
     seeds,
     students,
@@ -108,7 +109,7 @@ def test_every_task_goes_from_rows_to_results(worlds: dict[str, World], name: st
     assert cache.manifest.format_version == 4
     run = config.Run(dataset="toy", cache="toy", student="s", recipe="r")
     paths = world.paths(tmp_path / "model")
-    runs.refuse_run("run", cache, data.load_rows(world.dataset), student, recipe(name), paths.verified)
+    run_checks.refuse_run("run", cache, data.load_rows(world.dataset), student, recipe(name), paths.verified)
     runs.make_reader(student, cache, data.load_rows(world.dataset), paths.out / "tokenizer")
     done = seeds.train_seed(runs.Job(0, 1, student, recipe(name), paths))
     body = {"seeds": [{"seed": 0, "seconds": done.fit.seconds}]}
@@ -146,7 +147,7 @@ def test_a_recipe_whose_loss_the_task_has_not_is_refused(
     world = worlds[name]
     student = MLP if name == "images" else FC
     with pytest.raises(SpecMismatch, match=field):
-        runs.refuse_run(
+        run_checks.refuse_run(
             "run", Cache.open(world.cache), data.load_rows(world.dataset), student, recipe(name, **changes),
             world.root / "verified.json",
         )  # fmt: skip
@@ -156,7 +157,7 @@ def test_a_student_of_text_is_refused_for_images_and_one_of_images_for_text(worl
     for name, student in (("images", FC), ("numbers", MLP)):
         world = worlds[name]
         with pytest.raises(SpecMismatch, match=r"spec\.task"):
-            runs.refuse_run(
+            run_checks.refuse_run(
                 "run", Cache.open(world.cache), data.load_rows(world.dataset), student, recipe(name),
                 world.root / "verified.json",
             )  # fmt: skip

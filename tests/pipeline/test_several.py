@@ -5,6 +5,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -75,7 +76,7 @@ def written(parts: dict[str, runs.Part], out: Path) -> dict[str, runs.Part]:
 def train(parts: dict[str, runs.Part], out: Path, student: Any = FC, **entry: Any) -> dict[str, Any]:
     weights = {task: part.weight for task, part in parts.items()}
     whole = config_tasks.Multitask(student="fc", weights=weights, **entry)
-    return task_runs.train("both", whole, student, written(parts, out), 2, out)
+    return task_runs.train("both", whole, student, written(parts, out), config.Workers(seeds_at_once=2), out)
 
 
 class Learned:
@@ -285,7 +286,7 @@ def test_each_task_is_evaluated_by_its_own_outputs_of_the_student(trained: dict[
     rows = data.load_rows(trained["sense"].paths.dataset).only("test")
     said = answers(trained["sense"], 1, rows.texts.to_pylist(), SPANS["sense"])
     held = pq.read_table(trained["sense"].paths.cache / "logits").to_pandas().set_index("row_id")["embedding"]
-    wanted = torch.tensor(held.loc[rows.row_ids.to_pylist()].tolist())
+    wanted = torch.from_numpy(np.stack(held.loc[rows.row_ids.to_pylist()].tolist()))
     found = cosine_similarity(said, wanted).mean().item()
     assert sense["cosine"]["values"][1] == pytest.approx(found, abs=1e-5)
     assert (mood["about"]["run"], mood["about"]["task"]) == ("both", "sequence-classification")

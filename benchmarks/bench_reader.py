@@ -1,0 +1,143 @@
+"""A training's batches from a cache, against the stream readers that people use: targets/s, memory, start.
+
+A synthetic cache of a language model: rows of 100 to 300 tokens, 4 to 16 entries a token, plain layout, so
+that `datasets` reads the same Parquet; webdataset and litdata hold the same records in their formats. Each
+reader runs in a process of its own, cold (its files dropped from the page cache) and then warm, peers with
+no workers and with two, and the better counts. Peers are installed without their dependencies beside this
+environment, into benchmarks/.peers. Then ours over a cache of smaller shards, and over 20 times as many of
+them: what its memory grows by.
+
+Last line: JSON with targets/s of ours over those of the best peer (warm), theirs, and that growth.
+"""
+
+import json
+import shutil
+import site
+import statistics
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import pyarrow as pa
+
+from storage.entries import Entries, ends
+from storage.records import EntryRows
+from storage.spec import Identity, Threshold, row_id
+from storage.writer import Store, seal
+from tests.storage.conftest import IDENTITY
+
+SHARDS, SHARD_ROWS, VOCAB = 24, 512, 49_152
+TIMES, SMALLER = 20, 128  # rows a shard where memory is measured: 24 of them are more than a window
+EPOCHS = 4  # the first is cold, the median of the others is warm
+READERS = Path(__file__).with_name("readers.py")
+PEERS = Path(__file__).with_name(".peers")
+PINS = {
+    "datasets": [],
+    "webdataset": ["webdataset==1.0.2", "braceexpand==0.1.7"],
+    "litdata": ["litdata==0.2.76", "lightning-utilities==0.15.3", "obstore==0.12.1", "tifffile==2026.3.3"],
+}
+
+
+def shard(number: int, num_rows: int) -> EntryRows:
+    """Rows of random tokens, entries and weights; those of shard n and n + SHARDS differ by their names."""
+    random = np.random.default_rng(number % SHARDS)
+    lengths = random.integers(100, 301, num_rows).astype(np.int32)
+    counts = random.integers(4, 17, lengths.sum())
+    offsets = ends(counts)
+    weights = random.random(offsets[-1], np.float32) ** 3
+    weights /= np.repeat(np.add.reduceat(weights, offsets[:-1]), counts)
+    entries = Entries(
+        offsets, random.integers(0, VOCAB, offsets[-1], np.int32), weights,
+        (counts // 2).astype(np.int32), np.full(len(counts), -np.inf, np.float32),
+    )  # fmt: skip
+    names = pa.array([row_id("bench", f"{number}/{row}") for row in range(num_rows)])
+    tokens = random.zipf(1.2, lengths.sum()).clip(max=VOCAB - 1).astype(np.int32)
+    entropy = np.ones(num_rows, np.float32)
+    return EntryRows(names, names, lengths, lengths, entries, tokens, entropy)
+
+
+def make(root: Path, num_shards: int, num_rows: int = SHARD_ROWS) -> None:
+    """A cache of so many shards at root/cache."""
+    body = {
+        **IDENTITY.spec.model_dump(),
+        "hidden": None,
+        "task": "causal-lm",
+        "labels": (),
+        "vocab_size": VOCAB,
+    }
+    body["codec"] = Threshold(tau=0.07, seed=0, layout="plain")
+    identity = Identity(**{**dict(IDENTITY), "spec": type(IDENTITY.spec).model_validate(body)})
+    store = Store(root / "store")
+    shards = [store.put(identity, shard(number, num_rows), {}, 1.0) for number in range(num_shards)]
+    seal(root / "cache", identity, shards, {"tokenizer.json": b"{}\n"}, {})
+    shutil.rmtree(root / "store")
+
+
+def python(peer: str) -> str:
+    """The interpreter that has this peer, beside all that this environment has."""
+    if not PINS.get(peer):
+        return sys.executable
+    place = PEERS / peer
+    if not (place / "ready").is_file():
+        venv.create(place, with_pip=True, clear=True)
+        (beside,) = place.glob("lib/*/site-packages")
+        (beside / "beside.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+        subprocess.run([place / "bin/pip", "install", "--quiet", "--no-deps", *PINS[peer]], check=True)
+        (place / "ready").touch()
+    return str(place / "bin/python")
+
+
+def run(reader: str, root: Path, *arguments: object) -> dict[str, Any]:
+    """What one reader tells of itself."""
+    command = [python(reader), str(READERS), reader, str(root), *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    lines = done.stdout.splitlines()
+    found: dict[str, Any] = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
+    return found
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        make(root, SHARDS)
+        for peer in ("webdataset", "litdata"):
+            run(peer, root, "write")
+        found: dict[str, dict[str, Any]] = {}
+        for reader in ("ours", "datasets", "webdataset", "litdata"):
+            for workers in (1, 2) if reader == "ours" else (0, 2):
+                one = run(reader, root, workers, EPOCHS, "cold")
+                one["cold"] = one["targets"] / one["seconds"][0]
+                one["warm"] = one["targets"] / statistics.median(one["seconds"][1:])
+                found[f"{reader}, {workers} {'readers' if reader == 'ours' else 'workers'}"] = one
+                print(
+                    f"{reader:11} {workers}  cold {one['cold']:12,.0f} targets/s  warm {one['warm']:12,.0f}"
+                    f"  first batch {one['first']:6.2f} s  peak {one['peak'] / 2**20:7,.0f} MiB", flush=True,
+                )  # fmt: skip
+        assert len({(one["targets"], one["checksum"]) for one in found.values()}) == 1, "other records"
+        peaks = []
+        for times in (1, TIMES):
+            shutil.rmtree(root / "cache")
+            make(root, times * SHARDS, SMALLER)
+            peaks.append(run("ours", root, 1, 1)["peak"])
+            print(f"ours, {times} times the data: peak {peaks[-1] / 2**20:,.0f} MiB", flush=True)
+    rates = {name: one["warm"] for name, one in found.items()}
+    best = {p: max(rate for name, rate in rates.items() if name.startswith(p)) for p in PINS}
+    common.close(
+        {
+            "ours_over_best_peer": rates["ours, 1 readers"] / max(best.values()),
+            "ours_over_best_peer_cold": found["ours, 1 readers"]["cold"]
+            / max(one["cold"] for name, one in found.items() if not name.startswith("ours")),
+            "ours": rates["ours, 1 readers"],
+            "peers": best,
+            "peak_memory_growth_20x": peaks[1] / peaks[0],
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

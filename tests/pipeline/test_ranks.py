@@ -1,0 +1,96 @@
+"""Two real processes of torchrun: each step's gradients are those of one process, and a run is one run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from pipeline import config, ranks, runs
+from pipeline.config_recipes import Recipe
+from storage.errors import ConfigError
+from tests import toy
+from tests.pipeline import gradients
+from tests.pipeline.conftest import World
+from tests.pipeline.test_language_caches import Prose
+from tests.pipeline.test_resuming import project
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.fixture(scope="module")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Prose:
+    made = Prose(tmp_path_factory.mktemp("ranks"))
+    made.make_teacher()
+    made.capture()
+    return made
+
+
+@pytest.fixture(scope="module")
+def ran(world: World, prose: Prose, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two processes left their gradients, and below project/ a run that they trained."""
+    out = tmp_path_factory.mktemp("ran")
+    root = out / "project"
+    root.mkdir()
+    shelves = project(world, root)
+    shelves["students"]["fc"]["dropout"] = 0.0
+    shelves["recipes"]["long"] |= {"epochs": 2, "alpha": 0.3}
+    shelves["runs"]["long"]["seeds"] = [0, 1]
+    toy.write_params(root, shelves)
+    environment = os.environ | {"PYTHONPATH": str(toy.ROOT), "OMP_NUM_THREADS": "1"}
+    paths = [str(path) for path in (world.root, prose.root, out, root)]
+    done = subprocess.run(
+        [*TORCHRUN, "-m", "tests.pipeline.gradients", *paths], cwd=root, env=environment, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def test_two_processes_have_the_gradients_and_losses_of_one_with_the_whole_batch(
+    world: World, prose: Prose, ran: Path, tmp_path: Path
+) -> None:
+    """Batches of seven rows are unevenly shared, and so are labels: only some rows have one."""
+    gradients.measure(world.root, prose.root, tmp_path)
+    for kind in ("fc", "llama"):
+        alone = load_file(tmp_path / f"{kind}-0-of-1.safetensors")
+        assert len(alone) > 20
+        for rank in (0, 1):
+            shared = load_file(ran / f"{kind}-{rank}-of-2.safetensors")
+            assert shared.keys() == alone.keys()
+            for name, expected in alone.items():
+                assert np.allclose(shared[name], expected, rtol=1e-4, atol=1e-6), (kind, rank, name)
+
+
+def test_a_run_in_two_processes_is_that_of_one_up_to_rounding(
+    world: World, ran: Path, tmp_path: Path
+) -> None:
+    root = ran / "project"
+    params = config.load(root / "params.yaml")
+    alone = runs.train(
+        "long", params.runs["long"], params.students["fc"], params.recipes["long"], 1,
+        world.run_paths(tmp_path / "alone"),
+    )  # fmt: skip
+    shared = json.loads((root / "models" / "long" / "training.json").read_text())
+    assert [seed["seed"] for seed in shared["seeds"]] == [0, 1]
+    for own, expected in zip(shared["seeds"], alone["seeds"], strict=True):
+        assert (own["rows_seen"], own["steps"]) == (expected["rows_seen"], expected["steps"])
+        for point, other in zip(own["curve"], expected["curve"], strict=True):
+            assert point == pytest.approx(other, rel=1e-3)
+    for seed in (0, 1):
+        name = f"seed-{seed}/model.safetensors"
+        one, two = load_file(tmp_path / "alone" / name), load_file(root / "models" / "long" / name)
+        assert all(np.allclose(one[key], two[key], atol=1e-3) for key in one)
+    assert (root / "results" / "curves" / "long.csv").is_file()
+    assert not (root / ".stillroom" / "training" / "long").exists()
+
+
+def test_a_recipe_whose_loss_is_no_sum_over_rows_is_refused_in_several_processes() -> None:
+    matching = Recipe.model_validate({"match": {"states": {"map": [[1, 1]]}}})
+    with pytest.raises(ConfigError, match="found 2 processes, expected one"):
+        ranks.refuse_misfit("x", matching, 2)
+    ranks.refuse_misfit("x", Recipe(), 2)
