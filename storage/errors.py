@@ -10,6 +10,8 @@ StillroomError: what a person can mend; the message says what, where, found, exp
 ├── TeacherElsewhere (RuntimeError)     a teacher would start here that has done its work on another machine
 ├── StoreFull        (OSError)          the disk ran full; finished shards are kept
 ├── ShardUnwritten   (OSError)          a shard could not be written otherwise; finished shards are kept
+├── ShardsFailed     (RuntimeError)     workers gave up some shards; all others are finished and kept
+├── WorkersLost      (ConnectionError)  a scheduler or its workers cannot be reached; finished shards are kept
 └── CacheError                          a cache that must not be read
     ├── NoManifest       (FileNotFoundError)  not a cache, or one that was never sealed
     ├── ManifestInvalid  (ValueError)         the manifest is damaged, or was edited
@@ -65,6 +67,14 @@ class StoreFull(StillroomError, OSError):
 
 class ShardUnwritten(StillroomError, OSError):
     """A shard could not be written otherwise; finished shards are kept."""
+
+
+class ShardsFailed(StillroomError, RuntimeError):
+    """Workers gave up some shards; all others are finished and kept."""
+
+
+class WorkersLost(StillroomError, ConnectionError):
+    """A scheduler, or all of its workers, cannot be reached; finished shards are kept."""
 
 
 class CacheError(StillroomError):
