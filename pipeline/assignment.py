@@ -20,7 +20,7 @@ from pipeline.config_teachers import CacheEntry
 from pipeline.data import load_rows
 from storage import hidden
 from storage.errors import Mismatch, SpecMismatch
-from storage.spec import Identity, Sha256, content_fingerprint, sha256_json, shard_key
+from storage.spec import Identity, Sha256, content_fingerprint, sha256_json
 from storage.writer import Store
 
 Indices = npt.NDArray[np.int64]
@@ -57,10 +57,13 @@ class Done(TypedDict):
 
 def shards(asked: Questions, who: Identity, parts: Sequence[Indices]) -> list[Shard]:
     """What each part of these rows will be called."""
-    return [
-        Shard(_key(asked, who, part), part, int(asked.inputs.lengths[part].sum()), _called(asked, who, part))
-        for part in parts
-    ]
+    found = []
+    for part in parts:
+        key = capture.key_of(asked, who, part)
+        first, last = (asked.row_ids[int(part[place])].as_py() for place in (0, -1))
+        called = f"shard {key[:12]} ({len(part):,} rows, {first} to {last})"
+        found.append(Shard(key, part, int(asked.inputs.lengths[part].sum()), called))
+    return found
 
 
 def work(job: Assignment, key: str, rows: Indices) -> Done:
@@ -108,7 +111,7 @@ class _Desk:
         """Ask the teacher about these rows, and write the shard."""
         asked = questions(self.job.teacher, self.job.who.spec, self._reader, self._rows.take(rows))
         everything = np.arange(len(rows))
-        self._refuse_other("shard", _key(asked, self.job.who, everything), key)
+        self._refuse_other("shard", capture.key_of(asked, self.job.who, everything), key)
         self._teaching = self._teaching.about(asked) if self._teaching else asker(asked)
         capture.ask_and_write(
             self._teaching, [everything], Store(self.job.store), self.job.who, self._ranks, bases=self._bases
@@ -126,12 +129,3 @@ class _Desk:
 
 _desk: _Desk | None = None
 _one_at_a_time = threading.Lock()
-
-
-def _key(asked: Questions, who: Identity, part: Indices) -> str:
-    return shard_key(who, asked.row_ids.take(part).to_pylist(), asked.inputs.hashes(part).to_pylist())
-
-
-def _called(asked: Questions, who: Identity, part: Indices) -> str:
-    first, last = (asked.row_ids[int(part[place])].as_py() for place in (0, -1))
-    return f"shard {_key(asked, who, part)[:12]} ({len(part):,} rows, {first} to {last})"

@@ -9,7 +9,7 @@ Where `workers` says so, the missing shards are computed by other processes (clu
 
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
@@ -162,7 +162,17 @@ def capture(
     log(f"{name}: {total - todo:,} of {total:,} rows are captured already, in {len(taken)} shards")
     if missing and workers.capture == "inline":
         with bar(f"capturing {name}", todo, "rows") as advance:
-            taken += ask_and_write(teaching, missing, store, who, ranks, advance, bases)
+
+            def still_missing() -> Iterator[Indices]:
+                for part in missing:
+                    held = store.shard(who, key_of(asked, who, part))
+                    if held is None:
+                        yield part
+                    else:  # another capture has finished it by now
+                        taken.append(held)
+                        advance(len(part))
+
+            taken += ask_and_write(teaching, still_missing(), store, who, ranks, advance, bases)
     elif missing:
         asked.before_loading()
         taken += _spread(name, entry, dataset, asked, missing, store, first, who, workers, threads)
@@ -199,9 +209,14 @@ def summary(
     }
 
 
+def key_of(asked: Questions, who: Identity, part: Indices) -> Sha256:
+    """The name of the shard that these rows make."""
+    return shard_key(who, asked.row_ids.take(part).to_pylist(), asked.inputs.hashes(part).to_pylist())
+
+
 def ask_and_write(
     teaching: Asker,
-    shards: Sequence[Indices],
+    shards: Iterable[Indices],
     store: Store,
     who: Identity,
     ranks: Indices | None,

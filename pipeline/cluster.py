@@ -11,9 +11,9 @@ import contextlib
 import importlib.util
 import logging
 import queue
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from time import monotonic
 from typing import Any, NamedTuple
 
 import dask
@@ -37,7 +37,7 @@ KEPT = "Finished shards are kept. Mend the cause and run the same command again:
 class _Out(NamedTuple):
     shard: Shard
     future: Future
-    since: float  # of time.monotonic
+    since: float  # seconds of monotonic()
 
 
 def spread(name: str, job: Assignment, shards: Sequence[Shard], workers: Workers) -> list[StoredShard]:
@@ -47,8 +47,7 @@ def spread(name: str, job: Assignment, shards: Sequence[Shard], workers: Workers
     """
     finished: list[StoredShard] = []
     with _client(workers, job.threads) as client, _loss_explained(workers.capture):
-        address = client.dashboard_link if importlib.util.find_spec("bokeh") else client.scheduler.address
-        log(f"{name}: {len(shards):,} shards for {_count(client)} workers, to be watched at {address}")
+        log(f"{name}: {len(shards):,} shards for {_count(client)} workers, to be watched at {_page(client)}")
         positions = sum(shard.positions for shard in shards)
         with bar(f"capturing {name}", positions, "positions", window=workers.shard_timeout) as advance:
 
@@ -105,7 +104,7 @@ class _Round:
         # A name of its own each time: Dask remembers what became of a name.
         name = f"shard-{shard.key[:12]}-{uuid.uuid4().hex}"
         future = self._client.submit(work, self._job, shard.key, shard.rows, key=name, pure=False)
-        self._out[name] = _Out(shard, future, time.monotonic())
+        self._out[name] = _Out(shard, future, monotonic())
         future.add_done_callback(self._back.put)
 
     def _take_back(self, future: Future) -> None:
@@ -136,7 +135,7 @@ class _Round:
 
     def _relieve(self) -> None:
         """Take shards that are late from their workers, and restart these."""
-        late = {n for n, out in self._out.items() if time.monotonic() - out.since > self._seconds}
+        late = {n for n, out in self._out.items() if monotonic() - out.since > self._seconds}
         if not late:
             return
         if not _count(self._client):
@@ -147,7 +146,7 @@ class _Round:
             out = self._out.pop(name)
             self._fail(out.shard, f"no answer within {self._seconds:,} seconds (workers.shard_timeout)")
             out.future.cancel()
-        again = time.monotonic()
+        again = monotonic()
         for worker in stalled:
             log(f"worker {worker} has stalled: it is restarted, and its shards go to others")
             for name in set(busy[worker]) & set(self._out):
@@ -218,6 +217,12 @@ def _loss_explained(where: str) -> Iterator[None]:
         raise WorkersLost(
             f"workers.capture: {where}: a scheduler with workers cannot be reached: {_said(error)}\n{KEPT}"
         ) from error
+
+
+def _page(client: Client) -> str:
+    """The address of the dashboard, which needs bokeh; else that of the scheduler."""
+    shown = "dashboard" in client.scheduler_info()["services"] and importlib.util.find_spec("bokeh")
+    return str(client.dashboard_link if shown else client.scheduler.address)
 
 
 def _count(client: Client) -> int:
