@@ -78,6 +78,9 @@ class Asker(Protocol):
     def load(self) -> None:
         """Load it now, if it is not."""
 
+    def about(self, questions: Questions) -> "Asker":
+        """The same teacher, loaded once, asked about other rows."""
+
     def mass(self, num_targets: int) -> npt.NDArray[np.float64]:
         """The sum of its probabilities over about so many targets of the first rows: [classes or ids]."""
 
@@ -120,6 +123,11 @@ class _Rows:
 
     def load(self) -> None:
         _ = self._model
+
+    def about(self, questions: Questions) -> "_Rows":
+        other = _Rows(questions)
+        other._model = self._model
+        return other
 
     def mass(self, num_targets: int) -> npt.NDArray[np.float64]:
         said = self._infer(np.arange(min(num_targets, len(self._q.row_ids))))
@@ -172,6 +180,11 @@ class _Language:
 
     def load(self) -> None:
         _ = self._head
+
+    def about(self, questions: Questions) -> "_Language":
+        other = _Language(questions)
+        other._head = self._head
+        return other
 
     def mass(self, num_targets: int) -> npt.NDArray[np.float64]:
         q = self._q

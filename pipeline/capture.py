@@ -4,11 +4,12 @@ Plan: finished shards of the same identity whose rows are all wanted are taken a
 rows that they leave over are cut, in dataset order, into new shards. So a killed capture goes on where it
 was, appended rows cost themselves alone, and two caches of one teacher share what they have in common. The
 teacher is loaded when the first missing shard is computed, and not at all where none is.
+Where `workers` says so, the missing shards are computed by other processes (cluster.py), with the same bytes.
 """
 
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
@@ -21,11 +22,12 @@ import torch
 
 from pipeline import config_teachers, decoders, hardware, states, targets, teachers, weights
 from pipeline.asking import Answer, Asker, Questions, asker, questions
+from pipeline.config import Workers
 from pipeline.data import load_rows
 from pipeline.progress import bar, log
 from pipeline.tokens import FILES
 from storage import compact, hidden
-from storage.errors import ShardUnwritten, StoreFull, TeacherError
+from storage.errors import ConfigError, ShardUnwritten, StoreFull, TeacherError
 from storage.manifest import Manifest
 from storage.records import EntryRows
 from storage.spec import (
@@ -35,11 +37,13 @@ from storage.spec import (
     ImageSpec,
     Sha256,
     Spec,
+    content_fingerprint,
     sha256_json,
     shard_key,
 )
 from storage.writer import Store, StoredShard, Weights, seal
 
+INLINE = Workers()
 CAPTURE_VERSION = int((Path(__file__).parent / "CAPTURE_VERSION").read_text())
 RANKED_TARGETS = 1024  # whose probabilities say which ids are frequent
 BASIS_VECTORS = 8192  # hidden states that principal axes are those of
@@ -123,16 +127,19 @@ def capture(
     out: Path,
     store: Store,
     before_teacher: Callable[[], None] = lambda: None,
+    workers: Workers = INLINE,
 ) -> Captured:
     """Ask the teacher about every row that no finished shard holds, and seal the cache into `out`.
 
     `before_teacher` is called before the teacher is loaded for the first time; it may refuse by raising.
+    `workers` says where it is asked, and decides no byte.
     """
     rows = load_rows(dataset)
-    who = identity(entry, teacher)
+    first = who = identity(entry, teacher)
     _refuse_other_labels(name, who.spec.labels, rows.label_names)
     carried = _carried(name, entry.weights, teacher)
-    hardware.pin_threads(hardware.num_cores())  # also where nothing is missing: provenance tells it
+    threads = workers.threads or hardware.num_cores()
+    hardware.pin_threads(threads)  # also where nothing is missing: provenance tells it
     reader = teachers.reader(teacher)
     asked = questions(teacher, who.spec, reader, rows, before_teacher)
     teaching = asker(asked)
@@ -153,9 +160,23 @@ def capture(
     taken, missing = plan(row_ids, store.finished(who), entry.shard_rows)
     total, todo = len(set(row_ids)), sum(len(part) for part in missing)
     log(f"{name}: {total - todo:,} of {total:,} rows are captured already, in {len(taken)} shards")
-    if missing:
+    if missing and workers.capture == "inline":
         with bar(f"capturing {name}", todo, "rows") as advance:
-            taken += ask_and_write(teaching, missing, store, who, ranks, advance, bases)
+
+            def still_missing() -> Iterator[Indices]:
+                for part in missing:
+                    held = store.shard(who, key_of(asked, who, part))
+                    if held is None:
+                        yield part
+                    else:  # another capture has finished it by now
+                        taken.append(held)
+                        advance(len(part))
+
+            taken += ask_and_write(teaching, still_missing(), store, who, ranks, advance, bases)
+    elif missing:
+        asked.before_loading()
+        taken += _spread(name, entry, dataset, asked, missing, store, first, who, workers, threads)
+        store.sweep()  # what killed workers left
     place = {row: index for index, row in reversed(list(enumerate(row_ids)))}
     taken.sort(key=lambda shard: place[shard.row_ids()[0].as_py()])
     files = {file: (teacher / file).read_bytes() for file in FILES if (teacher / file).is_file()}
@@ -188,9 +209,14 @@ def summary(
     }
 
 
+def key_of(asked: Questions, who: Identity, part: Indices) -> Sha256:
+    """The name of the shard that these rows make."""
+    return shard_key(who, asked.row_ids.take(part).to_pylist(), asked.inputs.hashes(part).to_pylist())
+
+
 def ask_and_write(
     teaching: Asker,
-    shards: Sequence[Indices],
+    shards: Iterable[Indices],
     store: Store,
     who: Identity,
     ranks: Indices | None,
@@ -216,6 +242,41 @@ def ask_and_write(
         if writing is not None:
             written.append(writing.result())
     return written
+
+
+def _spread(
+    name: str,
+    entry: config_teachers.CacheEntry,
+    dataset: Path,
+    asked: Questions,
+    missing: Sequence[Indices],
+    store: Store,
+    first: Identity,
+    who: Identity,
+    workers: Workers,
+    threads: int,
+) -> list[StoredShard]:
+    """Have the missing shards computed by other processes. Dask is imported here and not before."""
+    from pipeline import assignment
+
+    try:
+        from pipeline import cluster
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"workers.capture: {workers.capture} needs Dask, and {error.name} is not installed.\n"
+            "Write inline, or install it: pip install --constraint constraints.txt --editable '.[cluster]'"
+        ) from None
+    job = assignment.Assignment(
+        entry=entry.model_copy(update={"precision": who.spec.precision}),
+        dataset=dataset.resolve(),
+        rows=content_fingerprint(asked.row_ids.to_pylist()),
+        teacher=asked.teacher.resolve(),
+        store=store.root.resolve(),
+        first=first,
+        who=who,
+        threads=threads,
+    )
+    return cluster.spread(name, job, assignment.shards(asked, who, missing), workers)
 
 
 def _put(

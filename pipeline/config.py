@@ -75,8 +75,21 @@ class Export(Section):
 
 
 class Workers(Section):
-    """How work is spread over this machine. Never changes a result."""
+    """How work is spread, over this machine or several. Never changes a result. docs/workers.md says more."""
 
+    capture: Annotated[str, Field(pattern=r"^(inline|local|(tcp|tls|ws|wss)://\S+)$")] = "inline"
+    """Where teachers are asked: `inline`, in the process of the stage; `local`, in processes of this machine;
+    or the address of a Dask scheduler, like tcp://10.0.0.1:8786, whose workers see the same directories."""
+    threads: Positive | None = None
+    """Threads of arithmetic of each teacher, inline too; null: all cores of this machine. It is never derived
+    from the number of processes: threads may round differently, and processes must not."""
+    processes: Positive | None = None
+    """`local`: processes, each with a teacher of its own; null: one a GPU or, without, cores / threads."""
+    gpus: Annotated[int, Field(ge=0)] | None = None
+    """`local`: GPUs to use, the first ones that are visible, a process each; null: all."""
+    shard_timeout: Positive = 3600
+    """Seconds from handing a shard out to having it. One that takes longer is taken from its worker, which is
+    restarted, and goes to another one. Two are handed out to each worker, so one may take half of this."""
     seeds_at_once: Positive | None = None
     """Seeds of a run trained side by side, each on one thread; null: two a core."""
     readers: Annotated[int, Field(ge=0)] = 1

@@ -31,6 +31,15 @@ def device() -> "torch.device":
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls the GPUs that this process may use."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    number = torch.cuda.device_count()
+    return named.split(",")[:number] if named else [str(index) for index in range(number)]
+
+
 def pin_threads(threads: int) -> None:
     """Use exactly so many threads for arithmetic, and no tf32."""
     import torch

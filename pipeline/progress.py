@@ -34,9 +34,12 @@ def log(message: str) -> None:
 
 
 @contextmanager
-def bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """A progress bar over `total` units with rate and time left; yields advance(units)."""
-    with bars(unit) as add:
+def bar(label: str, total: int, unit: str, window: float = 30) -> Iterator[Callable[[int], None]]:
+    """A progress bar over `total` units with rate and time left; yields advance(units).
+
+    The rate is that of the last `window` seconds: several steps of the bar must fall into it.
+    """
+    with bars(unit, window) as add:
         yield add(label, total)
 
 
@@ -49,7 +52,7 @@ def tracked(label: str, items: Sequence[Item], unit: str) -> Iterator[Item]:
 
 
 @contextmanager
-def bars(unit: str) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+def bars(unit: str, window: float = 30) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
     """Several bars below each other. Yields add(label, total), which returns advance(units).
 
     Where stderr is no terminal, one line is printed when a bar is full, so that logs stay readable.
@@ -61,7 +64,8 @@ def bars(unit: str) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
         _Rate(),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
+    shown = Progress(*columns, console=console, disable=not sys.stderr.isatty(), speed_estimate_period=window)
+    with shown as progress:
 
         def add(label: str, total: int) -> Callable[[int], None]:
             task = progress.add_task(label, total=total, unit=unit)

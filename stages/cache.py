@@ -11,7 +11,8 @@ from storage.writer import Store
 
 def main(name: str) -> None:
     """Capture one cache."""
-    entry = config.pick(config.load().caches, "caches", name)
+    params = config.load()
+    entry = config.pick(params.caches, "caches", name)
     teacher = paths.TEACHERS / entry.teacher
     captured = capture.capture(
         name,
@@ -21,6 +22,7 @@ def main(name: str) -> None:
         paths.CACHES / name,
         Store(paths.STORE),
         before_teacher=partial(refuse_if_done_elsewhere, f"cache@{name}", name),
+        workers=params.workers,
     )
     paths.CAPTURE.mkdir(parents=True, exist_ok=True)
     summary = capture.summary(name, entry, captured, teacher)

@@ -11,6 +11,8 @@ StillroomError: what a person can mend; the message says what, where, found, exp
 ├── StoreFull        (OSError)          the disk ran full; finished shards are kept
 ├── ShardUnwritten   (OSError)          a shard could not be written otherwise; finished shards are kept
 ├── StoreInUse       (BlockingIOError)  shards cannot be removed while a capture may take them
+├── ShardsFailed     (RuntimeError)     workers gave up some shards; all others are finished and kept
+├── WorkersLost      (ConnectionError)  a scheduler or its workers cannot be reached; finished shards are kept
 └── CacheError                          a cache that must not be read
     ├── NoManifest       (FileNotFoundError)  not a cache, or one that was never sealed
     ├── ManifestInvalid  (ValueError)         the manifest is damaged, or was edited
@@ -70,6 +72,14 @@ class ShardUnwritten(StillroomError, OSError):
 
 class StoreInUse(StillroomError, BlockingIOError):
     """Shards cannot be removed while a capture may take them."""
+
+
+class ShardsFailed(StillroomError, RuntimeError):
+    """Workers gave up some shards; all others are finished and kept."""
+
+
+class WorkersLost(StillroomError, ConnectionError):
+    """A scheduler, or all of its workers, cannot be reached; finished shards are kept."""
 
 
 class CacheError(StillroomError):

@@ -87,11 +87,7 @@ class Store:
         found = []
         for meta in sorted((self.root / identity.fingerprint).glob("*/shard.json")):
             try:
-                body = json.loads(meta.read_bytes())
-                shard = StoredShard(
-                    meta.parent, ShardEntry.model_validate(body["entry"]), float(body["seconds"])
-                )
-                check_files(shard.root, shard.entry.files)
+                shard = _stored(meta.parent)
             except (CacheError, ValueError, KeyError, TypeError):
                 shutil.rmtree(
                     meta.parent
@@ -99,6 +95,11 @@ class Store:
             else:
                 found.append(shard)
         return sorted(found, key=lambda shard: (-shard.entry.rows, shard.entry.key))
+
+    def shard(self, identity: Identity, key: str) -> StoredShard | None:
+        """The finished shard of this name, or None. Raises CacheError where it is damaged."""
+        root = self.root / identity.fingerprint / key
+        return _stored(root) if root.is_dir() else None
 
     def put(
         self,
@@ -199,10 +200,8 @@ class Store:
     def sweep(self) -> None:
         """Remove what killed writers left behind: their process is gone, or they are a day old."""
         for aside in self._tmp.glob("*"):
-            host, pid = aside.name.split(".")[0], aside.name.split(".")[1]
-            stale = aside.stat().st_mtime < time.time() - STALE_SECONDS
-            if stale or (host == _host() and not Path(f"/proc/{pid}").exists()):
-                shutil.rmtree(aside, ignore_errors=True)
+            host, pid, *_ = [*aside.name.split("."), ""]
+            _sweep(aside, host, pid)
 
     def aside_name(self) -> Path:
         """A path below tmp/ that is this process's own."""
@@ -237,8 +236,9 @@ def seal(
     no time, no path, no worker.
     """
     aside = cache.parent / f".{cache.name}.{_host()}.{os.getpid()}"
-    for stale in cache.parent.glob(f".{cache.name}.*"):
-        shutil.rmtree(stale)
+    shutil.rmtree(aside, ignore_errors=True)
+    for other in cache.parent.glob(f".{cache.name}.*.*"):
+        _sweep(other, *other.name.split(".")[-2:])
     with _disk_full_explained(cache.parent):
         (aside / "tokenizer").mkdir(parents=True)
         for name, content in tokenizer_files.items():
@@ -276,11 +276,47 @@ def seal(
         )
         (aside / manifest.MANIFEST_NAME).write_bytes(manifest.render(sealed))
         _fsync_tree(aside)
-        if cache.exists():
-            shutil.rmtree(cache)
-        os.rename(aside, cache)
+        _put_in_place(aside, cache)
         _fsync(cache.parent)
     return sealed
+
+
+def _put_in_place(aside: Path, cache: Path) -> None:
+    """Rename a finished directory over another one, whoever else does so now: the last one stays."""
+    old = aside.with_name(f"{aside.name}-replaced")
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(cache, old)
+        shutil.rmtree(old, ignore_errors=True)  # another capture may be sweeping it
+        try:
+            os.rename(aside, cache)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            return
+
+
+def _stored(root: Path) -> StoredShard:
+    """A shard of a store, its files checked."""
+    body = json.loads((root / "shard.json").read_bytes())
+    shard = StoredShard(root, ShardEntry.model_validate(body["entry"]), float(body["seconds"]))
+    check_files(shard.root, shard.entry.files)
+    return shard
+
+
+def _sweep(aside: Path, host: str, pid: str) -> None:
+    """Remove what a writer of this host, a process that is gone, left behind; or anybody, a day ago.
+
+    Another sweep may be removing it too.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        stale = aside.lstat().st_mtime < time.time() - STALE_SECONDS
+        if stale or (host == _host() and not Path(f"/proc/{pid}").exists()):
+            if aside.is_dir():
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                aside.unlink()
 
 
 def file_entries(root: Path, below: str = "") -> tuple[FileEntry, ...]:

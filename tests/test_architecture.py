@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 
@@ -37,12 +38,19 @@ def test_no_stage_imports_another_or_torch() -> None:
             assert not {other for other in found if other.split(".")[0] in {"torch", "transformers"}}, name
 
 
-def test_storage_needs_four_libraries_and_pipeline_holds_no_dask() -> None:
+def test_storage_needs_four_libraries_and_one_file_knows_dask() -> None:
     for name, path in modules().items():
         libraries = {other.split(".")[0] for other in imported(path)} - set(sys.stdlib_module_names)
         if name.split(".")[0] == "storage":
             assert libraries <= STORAGE_LIBRARIES | {"storage"}, name
-        assert not libraries & {"dask", "distributed"}, name
+        assert not libraries & {"dask", "distributed"} or name == "pipeline.cluster", name
+
+
+def test_dask_is_imported_where_a_capture_is_not_inline_and_nowhere_else() -> None:
+    importers = {name for name, path in modules().items() if "pipeline.cluster" in imported(path)}
+    assert importers == {"pipeline.capture"}
+    code = "import sys, stages.cache; sys.exit(bool({'dask', 'distributed'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 # What runs, or lets a file run, code that is not the house's own.

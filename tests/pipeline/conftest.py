@@ -87,9 +87,9 @@ def _one_core() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    made = World(tmp_path_factory.mktemp("world"))
+def make(root: Path) -> World:
+    """A project in `root`, captured and verified."""
+    made = World(root)
     toy.write_csv(made.root / "reviews.csv")
     toy.write_model(made.root / "model")
     shelves = toy.params()
@@ -101,6 +101,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     made.capture()
     made.verified.write_text(json.dumps(made.check()))
     return made
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(autouse=True)

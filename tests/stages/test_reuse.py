@@ -1,6 +1,7 @@
 """What runs again and what does not: real DVC over the toy project."""
 
 import csv
+import os
 from pathlib import Path
 
 from tests import toy
@@ -20,6 +21,19 @@ def test_the_whole_chain_runs_and_ends_with_a_report(finished: Project) -> None:
 def test_a_second_repro_runs_nothing_and_neither_does_a_change_of_workers(project: Project) -> None:
     assert project.repro().stages == set()
     project.params(workers={"seeds_at_once": 1})
+    assert project.repro().stages == set()
+
+
+def test_workers_of_this_machine_make_the_cache_that_one_process_made(
+    project: Project, finished: Project
+) -> None:
+    project.run("rm", "-rf", ".stillroom", "caches")
+    cores = len(os.sched_getaffinity(0))
+    project.params(workers={"capture": "local", "processes": 2, "threads": cores})
+    done = project.stage("cache", "toy")
+    assert done.returncode == 0, done.stderr
+    assert "6 shards for 2 workers" in done.stderr
+    assert project.files("caches/toy") == finished.files("caches/toy")
     assert project.repro().stages == set()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage import Cache
+from storage import Cache, writer
 from storage.errors import StoreFull
 from storage.verify import verify
 from storage.writer import Store, seal
@@ -77,6 +77,20 @@ def test_what_a_dead_writer_left_is_swept_and_what_a_living_one_writes_is_not(tm
         store.sweep()
         assert living.is_dir()
         assert not dead.exists()
+
+
+def test_sweeping_takes_whatever_is_a_day_old_and_minds_nothing_that_is_gone(tmp_path: Path) -> None:
+    store, temporary = Store(tmp_path), tmp_path / "tmp"
+    (temporary / "elsewhere.1.x").mkdir(parents=True)
+    for name in ("elsewhere.2.x", "nobody"):
+        (temporary / name).write_bytes(b"half a file")
+    store.sweep()
+    assert len(list(temporary.iterdir())) == 3, "machines elsewhere may still be writing"
+    for path in temporary.iterdir():
+        os.utime(path, (0, time.time() - writer.STALE_SECONDS - 60))
+    store.sweep()
+    assert not list(temporary.iterdir())
+    writer._sweep(temporary / "elsewhere.3.x", "elsewhere", "3")
 
 
 KILL = """
@@ -162,6 +176,35 @@ def test_sealing_depends_on_its_arguments_alone_and_replaces_what_was_there(tmp_
     assert digest_tree(tmp_path / "a") == digest_tree(tmp_path / "b")
     seal(tmp_path / "a" / "toy", IDENTITY, shards[:1], {"tokenizer.json": b"1"}, {})
     assert verify(Cache.open(tmp_path / "a" / "toy")).rows == 5
+
+
+def _seal_often(root: Path) -> None:
+    shards = Store(root / "store").finished(IDENTITY)
+    for _ in range(20):
+        seal(root / "toy", IDENTITY, shards, {"tokenizer.json": b"1"}, {})
+
+
+def test_several_processes_may_seal_one_cache_at_once(tmp_path: Path) -> None:
+    fill(Store(tmp_path / "store"))
+    workers = [mp.get_context("fork").Process(target=_seal_often, args=(tmp_path,)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 3
+    assert verify(Cache.open(tmp_path / "toy")).rows == 8
+    assert {path.name for path in tmp_path.iterdir()} == {"store", "toy"}
+
+
+def test_sealing_sweeps_what_a_dead_process_left_and_not_what_a_living_one_makes(tmp_path: Path) -> None:
+    shards = fill(Store(tmp_path / "store"))
+    dead = tmp_path / f".toy.{writer._host()}.999999999"
+    other = tmp_path / f".toy.b.{writer._host()}.{os.getpid()}"  # of the cache toy.b
+    for made in (dead, other):
+        (made / "logits").mkdir(parents=True)
+    seal(tmp_path / "toy", IDENTITY, shards, {}, {})
+    assert other.is_dir()
+    assert not dead.exists()
 
 
 def test_sealing_copies_where_links_are_not_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,388 @@
+"""What workers are told and do, and how shards are handed out, counted and named when they fail."""
+
+import logging
+import os
+import pickle
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import dask
+import pytest
+import torch
+from distributed import Client, LocalCluster
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+
+from pipeline import assignment, capture, cluster, engine, hardware, teachers
+from pipeline.config import Workers
+from pipeline.config_teachers import CacheEntry
+from storage.errors import ConfigError, ShardsFailed, ShardUnwritten, SpecMismatch, WorkersLost
+from storage.writer import Store, StoredShard
+from tests.pipeline import crew, mishaps, row_worlds
+from tests.pipeline.conftest import World
+from tests.pipeline.encoders import Project
+from tests.pipeline.test_language_caches import Prose
+
+QUIET = {"host": "127.0.0.1", "dashboard_address": None, "silence_logs": logging.ERROR, "memory_limit": None}
+
+
+@pytest.fixture(autouse=True)
+def _quick_processes() -> Iterator[None]:
+    with crew.quick_processes():
+        yield
+    assignment._desk = None  # of a worker that this process was
+
+
+@pytest.fixture
+def own(world: World, tmp_path: Path) -> World:
+    """The toy project with nothing captured."""
+    made = world.copy(tmp_path / "own")
+    crew.forget(made)
+    return made
+
+
+Spread = Callable[[str, assignment.Assignment, Sequence[assignment.Shard], Workers], list[StoredShard]]
+
+
+def here(
+    name: str, job: assignment.Assignment, shards: Sequence[assignment.Shard], _: Workers
+) -> list[StoredShard]:
+    """A worker in this process: what it is told goes through pickle, as on its way to others."""
+    found = []
+    for shard in shards:
+        told = pickle.loads(pickle.dumps((job, shard.key, shard.rows)))
+        assert assignment.work(*told) == {"key": shard.key, "computed": True}
+        stored = Store(job.store).shard(job.who, shard.key)
+        assert stored is not None
+        found.append(stored)
+    return found
+
+
+@pytest.fixture
+def assigned(own: World, monkeypatch: pytest.MonkeyPatch) -> tuple[assignment.Assignment, assignment.Shard]:
+    """What a worker is told, and the first shard of a capture that computes none."""
+    told: list[Any] = []
+
+    def keep(name: str, job: assignment.Assignment, shards: Sequence[assignment.Shard], _: Workers) -> Any:
+        told.append((job, shards[0]))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cluster, "spread", keep)
+        with pytest.raises(KeyboardInterrupt):
+            crew.compute(own, crew.local(2))
+    (found,) = told
+    return found
+
+
+def test_a_worker_is_told_little_and_tells_little(
+    assigned: tuple[assignment.Assignment, assignment.Shard],
+) -> None:
+    job, shard = assigned
+    assert len(pickle.dumps((job, shard.key, shard.rows))) < 10_000
+    assert assignment.work(job, shard.key, shard.rows) == {"key": shard.key, "computed": True}
+
+
+def test_a_finished_shard_is_not_computed_again(
+    assigned: tuple[assignment.Assignment, assignment.Shard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, shard = assigned
+    assignment.work(job, shard.key, shard.rows)
+    monkeypatch.setattr(assignment, "_Desk", None)
+    assert assignment.work(job, shard.key, shard.rows) == {"key": shard.key, "computed": False}
+
+
+def test_a_worker_loads_the_teacher_once(
+    assigned: tuple[assignment.Assignment, assignment.Shard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, shard = assigned
+    loads, load = [], teachers.load
+    monkeypatch.setattr(teachers, "load", lambda *args, **named: loads.append(args) or load(*args, **named))
+    for _ in range(2):
+        assignment.work(*pickle.loads(pickle.dumps((job, shard.key, shard.rows))))
+        shutil.rmtree(job.store)
+    assert len(loads) == 1
+
+
+def test_a_worker_works_on_one_shard_at_a_time_whatever_threads_dask_gives_it(
+    assigned: tuple[assignment.Assignment, assignment.Shard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, shard = assigned
+    inside, most, ask = [0], [0], capture.ask_and_write
+
+    def watch(*arguments: Any, **named: Any) -> Any:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.2)
+        inside[0] -= 1
+        return ask(*arguments, **named)
+
+    monkeypatch.setattr(capture, "ask_and_write", watch)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(assignment.work, [job] * 2, [shard.key] * 2, [shard.rows] * 2))
+    assert most == [1]
+
+
+def test_a_worker_computes_with_the_threads_that_it_is_told(
+    assigned: tuple[assignment.Assignment, assignment.Shard],
+) -> None:
+    job, shard = assigned
+    assignment.work(job._replace(threads=3), shard.key, shard.rows)
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda job: job._replace(who=job.who.model_copy(update={"capture_version": 99})), "identity"),
+        (lambda job: job._replace(rows="0" * 64), "rows"),
+    ],
+    ids=["teacher", "rows"],
+)
+def test_a_worker_that_sees_other_things_than_the_driver_is_refused(
+    assigned: tuple[assignment.Assignment, assignment.Shard],
+    change: Callable[[assignment.Assignment], assignment.Assignment],
+    field: str,
+) -> None:
+    job, shard = assigned
+    with pytest.raises(SpecMismatch, match="does not see what was to be captured") as refused:
+        assignment.work(change(job), shard.key, shard.rows)
+    assert [fault.field for fault in refused.value.mismatches] == [field]
+    assert not Store(job.store).finished(job.who)
+
+
+def test_rows_that_do_not_make_the_shard_that_was_meant_are_refused(
+    assigned: tuple[assignment.Assignment, assignment.Shard],
+) -> None:
+    job, shard = assigned
+    with pytest.raises(SpecMismatch) as refused:
+        assignment.work(job, shard.key, shard.rows + 1)
+    assert [fault.field for fault in refused.value.mismatches] == ["shard"]
+
+
+def test_a_shard_that_another_capture_finished_meanwhile_is_not_asked_about(
+    own: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other() -> None:
+        crew.compute(own)
+        monkeypatch.setattr(engine, "infer", None)
+
+    entry = own.entry(shard_rows=crew.SHARD_ROWS)
+    done = capture.capture("toy", entry, own.dataset, own.teacher, own.cache, own.store, other, crew.INLINE)
+    assert done.manifest.num_rows == 180
+
+
+def add_a_zebra(own: World) -> None:
+    """One row more, in a shard of its own: it has a word that no other has."""
+    with (own.root / "reviews.csv").open("a") as file:
+        file.write("a zebra,1,pool\n")
+    own.prepare()
+
+
+def break_weights(own: World, name: str, row: int) -> None:
+    """The teacher's answers are no numbers where this row of a tensor has a part in them."""
+    path = own.teacher / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name][row] = float("nan")
+    path.unlink()  # it is a link to the model's
+    save_file(tensors, path, {"format": "pt"})
+
+
+def test_a_shard_that_keeps_failing_is_named_when_all_others_are_finished(own: World) -> None:
+    add_a_zebra(own)
+    break_weights(own, "bert.embeddings.word_embeddings.weight", 1)  # what is read where a word is unknown
+    with pytest.raises(ShardsFailed) as refused:
+        crew.compute(own, crew.local(2))
+    message = str(refused.value)
+    assert "1 of 46 shards failed 3 times, all others are finished" in message
+    assert re.search(
+        r"shard [0-9a-f]{12} \(1 rows, ([0-9a-f]{32}) to \1\): TeacherError: the teacher's", message
+    )
+    assert "are not finite" in message
+    assert "It happened on " in message
+    assert len(crew.finished(own)) == 45
+
+
+def test_a_capture_where_nothing_works_ends_soon(own: World) -> None:
+    break_weights(own, "classifier.bias", 0)
+    with pytest.raises(ShardsFailed, match="20 shards failed one after the other") as refused:
+        crew.compute(own, crew.local(2))
+    assert "are not finite" in str(refused.value)
+    assert not crew.finished(own)
+
+
+def tagged(root: Path) -> tuple[Any, dict[str, Any]]:
+    own = Project.start(root, "token-classification", 30)
+    own.make_teacher()
+    return own, {"hidden": {"layers": [2], "pool": "none", "pca": 4}}
+
+
+def masked(root: Path) -> tuple[Any, dict[str, Any]]:
+    own = Project.start(root, "masked-lm", 30)
+    own.make_teacher()
+    return own, {"targets": {"codec": "sample", "k": 8}}
+
+
+def prose(root: Path) -> tuple[Any, dict[str, Any]]:
+    own = Prose(root)
+    own.make_teacher()
+    return own, {"targets": {"codec": "threshold", "tau": 0.1}, "hidden": {"layers": [1], "pool": "none"}}
+
+
+def of_rows(root: Path, make: Callable[[Path], row_worlds.World]) -> tuple[Any, dict[str, Any]]:
+    own = make(root)
+    own.prepare()
+    own.make_teacher()
+    return own, {}
+
+
+KINDS = {
+    "tagged": tagged, "masked": masked, "prose": prose, "images": partial(of_rows, make=row_worlds.images),
+    "vectors": partial(of_rows, make=partial(row_worlds.vectors, embedding={"pool": "mean"})),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_teacher_says_to_workers_what_it_says_inline(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "spread", here)
+    own, changes = KINDS[kind](tmp_path)
+    body = {"dataset": "toy", "teacher": "tiny", "precision": "float32", "shard_rows": 7, **changes}
+    entry = CacheEntry.model_validate(body)
+    for name, workers in (("inline", crew.INLINE), ("local", crew.local(2))):
+        store = Store(tmp_path / name / "store")
+        place = tmp_path / name / "cache"
+        capture.capture("toy", entry, own.dataset, own.teacher, place, store, workers=workers)
+    found = crew.content(tmp_path / "inline" / "cache")
+    assert len([path for path in found if path.startswith("logits/")]) > 3
+    assert crew.content(tmp_path / "local" / "cache") == found
+
+
+def test_a_shard_that_kills_its_workers_is_named_and_drags_no_other_along(own: World) -> None:
+    add_a_zebra(own)
+    deadly = {"distributed.worker.preload": ["tests.pipeline.deadly"]}
+    with dask.config.set(deadly | {"distributed.scheduler.allowed-failures": 0}):
+        with pytest.raises(ShardsFailed, match=r"1 rows, (\w+) to \1\): 1 workers died over it") as refused:
+            crew.compute(own, crew.local(2))
+    assert "1 of 46 shards failed 3 times" in str(refused.value)
+    assert len(crew.finished(own)) == crew.SHARDS
+
+
+def test_a_stalled_worker_that_nobody_can_restart_is_sent_away(
+    own: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = threading.Event()
+    monkeypatch.setattr(cluster, "monotonic", lambda: time.monotonic() + 9999 * late.is_set())
+    with LocalCluster(n_workers=1, threads_per_worker=1, **QUIET) as group, Client(group) as watching:
+        arguments = (group.scheduler_address, "--no-nanny", "--nthreads=1", "--no-dashboard")
+        with mishaps.started("dask_worker", *arguments) as other:
+            watching.wait_for_workers(2)
+
+            def stop() -> None:
+                crew.wait_for(lambda: len(crew.finished(own)) > 5)
+                other.send_signal(signal.SIGSTOP)
+                crew.wait_for(lambda: len(crew.finished(own)) >= crew.SHARDS - 2)
+                late.set()
+
+            with crew.meanwhile(stop):
+                crew.compute(own, Workers(capture=group.scheduler_address, threads=1))
+            assert len(watching.nthreads()) == 1
+    assert len(crew.finished(own)) == crew.SHARDS
+
+
+def test_a_scheduler_that_is_not_there_is_an_error_that_names_it(own: World) -> None:
+    with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
+        with pytest.raises(WorkersLost, match="a scheduler with workers cannot be reached: OSError"):
+            crew.compute(own, Workers(capture="tcp://127.0.0.1:9", threads=1))
+
+
+def test_a_scheduler_without_workers_is_not_waited_for_for_ever(
+    own: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "WAIT_FOR_WORKERS", 0.1)
+    with LocalCluster(n_workers=0, **QUIET) as group:
+        with pytest.raises(WorkersLost, match="a scheduler with workers cannot be reached: TimeoutError"):
+            crew.compute(own, Workers(capture=group.scheduler_address, threads=1))
+
+
+def write_elsewhere(job: assignment.Assignment, key: str, rows: assignment.Indices) -> assignment.Done:
+    """What a worker does whose machine has another directory of this name."""
+    return assignment.Done(key=key, computed=True)
+
+
+def test_a_store_that_machines_do_not_share_is_an_error(own: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "work", write_elsewhere)
+    with pytest.raises(ShardUnwritten, match="Expected a store that all machines share"):
+        crew.compute(own, crew.local(1))
+
+
+def test_workers_have_their_threads_and_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "gpus", lambda: ["0", "GPU-5f", "2"])
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+    with cluster._client(Workers(capture="local", gpus=2), 7) as client:
+        found = client.run(lambda: [os.environ[name] for name in names])
+    assert sorted(found.values()) == [["7", "7", "0"], ["7", "7", "GPU-5f"]]
+
+
+@pytest.mark.parametrize(
+    ("asked", "devices", "expected"),
+    [
+        ({}, ["0", "1"], ["0", "1"]),
+        ({"gpus": 1}, ["0", "1"], ["0"]),
+        ({"processes": 3}, ["0", "1"], ["0", "1", "0"]),
+        ({}, [], [""]),
+        ({"threads": 2}, [], ["", "", "", ""]),
+        ({"threads": 16}, [], [""]),
+        ({"gpus": 0, "threads": 4}, ["0", "1"], ["", ""]),
+        ({"threads": 1, "processes": 3}, [], ["", "", ""]),
+    ],
+)
+def test_there_is_a_process_a_gpu_or_so_many_as_fit(
+    asked: dict[str, int], devices: list[str], expected: list[str]
+) -> None:
+    found = cluster.environments(Workers(capture="local", **asked), devices, 8, asked.get("threads", 8))
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in found] == expected
+
+
+def test_gpus_that_are_not_there_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"workers\.gpus: 3 were asked for, and 2 are visible"):
+        cluster.environments(Workers(capture="local", gpus=3), ["0", "1"], 8, 8)
+
+
+def test_threads_are_not_guessed_from_the_number_of_processes() -> None:
+    with pytest.raises(ConfigError, match=r"Write workers\.threads too, for example 2"):
+        cluster.environments(Workers(capture="local", processes=4), [], 8, 8)
+
+
+def test_gpus_are_called_what_the_environment_calls_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert hardware.gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5f,7")
+    assert hardware.gpus() == ["GPU-5f", "7"]
+
+
+def test_workers_without_dask_are_refused_with_what_to_install(
+    own: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("pipeline.cluster")
+    monkeypatch.delitem(sys.modules, "pipeline.cluster")
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(ConfigError, match=r"needs Dask, and distributed is not installed"):
+        crew.compute(own, crew.local(2))
+
+
+@pytest.mark.parametrize("capture_on", ["lokal", "10.0.0.1:8786", "tcp://"])
+def test_what_is_no_place_to_capture_is_refused(capture_on: str) -> None:
+    with pytest.raises(ValidationError, match="capture"):
+        Workers(capture=capture_on)
