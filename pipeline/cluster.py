@@ -31,6 +31,7 @@ FAILED_IN_A_ROW = 20  # so many shards, and none between them that came back: it
 WAIT_FOR_WORKERS = 60  # seconds for the first worker to come
 LOOK_EVERY = 1.0  # seconds between looks at what is late
 RESTART = 30  # seconds that a worker may need to be killed and started again
+LOST = 30  # seconds after which a local worker that died, and does not come back by itself, is replaced
 KEPT = "Finished shards are kept. Mend the cause and run the same command again: it goes on from there."
 
 
@@ -99,6 +100,7 @@ class _Round:
             with contextlib.suppress(queue.Empty):
                 self._take_back(self._back.get(timeout=LOOK_EVERY))
             self._relieve()
+            self._replace_lost()
 
     def _hand_out(self, shard: Shard) -> None:
         # A name of its own each time: Dask remembers what became of a name.
@@ -156,6 +158,12 @@ class _Round:
         self._client.restart_workers(nursed, timeout=RESTART, raise_for_error=False)
         self._client.retire_workers([worker for worker in stalled if worker not in nursed])
 
+    def _replace_lost(self) -> None:
+        """Start local workers anew whose nannies gave up, as they do when one dies while it starts."""
+        cluster = self._client.cluster
+        if cluster is not None and _count(self._client) < len(cluster.worker_spec):
+            cluster.scale(len(cluster.worker_spec))
+
 
 def environments(workers: Workers, devices: Sequence[str], cores: int, threads: int) -> list[dict[str, str]]:
     """The environment of each local process: on the GPUs called `devices` one a GPU, else so many as fit.
@@ -201,7 +209,8 @@ def _client(workers: Workers, threads: int) -> Iterator[Client]:
     scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}}
     # Read when torch is imported; Dask would write 1.
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    with dask.config.set({f"distributed.nanny.pre-spawn-environ.{name}": threads for name in names}):
+    settings = {f"distributed.nanny.pre-spawn-environ.{name}": threads for name in names}
+    with dask.config.set(settings | {"distributed.deploy.lost-worker-timeout": LOST}):
         with SpecCluster(workers=spec, scheduler=scheduler, silence_logs=logging.ERROR) as cluster:
             with Client(cluster, set_as_default=False) as client:
                 yield client

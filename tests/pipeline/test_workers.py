@@ -1,19 +1,14 @@
-"""What workers are told and do, and how shards are handed out, counted and named when they fail."""
+"""How shards are handed to real worker processes, counted, and named when they fail."""
 
 import logging
 import os
-import pickle
 import re
-import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import dask
 import pytest
@@ -22,15 +17,11 @@ from distributed import Client, LocalCluster
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from pipeline import assignment, capture, cluster, engine, hardware, teachers
+from pipeline import assignment, cluster, hardware
 from pipeline.config import Workers
-from pipeline.config_teachers import CacheEntry
-from storage.errors import ConfigError, ShardsFailed, ShardUnwritten, SpecMismatch, WorkersLost
-from storage.writer import Store, StoredShard
-from tests.pipeline import crew, mishaps, row_worlds
+from storage.errors import ConfigError, ShardsFailed, ShardUnwritten, WorkersLost
+from tests.pipeline import crew, mishaps
 from tests.pipeline.conftest import World
-from tests.pipeline.encoders import Project
-from tests.pipeline.test_language_caches import Prose
 
 QUIET = {"host": "127.0.0.1", "dashboard_address": None, "silence_logs": logging.ERROR, "memory_limit": None}
 
@@ -39,7 +30,6 @@ QUIET = {"host": "127.0.0.1", "dashboard_address": None, "silence_logs": logging
 def _quick_processes() -> Iterator[None]:
     with crew.quick_processes():
         yield
-    assignment._desk = None  # of a worker that this process was
 
 
 @pytest.fixture
@@ -48,137 +38,6 @@ def own(world: World, tmp_path: Path) -> World:
     made = world.copy(tmp_path / "own")
     crew.forget(made)
     return made
-
-
-Spread = Callable[[str, assignment.Assignment, Sequence[assignment.Shard], Workers], list[StoredShard]]
-
-
-def here(
-    name: str, job: assignment.Assignment, shards: Sequence[assignment.Shard], _: Workers
-) -> list[StoredShard]:
-    """A worker in this process: what it is told goes through pickle, as on its way to others."""
-    found = []
-    for shard in shards:
-        told = pickle.loads(pickle.dumps((job, shard.key, shard.rows)))
-        assert assignment.work(*told) == {"key": shard.key, "computed": True}
-        stored = Store(job.store).shard(job.who, shard.key)
-        assert stored is not None
-        found.append(stored)
-    return found
-
-
-@pytest.fixture
-def assigned(own: World, monkeypatch: pytest.MonkeyPatch) -> tuple[assignment.Assignment, assignment.Shard]:
-    """What a worker is told, and the first shard of a capture that computes none."""
-    told: list[Any] = []
-
-    def keep(name: str, job: assignment.Assignment, shards: Sequence[assignment.Shard], _: Workers) -> Any:
-        told.append((job, shards[0]))
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(cluster, "spread", keep)
-        with pytest.raises(KeyboardInterrupt):
-            crew.compute(own, crew.local(2))
-    (found,) = told
-    return found
-
-
-def test_a_worker_is_told_little_and_tells_little(
-    assigned: tuple[assignment.Assignment, assignment.Shard],
-) -> None:
-    job, shard = assigned
-    assert len(pickle.dumps((job, shard.key, shard.rows))) < 10_000
-    assert assignment.work(job, shard.key, shard.rows) == {"key": shard.key, "computed": True}
-
-
-def test_a_finished_shard_is_not_computed_again(
-    assigned: tuple[assignment.Assignment, assignment.Shard], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job, shard = assigned
-    assignment.work(job, shard.key, shard.rows)
-    monkeypatch.setattr(assignment, "_Desk", None)
-    assert assignment.work(job, shard.key, shard.rows) == {"key": shard.key, "computed": False}
-
-
-def test_a_worker_loads_the_teacher_once(
-    assigned: tuple[assignment.Assignment, assignment.Shard], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job, shard = assigned
-    loads, load = [], teachers.load
-    monkeypatch.setattr(teachers, "load", lambda *args, **named: loads.append(args) or load(*args, **named))
-    for _ in range(2):
-        assignment.work(*pickle.loads(pickle.dumps((job, shard.key, shard.rows))))
-        shutil.rmtree(job.store)
-    assert len(loads) == 1
-
-
-def test_a_worker_works_on_one_shard_at_a_time_whatever_threads_dask_gives_it(
-    assigned: tuple[assignment.Assignment, assignment.Shard], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job, shard = assigned
-    inside, most, ask = [0], [0], capture.ask_and_write
-
-    def watch(*arguments: Any, **named: Any) -> Any:
-        inside[0] += 1
-        most[0] = max(most[0], inside[0])
-        time.sleep(0.2)
-        inside[0] -= 1
-        return ask(*arguments, **named)
-
-    monkeypatch.setattr(capture, "ask_and_write", watch)
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(assignment.work, [job] * 2, [shard.key] * 2, [shard.rows] * 2))
-    assert most == [1]
-
-
-def test_a_worker_computes_with_the_threads_that_it_is_told(
-    assigned: tuple[assignment.Assignment, assignment.Shard],
-) -> None:
-    job, shard = assigned
-    assignment.work(job._replace(threads=3), shard.key, shard.rows)
-    assert torch.get_num_threads() == 3
-
-
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        (lambda job: job._replace(who=job.who.model_copy(update={"capture_version": 99})), "identity"),
-        (lambda job: job._replace(rows="0" * 64), "rows"),
-    ],
-    ids=["teacher", "rows"],
-)
-def test_a_worker_that_sees_other_things_than_the_driver_is_refused(
-    assigned: tuple[assignment.Assignment, assignment.Shard],
-    change: Callable[[assignment.Assignment], assignment.Assignment],
-    field: str,
-) -> None:
-    job, shard = assigned
-    with pytest.raises(SpecMismatch, match="does not see what was to be captured") as refused:
-        assignment.work(change(job), shard.key, shard.rows)
-    assert [fault.field for fault in refused.value.mismatches] == [field]
-    assert not Store(job.store).finished(job.who)
-
-
-def test_rows_that_do_not_make_the_shard_that_was_meant_are_refused(
-    assigned: tuple[assignment.Assignment, assignment.Shard],
-) -> None:
-    job, shard = assigned
-    with pytest.raises(SpecMismatch) as refused:
-        assignment.work(job, shard.key, shard.rows + 1)
-    assert [fault.field for fault in refused.value.mismatches] == ["shard"]
-
-
-def test_a_shard_that_another_capture_finished_meanwhile_is_not_asked_about(
-    own: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def other() -> None:
-        crew.compute(own)
-        monkeypatch.setattr(engine, "infer", None)
-
-    entry = own.entry(shard_rows=crew.SHARD_ROWS)
-    done = capture.capture("toy", entry, own.dataset, own.teacher, own.cache, own.store, other, crew.INLINE)
-    assert done.manifest.num_rows == 180
 
 
 def add_a_zebra(own: World) -> None:
@@ -220,54 +79,6 @@ def test_a_capture_where_nothing_works_ends_soon(own: World) -> None:
     assert not crew.finished(own)
 
 
-def tagged(root: Path) -> tuple[Any, dict[str, Any]]:
-    own = Project.start(root, "token-classification", 30)
-    own.make_teacher()
-    return own, {"hidden": {"layers": [2], "pool": "none", "pca": 4}}
-
-
-def masked(root: Path) -> tuple[Any, dict[str, Any]]:
-    own = Project.start(root, "masked-lm", 30)
-    own.make_teacher()
-    return own, {"targets": {"codec": "sample", "k": 8}}
-
-
-def prose(root: Path) -> tuple[Any, dict[str, Any]]:
-    own = Prose(root)
-    own.make_teacher()
-    return own, {"targets": {"codec": "threshold", "tau": 0.1}, "hidden": {"layers": [1], "pool": "none"}}
-
-
-def of_rows(root: Path, make: Callable[[Path], row_worlds.World]) -> tuple[Any, dict[str, Any]]:
-    own = make(root)
-    own.prepare()
-    own.make_teacher()
-    return own, {}
-
-
-KINDS = {
-    "tagged": tagged, "masked": masked, "prose": prose, "images": partial(of_rows, make=row_worlds.images),
-    "vectors": partial(of_rows, make=partial(row_worlds.vectors, embedding={"pool": "mean"})),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_teacher_says_to_workers_what_it_says_inline(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cluster, "spread", here)
-    own, changes = KINDS[kind](tmp_path)
-    body = {"dataset": "toy", "teacher": "tiny", "precision": "float32", "shard_rows": 7, **changes}
-    entry = CacheEntry.model_validate(body)
-    for name, workers in (("inline", crew.INLINE), ("local", crew.local(2))):
-        store = Store(tmp_path / name / "store")
-        place = tmp_path / name / "cache"
-        capture.capture("toy", entry, own.dataset, own.teacher, place, store, workers=workers)
-    found = crew.content(tmp_path / "inline" / "cache")
-    assert len([path for path in found if path.startswith("logits/")]) > 3
-    assert crew.content(tmp_path / "local" / "cache") == found
-
-
 def test_a_shard_that_kills_its_workers_is_named_and_drags_no_other_along(own: World) -> None:
     add_a_zebra(own)
     deadly = {"distributed.worker.preload": ["tests.pipeline.deadly"]}
@@ -275,6 +86,24 @@ def test_a_shard_that_kills_its_workers_is_named_and_drags_no_other_along(own: W
         with pytest.raises(ShardsFailed, match=r"1 rows, (\w+) to \1\): 1 workers died over it") as refused:
             crew.compute(own, crew.local(2))
     assert "1 of 46 shards failed 3 times" in str(refused.value)
+    assert len(crew.finished(own)) == crew.SHARDS
+
+
+def test_workers_that_are_killed_while_they_start_are_replaced(
+    own: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "LOST", 1)
+    killed: list[int] = []
+
+    def kill() -> None:
+        crew.wait_for(lambda: len(crew.finished(own)) > 5)
+        while len(killed) < 6:  # both workers, and the next four as soon as there are such
+            for pid in set(crew.processes()) - set(killed):
+                crew.send(signal.SIGKILL, pid)
+                killed.append(pid)
+
+    with crew.meanwhile(kill):
+        crew.compute(own, crew.local(2))
     assert len(crew.finished(own)) == crew.SHARDS
 
 
