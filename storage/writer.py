@@ -36,13 +36,14 @@ import pyarrow as pa
 
 from storage import hidden, manifest, records
 from storage.compact import Columns
-from storage.errors import CacheError, StoreFull
+from storage.errors import CacheError, ManifestInvalid, StoreFull
 from storage.manifest import FileEntry, Manifest, ShardEntry, WeightsEntry
 from storage.spec import Identity, canonical_json, content_fingerprint, sha256_json, shard_key
 from storage.verify import check_files, file_entry
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 STALE_SECONDS = 24 * 3600
+RANKS_FORMAT = "stillroom-ranks"
 LOCK = "in-use"  # a file of the store: captures hold it together, a clean-up alone
 
 
@@ -161,19 +162,33 @@ class Store:
         return StoredShard(final, entry, seconds)
 
     def ranks(self, identity: Identity) -> npt.NDArray[np.int64] | None:
-        """The table of frequent ids that captures of this identity share, where one was kept."""
+        """The table of frequent ids that captures of this identity share, where one was kept.
+
+        Raises ManifestInvalid where it is damaged: with another table no shard would be found again.
+        """
         path = self._ranks_path(identity)
-        return np.array(json.loads(path.read_bytes()), np.int64) if path.is_file() else None
+        if not path.is_file():
+            return None
+        raw, again = path.read_bytes(), "Remove it: the same table is made again from the same first rows."
+        if raw.startswith(b"["):  # of before there were checksums
+            try:
+                return np.array(json.loads(raw), np.int64)
+            except ValueError as error:
+                raise ManifestInvalid(f"{path} is no table of ids: {error}.\n{again}") from None
+        return np.array(manifest.open_sealed(raw, path, RANKS_FORMAT, again)["ranks"], np.int64)
 
     def keep_ranks(self, identity: Identity, ranks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Keep the table of frequent ids; return the one that is there now, perhaps another worker's."""
         path = self._ranks_path(identity)
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._aside() as aside, _disk_full_explained(self.root):
-            (aside / path.name).write_bytes(canonical_json(ranks.tolist()))
+            body = {"format": RANKS_FORMAT, "ranks": ranks.tolist()}
+            (aside / path.name).write_bytes(manifest.seal(body))
             _fsync(aside / path.name)
             os.replace(aside / path.name, path)
-        return np.array(json.loads(path.read_bytes()), np.int64)
+        kept = self.ranks(identity)
+        assert kept is not None
+        return kept
 
     def basis(self, identity: Identity) -> Path | None:
         """The directory of the bases that captures of this identity share (storage.hidden.read_bases)."""

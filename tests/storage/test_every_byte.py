@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from storage import Cache
@@ -18,7 +19,8 @@ from storage.manifest import BASIS_DIR, MANIFEST_NAME, ShardEntry
 from storage.mixture import MIXTURE_NAME, Mixture, mix, open_cache
 from storage.spec import canonical_json, sha256_json
 from storage.verify import verify
-from tests.storage.conftest import make_cache
+from storage.writer import Store
+from tests.storage.conftest import IDENTITY, make_cache
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FLIPS = 2_400  # in all
@@ -171,3 +173,18 @@ def test_a_mixture_of_before_there_were_checksums_is_read_and_keeps_its_name(she
         with pytest.raises(ManifestInvalid, match=rf"mixture\.json .*(?s:.)*{said}"):
             open_cache(shelf / "both")
     path.write_bytes(sound)
+
+
+def test_a_flipped_byte_in_a_stores_table_of_frequent_ids_is_refused(tmp_path: Path) -> None:
+    store, chosen = Store(tmp_path), random.Random(8)
+    table = store.keep_ranks(IDENTITY, np.array([5, 3, 17, 2]))
+    (path,) = tmp_path.glob("ranks/*.json")
+    sound = path.read_bytes()
+    places = [(0, 1 << bit) for bit in range(8)]  # one of them makes a list of it
+    places += [(place, 1 << chosen.randrange(8)) for place in range(1, len(sound) - 1)]
+    for place, bit in places:  # the newline behind it says nothing
+        path.write_bytes(sound[:place] + bytes([sound[place] ^ bit]) + sound[place + 1 :])
+        with pytest.raises(ManifestInvalid, match=rf"{path.name} .*(?s:.)*Remove it"):
+            store.ranks(IDENTITY)
+    path.write_bytes(b"[5,3,17,2]")  # of before there were checksums
+    assert np.array_equal(store.ranks(IDENTITY), table)
