@@ -10,6 +10,7 @@ StillroomError: what a person can mend; the message says what, where, found, exp
 ├── TeacherElsewhere (RuntimeError)     a teacher would start here that has done its work on another machine
 ├── StoreFull        (OSError)          the disk ran full; finished shards are kept
 ├── ShardUnwritten   (OSError)          a shard could not be written otherwise; finished shards are kept
+├── StoreUnreachable (ConnectionError)  a bucket, or what lies in it, could not be read or written
 └── CacheError                          a cache that must not be read
     ├── NoManifest       (FileNotFoundError)  not a cache, or one that was never sealed
     ├── ManifestInvalid  (ValueError)         the manifest is damaged, or was edited
@@ -65,6 +66,10 @@ class StoreFull(StillroomError, OSError):
 
 class ShardUnwritten(StillroomError, OSError):
     """A shard could not be written otherwise; finished shards are kept."""
+
+
+class StoreUnreachable(StillroomError, ConnectionError):
+    """A bucket, or what lies in it, could not be read or written."""
 
 
 class CacheError(StillroomError):

@@ -12,6 +12,7 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from storage.compact import MAX_RANKED
 from storage.errors import FormatTooNew, ManifestInvalid, NoManifest
+from storage.location import Location, Url
 from storage.spec import ROW_COLUMNS, Count, Identity, Sha256, Strict, canonical_json, sha256_json
 
 FORMAT = "stillroom-cache"
@@ -186,9 +187,11 @@ def load(cache: Path) -> Manifest:
     return parse(path.read_bytes(), path)
 
 
-def parse(raw: bytes, path: Path) -> Manifest:
+def parse(raw: bytes, path: Location) -> Manifest:
     """The manifest in `raw`, refused unless it is byte for byte what `render` would write."""
     again = f"Copy the cache again (`dvc checkout --force {path.parent}`), or rebuild it."
+    if isinstance(path, Url):
+        again = "Upload the cache again."
     try:
         body = _read_json(raw)
     except (ValueError, RecursionError) as error:

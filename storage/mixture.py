@@ -21,8 +21,9 @@ import pyarrow.compute as pc
 from pydantic import Field, StringConstraints, ValidationError
 
 from storage.errors import ManifestInvalid, Mismatch, SpecMismatch
+from storage.location import Location
 from storage.manifest import MAX_MANIFEST_BYTES
-from storage.reader import Cache
+from storage.reader import NEARBY, Cache
 from storage.records import LogitRows
 from storage.spec import Identity, Sha256, Strict, canonical_json, sha256_json
 from storage.writer import link
@@ -66,13 +67,13 @@ class Mixture(Cache):
 
     def __init__(self, root: Path, members: tuple[Member, ...], missing: Missing) -> None:
         first = members[0].cache
-        super().__init__(first.path, first.manifest)
+        super().__init__(first.path, first.manifest, first.files)
         self.root, self.members, self.missing = root, members, missing
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
+    def open(cls, path: str | Location, local: str | Path = NEARBY, limit_bytes: int | None = None) -> Self:
         """The mixture at `path`. Raises ManifestInvalid, and what Cache.open raises for each cache in it."""
-        root = Path(path)
+        root = Path(str(path))
         again = f"Copy it again (`dvc checkout --force {root}`), or mix it again: dvc repro mix@{root.name}"
         file = root / MIXTURE_NAME
         try:
@@ -162,6 +163,12 @@ def mix(out: Path, caches: Mapping[str, tuple[Cache, float]], missing: Missing) 
     for stale in out.parent.glob(f".{out.name}.*"):
         shutil.rmtree(stale)
     for member in members:
+        if not isinstance(member.cache.path, Path):
+            raise SpecMismatch(
+                f"mixtures.{out.name} cannot be made",
+                [Mismatch(f"caches.{member.name}", member.cache.path, "a cache on this disk")],
+                "A mixture holds the caches that it is made of: copy this one here first.",
+            )
         shutil.copytree(member.cache.path, aside / member.name, copy_function=link)
     (aside / MIXTURE_NAME).write_bytes(canonical_json(_file(members, missing)) + b"\n")
     shutil.rmtree(out, ignore_errors=True)

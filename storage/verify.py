@@ -73,15 +73,20 @@ def verify(cache: "Cache", on_shard: Callable[[int], None] = lambda rows: None) 
     `on_shard` is called with the number of rows after each shard, for progress. Raises a CacheError that
     names the first fault; returns what was counted otherwise.
     """
-    listed = {file.path for file in cache.manifest.files} | {MANIFEST_NAME}
-    present = {path.relative_to(cache.path).as_posix() for path in cache.path.rglob("*") if path.is_file()}
+    listed, present = {file.path for file in cache.manifest.files} | {MANIFEST_NAME}, set[str]()
+    if isinstance(cache.path, Path):  # nothing remote is ever listed
+        present = {
+            path.relative_to(cache.path).as_posix() for path in cache.path.rglob("*") if path.is_file()
+        }
     if stray := sorted(present - listed):
         raise ShardUnexpected(
             f"{cache.path / stray[0]} is not part of this cache ({len(stray)} such): remove it."
         )
-    check_files(cache.path, cache.manifest.tokenizer_files)
+    with cache.files.holding(cache.manifest.tokenizer_files):
+        pass
     if cache.manifest.weights is not None:
-        check_files(cache.path, cache.manifest.weights.files)
+        with cache.files.holding(cache.manifest.weights.files):
+            pass
     if cache.identity.spec.hidden is not None:
         for name in cache.identity.spec.hidden.component_names:
             cache.hidden_basis(name)

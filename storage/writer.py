@@ -16,7 +16,6 @@ place.
 """
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -34,12 +33,13 @@ import pyarrow.parquet as pq
 
 from storage import hidden, manifest, records
 from storage.compact import Columns
-from storage.errors import CacheError, StoreFull
+from storage.disk import DISK_FULL
+from storage.disk import disk_full_explained as _disk_full_explained
+from storage.errors import CacheError
 from storage.manifest import FileEntry, Manifest, ShardEntry, WeightsEntry
 from storage.spec import Identity, canonical_json, content_fingerprint, sha256_json, shard_key
 from storage.verify import check_files, file_entry
 
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 STALE_SECONDS = 24 * 3600
 
 
@@ -285,16 +285,3 @@ def _fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-@contextlib.contextmanager
-def _disk_full_explained(where: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, StoreFull) or error.errno not in DISK_FULL:
-            raise
-        raise StoreFull(
-            f"no space left while writing below {where}: {os.strerror(error.errno or 0)}.\n"
-            "Finished shards are kept. Free some space and run the same command again: it goes on from there."
-        ) from error

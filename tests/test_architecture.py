@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "storage": {"storage"},
 }
 STAGE_HELPERS = {"stages", "stages.cli", "stages.paths", "stages.elsewhere"}
-STORAGE_LIBRARIES = {"numpy", "pyarrow", "zarr", "pydantic"}
+STORAGE_LIBRARIES = {"fsspec", "numpy", "pyarrow", "zarr", "pydantic"}
 MOST_LINES = 400
 
 
@@ -34,12 +34,13 @@ def test_no_stage_imports_another_or_torch() -> None:
             assert not {other for other in found if other.split(".")[0] in {"torch", "transformers"}}, name
 
 
-def test_storage_needs_four_libraries_and_pipeline_holds_no_dask() -> None:
+def test_storage_needs_five_libraries_and_pipeline_holds_no_dask() -> None:
     for name, path in modules().items():
         libraries = {other.split(".")[0] for other in imported(path)} - set(sys.stdlib_module_names)
         if name.split(".")[0] == "storage":
             assert libraries <= STORAGE_LIBRARIES | {"storage"}, name
         assert not libraries & {"dask", "distributed"}, name
+        assert "fsspec" not in libraries or name == "storage.remote", name
 
 
 def test_an_install_for_predict_alone_has_what_predict_imports() -> None:
