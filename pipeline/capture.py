@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline import config_teachers, decoders, hardware, states, targets, teachers, weights
+from pipeline import config_teachers, decoders, hardware, planning, states, targets, teachers, weights
 from pipeline.asking import Answer, Asker, Questions, asker, questions
 from pipeline.data import load_rows
 from pipeline.progress import bar, log
@@ -150,7 +150,14 @@ def capture(
         basis = store.basis(who) or store.keep_basis(who, _bases(who.spec.hidden, asked, teaching))
         bases = hidden.read_bases(basis, who.spec.hidden)
     who = identity(entry, teacher, pinned, hidden.fingerprint(bases) if bases else None)
-    taken, missing = plan(row_ids, store.finished(who), entry.shard_rows)
+    cut = planning.cut(who, rows.row_ids, asked.inputs.hashes(), entry.shard_rows)
+    store.bring(who, cut.names())
+    finished = store.finished(who)
+    left = planning.unfinished(cut, planning.keys_of(shard.entry.key for shard in finished))
+    if left is None:  # shards of other rows, or cut otherwise
+        taken, missing = plan(row_ids, finished, entry.shard_rows)
+    else:
+        taken, missing = finished, [cut.part(shard) for shard in left]
     total, todo = len(set(row_ids)), sum(len(part) for part in missing)
     log(f"{name}: {total - todo:,} of {total:,} rows are captured already, in {len(taken)} shards")
     if missing:

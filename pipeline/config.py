@@ -71,6 +71,9 @@ class Workers(Section):
 
     seeds_at_once: Positive | None = None
     """Seeds of a run trained side by side, each on one thread; null: two a core."""
+    store: Annotated[str, Field(min_length=1)] | None = None
+    """Where finished shards are kept: a directory, or a URL (s3://bucket/stillroom) that several machines
+    share; null: .stillroom, here."""
 
 
 class RunPaths(NamedTuple):

@@ -6,12 +6,13 @@ from functools import partial
 from pipeline import capture, config
 from stages import cli, paths
 from stages.elsewhere import refuse_if_done_elsewhere
-from storage.writer import Store
+from storage.shared_store import open_store
 
 
 def main(name: str) -> None:
     """Capture one cache."""
-    entry = config.pick(config.load().caches, "caches", name)
+    params = config.load()
+    entry = config.pick(params.caches, "caches", name)
     teacher = paths.TEACHERS / entry.teacher
     captured = capture.capture(
         name,
@@ -19,7 +20,7 @@ def main(name: str) -> None:
         paths.DATA / entry.dataset,
         teacher,
         paths.CACHES / name,
-        Store(capture.STORE),
+        open_store(capture.STORE, params.workers.store),
         before_teacher=partial(refuse_if_done_elsewhere, f"cache@{name}", name),
     )
     paths.CAPTURE.mkdir(parents=True, exist_ok=True)

@@ -76,13 +76,20 @@ class Objects:
                 f"  sha256 found    {found.sha256}\n  sha256 expected {file.sha256}\n{AGAIN}"
             )
 
-    def write(self, path: str, content: bytes | Path) -> None:
-        """Write one object whole: bytes, or a local file. Raises StoreUnreachable."""
+    def write(self, path: str, content: bytes | Path, once: bool = False) -> bool:
+        """Write one object whole: bytes, or a local file. With `once` bytes, and only where there is none.
+
+        Returns whether the object is now what was to be written. Raises StoreUnreachable.
+        """
         with self._explained("written", path):
-            if isinstance(content, bytes):
-                self._fs.pipe_file(self._at(path), content)
-            else:
-                self._fs.put_file(str(content), self._at(path))
+            try:
+                if isinstance(content, Path):
+                    self._fs.put_file(str(content), self._at(path))
+                else:
+                    self._fs.pipe_file(self._at(path), content, mode="create" if once else "overwrite")
+            except FileExistsError:
+                return self.read(path, len(content)) == content if isinstance(content, bytes) else False
+        return True
 
     def _get(self, path: str, target: Path, watch: "_Watch") -> None:
         with self._explained("read", path):

@@ -22,7 +22,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,6 +132,9 @@ class Store:
                     raise
             _fsync(final.parent)
         return StoredShard(final, entry, seconds)
+
+    def bring(self, identity: Identity, keys: Iterable[str]) -> None:
+        """Have shards here that were finished elsewhere: nothing to do for a store in one place."""
 
     def ranks(self, identity: Identity) -> npt.NDArray[np.int64] | None:
         """The table of frequent ids that captures of this identity share, where one was kept."""

@@ -19,6 +19,7 @@ class Server:
         command = [Path(sys.executable).with_name("moto_server"), "--host", "127.0.0.1", "--port", "0"]
         with log.open("wb") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file)
+        self.log = log
         self.endpoint = self._address(log)
         self.environment = {
             "AWS_ENDPOINT_URL": self.endpoint,
@@ -32,7 +33,7 @@ class Server:
         urllib.request.urlopen(request).close()
 
     def _address(self, log: Path) -> str:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while "Running on " not in (said := log.read_text()):
             assert self.process.poll() is None, said
             assert time.monotonic() < deadline, said
