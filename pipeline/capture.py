@@ -175,15 +175,15 @@ def summary(
     name: str, entry: config_teachers.CacheEntry, captured: Captured, teacher: Path
 ) -> dict[str, Any]:
     """What the capture cost and made, for the report: rows, tokens, bytes, seconds."""
-    files = [file for shard in captured.manifest.shards for file in shard.files]
+    files = [file for shard in captured.manifest.every_shard for file in shard.files]
     logit_bytes = sum(file.bytes for file in files if file.path.startswith("logits/"))
     training = teachers.record(teacher)["training"]
     return {
         "cache": name,
         "teacher": entry.teacher,
         "rows": captured.manifest.num_rows,
-        "positions": sum(shard.positions for shard in captured.manifest.shards),
-        "shards": len(captured.manifest.shards),
+        "positions": sum(shard.positions for shard in captured.manifest.every_shard),
+        "shards": len(captured.manifest.every_shard),
         "bytes": sum(file.bytes for file in files),
         "logit_bytes": logit_bytes,
         "hidden_bytes": sum(file.bytes for file in files) - logit_bytes,

@@ -5,10 +5,11 @@ so a flipped byte anywhere in it is seen. Readers trust the manifest and never a
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, StringConstraints, ValidationError, model_validator
 
 from storage.compact import MAX_RANKED
 from storage.errors import FormatTooNew, ManifestInvalid, NoManifest
@@ -16,11 +17,18 @@ from storage.location import Location, Url
 from storage.spec import ROW_COLUMNS, Count, Identity, Sha256, Strict, canonical_json, sha256_json
 
 FORMAT = "stillroom-cache"
-FORMAT_VERSION = 4  # the highest; each cache is written as the lowest that can hold it: needed_version
+FORMAT_VERSION = 5  # the highest; each cache is written as the lowest that can hold it: needed_version
 MANIFEST_NAME = "manifest.json"
-OPTIONAL = ("ranks", "weights", "hidden_basis")  # fields that are left out where there is nothing to say
+OPTIONAL = (
+    "ranks",
+    "weights",
+    "hidden_basis",
+    "shard_table",
+)  # fields that are left out where there is nothing to say
 WEIGHTS_FILES = ("weights/config.json", "weights/model.safetensors")
 BASIS_DIR = "hidden-basis"
+TABLE_NAME = "shards.parquet"
+MOST_LISTED = 10_000  # shards that are written into manifest.json itself, and not into a table beside it
 MAX_MANIFEST_BYTES = 2**30  # refuse to load more: the manifest of a billion rows stays far below
 
 # Relative, forward slashes, no empty, "." or ".." part: a manifest can never name a file outside its cache.
@@ -80,7 +88,7 @@ class Manifest(Strict):
     format_version: Annotated[int, Field(ge=1)]
     identity: Identity
     dataset: Sha256  # storage.spec.content_fingerprint of the rows
-    shards: Annotated[tuple[ShardEntry, ...], Field(min_length=1, max_length=10_000_000, strict=False)]
+    shards: Annotated[tuple[ShardEntry, ...], Field(max_length=10_000_000, strict=False)]
     tokenizer_files: Annotated[tuple[FileEntry, ...], Field(max_length=100, strict=False)]
     provenance: dict[str, Any]  # versions, hardware, the teacher's score: for people, part of no fingerprint
     # Compact layouts: the most frequent ids first; their places are the ranks that the shards hold.
@@ -88,17 +96,28 @@ class Manifest(Strict):
     weights: WeightsEntry | None = None
     # Hidden states as principal components: the files of their mean and axes (storage.hidden.read_bases).
     hidden_basis: Annotated[tuple[FileEntry, ...], Field(max_length=100_000, strict=False)] | None = None
+    # Of very many shards: the file that has them in place of `shards` (storage.shard_table).
+    shard_table: FileEntry | None = None
+    _table: Sequence[ShardEntry] = PrivateAttr(default=())
 
     @model_validator(mode="after")
     def _version_and_ranks_fit_the_codec(self) -> Self:
         codec = self.identity.spec.codec
-        if self.format_version != needed_version(self.identity, self.weights):
+        if self.format_version != needed_version(self.identity, self.weights, self.shard_table):
             raise ValueError(f"format_version is {self.format_version}: not that of what it holds")
         known = None if codec == "dense" else codec.ranks
         if known != (None if self.ranks is None else sha256_json(list(self.ranks))):
             raise ValueError("ranks are not those that the codec names")
         if self.ranks is not None and len(set(self.ranks)) != len(self.ranks):
             raise ValueError("ranks hold an id twice")
+        return self
+
+    @model_validator(mode="after")
+    def _shards_are_in_one_place(self) -> Self:
+        if bool(self.shards) == (self.shard_table is not None):
+            raise ValueError("shards are listed, or in a shard_table: one of the two")
+        if self.shard_table is not None and self.shard_table.path != TABLE_NAME:
+            raise ValueError(f"the shard_table is called {TABLE_NAME}")
         return self
 
     @model_validator(mode="after")
@@ -132,16 +151,33 @@ class Manifest(Strict):
     @property
     def files(self) -> tuple[FileEntry, ...]:
         """Every file of the cache but the manifest itself."""
+        return tuple(file for shard in self.every_shard for file in shard.files) + self.own_files
+
+    @property
+    def own_files(self) -> tuple[FileEntry, ...]:
+        """The files that belong to no shard."""
         own = self.tokenizer_files + (self.weights.files if self.weights else ()) + (self.hidden_basis or ())
-        return tuple(file for shard in self.shards for file in shard.files) + own
+        return own + ((self.shard_table,) if self.shard_table else ())
+
+    @property
+    def every_shard(self) -> Sequence[ShardEntry]:
+        """The shards, in order, wherever they are written; of a table once it was read (`with_table`)."""
+        return self._table or self.shards
+
+    def with_table(self, table: Sequence[ShardEntry]) -> Self:
+        """The same manifest, with the shards that its table holds."""
+        self._table = table
+        return self
 
     @property
     def num_rows(self) -> int:
         """Rows in all shards."""
-        return sum(shard.rows for shard in self.shards)
+        return sum(shard.rows for shard in self.every_shard)
 
 
-def needed_version(identity: Identity, weights: WeightsEntry | None) -> int:
+def needed_version(
+    identity: Identity, weights: WeightsEntry | None, shard_table: FileEntry | None = None
+) -> int:
     """The lowest format version that can hold all this: an old reader reads what it can."""
     needed = [1]
     if identity.spec.codec != "dense":
@@ -151,6 +187,8 @@ def needed_version(identity: Identity, weights: WeightsEntry | None) -> int:
     hidden = identity.spec.hidden
     if identity.spec.task in ROW_COLUMNS or (hidden is not None and hidden.of_version_4):
         needed.append(4)
+    if shard_table is not None:
+        needed.append(5)
     return max(needed)
 
 

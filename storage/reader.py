@@ -19,6 +19,7 @@ from storage.location import Location, location
 from storage.manifest import FileEntry, Manifest, ShardEntry
 from storage.nearby import Nearby
 from storage.remote import Objects
+from storage.shard_table import ShardTable
 from storage.spec import Identity, SparseCodec, content_fingerprint, sha256_json
 from storage.verify import AGAIN, check_sizes
 
@@ -37,7 +38,8 @@ class Cache:
 
     @classmethod
     def open(cls, path: str | Location, local: str | Path = NEARBY, limit_bytes: int | None = None) -> Self:
-        """The cache at `path`: its manifest is sound, each file that it lists is there with its size.
+        """The cache at `path`: its manifest is sound, each file that it lists is there with its size (those
+        of very many shards, which are in a table, are looked at when they are read).
 
         `path` may be a URL (s3://bucket/caches/reviews). Then only the manifest is looked at now; files are
         copied below the directory `local` when they are first read, at most `limit_bytes` at a time (None:
@@ -46,13 +48,14 @@ class Cache:
         """
         path = location(path)
         if isinstance(path, Path):
-            sealed = manifest.load(path)
-            check_sizes(path, sealed.files)
-            return cls(path, sealed, LocalFiles(path))
+            sealed, local_files = manifest.load(path), LocalFiles(path)
+            check_sizes(path, sealed.own_files if sealed.shard_table else sealed.files)
+            return cls(path, _with_table(path, sealed, local_files), local_files)
         objects, copies = Objects(path), Nearby(Path(local), limit_bytes)
-        sealed = _load_remote(objects)
+        remote_files = RemoteFiles(objects, copies)
+        sealed = _with_table(path, _load_remote(objects), remote_files)
         copies.refuse_too_small(path, _at_once(sealed))
-        return cls(path, sealed, RemoteFiles(objects, copies))
+        return cls(path, sealed, remote_files)
 
     @property
     def identity(self) -> Identity:
@@ -67,12 +70,13 @@ class Cache:
     @property
     def num_rows(self) -> int:
         """Rows in all shards."""
-        return self.manifest.num_rows
+        shards = self.manifest.every_shard
+        return shards.num_rows if isinstance(shards, ShardTable) else self.manifest.num_rows
 
     @property
-    def shards(self) -> tuple[ShardEntry, ...]:
+    def shards(self) -> Sequence[ShardEntry]:
         """The shards, in order."""
-        return self.manifest.shards
+        return self.manifest.every_shard
 
     @property
     def hidden_names(self) -> tuple[str, ...]:
@@ -261,11 +265,25 @@ def _load_remote(objects: Objects) -> Manifest:
 def _at_once(sealed: Manifest) -> int:
     """Bytes that a student needs at the same time: what it keeps open, and the largest piece beside it."""
     kept = [*sealed.tokenizer_files, *(sealed.weights.files if sealed.weights else ())]
-    pieces = [
-        sealed.hidden_basis or (),
-        *(own(shard) for shard in sealed.shards for own in (_logits, _states)),
-    ]
-    return sum(file.bytes for file in kept) + max(sum(file.bytes for file in piece) for piece in pieces)
+    shards = sealed.every_shard
+    if isinstance(shards, ShardTable):
+        largest = shards.largest_piece()
+    else:
+        largest = max(_size(own(shard)) for shard in shards for own in (_logits, _states))
+    return _size(kept) + max(largest, _size(sealed.hidden_basis or ()))
+
+
+def _size(files: Iterable[FileEntry]) -> int:
+    return sum(file.bytes for file in files)
+
+
+def _with_table(where: Location, sealed: Manifest, files: Files) -> Manifest:
+    """The manifest with its shards, where they are in a table."""
+    if sealed.shard_table is None:
+        return sealed
+    with files.holding([sealed.shard_table]) as root:
+        table = ShardTable.read(root / manifest.TABLE_NAME, sealed.identity.spec, where / manifest.TABLE_NAME)
+    return sealed.with_table(table)
 
 
 def _differences(found: Any, expected: Any, field: str = "") -> list[Mismatch]:

@@ -89,6 +89,20 @@ class HiddenSpec(Strict):
         """Those of `names` that are kept as principal components."""
         return () if self.pca is None else self.names[: len(self.layers)]
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files of a shard's Zarr group, relative to it, sorted."""
+        arrays = [f"{name}/c.0.0" for name in self.names]
+        if self.dtype == "int8":
+            arrays += [f"{name}.scale/c.0" for name in self.names]
+        return _group_files(arrays)
+
+    @property
+    def basis_files(self) -> tuple[str, ...]:
+        """The files of the Zarr group of the principal axes, relative to it, sorted; none without pca."""
+        arrays = [f"{name}.{part}" for name in self.component_names for part in ("axes/c.0.0", "mean/c.0")]
+        return _group_files(arrays) if arrays else ()
+
     def kept_width(self, name: str) -> int:
         """Numbers that are kept of a vector of this name."""
         return 3 * self.width if name.startswith("qkv.") else self.pca or self.width
@@ -97,6 +111,12 @@ class HiddenSpec(Strict):
     def of_version_4(self) -> bool:
         """Whether a reader of format 3 cannot read them."""
         return self.pool == "none" or self.dtype == "int8" or self.pca is not None
+
+
+def _group_files(arrays: Iterable[str]) -> tuple[str, ...]:
+    """Those of a Zarr group of arrays with one shard file each."""
+    own = [file for array in arrays for file in (array, f"{array.rpartition('/')[0]}/zarr.json")]
+    return tuple(sorted([*own, "zarr.json"]))
 
 
 class _Sparse(Strict):

@@ -37,6 +37,7 @@ from storage.disk import DISK_FULL
 from storage.disk import disk_full_explained as _disk_full_explained
 from storage.errors import CacheError
 from storage.manifest import FileEntry, Manifest, ShardEntry, WeightsEntry
+from storage.shard_table import ShardTable
 from storage.spec import Identity, canonical_json, content_fingerprint, sha256_json, shard_key
 from storage.verify import check_files, file_entry
 
@@ -236,17 +237,24 @@ def seal(
                 target = aside / file.path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 link(shard.root / file.path, target)
+        listed, table = tuple(shard.entry for shard in shards), None
+        if len(listed) > manifest.MOST_LISTED:
+            ShardTable.of(identity.spec, listed).write(aside / manifest.TABLE_NAME)
+            table, listed = file_entry(aside, manifest.TABLE_NAME), ()
         sealed = Manifest(
-            format_version=manifest.needed_version(identity, carried),
+            format_version=manifest.needed_version(identity, carried, table),
             identity=identity,
             dataset=content_fingerprint(row_ids),
-            shards=tuple(shard.entry for shard in shards),
+            shards=listed,
+            shard_table=table,
             tokenizer_files=tokenizer,
             provenance=dict(provenance),
             ranks=None if ranks is None else tuple(int(rank) for rank in ranks),
             weights=carried,
             hidden_basis=based,
         )
+        if table is not None:
+            sealed = sealed.with_table(tuple(shard.entry for shard in shards))
         (aside / manifest.MANIFEST_NAME).write_bytes(manifest.render(sealed))
         _fsync_tree(aside)
         if cache.exists():
