@@ -8,7 +8,8 @@ def main(name: str) -> None:
     """Evaluate one run."""
     params = config.load()
     run = config.pick(params.every_run, "runs", name)
-    result = evaluation.evaluate_run(name, run, params.students[run.student], paths.of_run(name, run))
+    where = paths.of_run(name, run, params.workers)
+    result = evaluation.evaluate_run(name, run, params.students[run.student], where)
     runs.write_json(result, paths.EVAL / f"{name}.json")
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.config import ChainedRun, Run, RunPaths
+from pipeline.config import ChainedRun, Run, RunPaths, Workers
 
 ASSETS = Path("assets")
 DATA = Path("data")
@@ -18,12 +18,14 @@ CURVES = Path("results/curves")
 REPORT = Path("report/index.html")
 
 
-def of_run(name: str, run: Run) -> RunPaths:
-    """What a run reads and where it writes."""
+def of_run(name: str, run: Run, workers: Workers | None = None) -> RunPaths:
+    """What a run reads and where it writes; `workers` say how much local disk it may take."""
+    local_gb = workers.local_gb if workers else None
     return RunPaths(
         cache=CACHES / run.cache,
         dataset=DATA / run.dataset,
         verified=VERIFIED / f"{run.cache}.json",
         out=MODELS / name,
         init=MODELS / run.init if isinstance(run, ChainedRun) else None,
+        local_bytes=None if local_gb is None else round(local_gb * 1e9),
     )

@@ -9,7 +9,8 @@ def main(name: str) -> None:
     params = config.load()
     run = config.pick(params.every_run, "runs", name)
     student, recipe = params.students[run.student], params.recipes[run.recipe]
-    record = runs.train(name, run, student, recipe, params.workers.seeds_at_once, paths.of_run(name, run))
+    where = paths.of_run(name, run, params.workers)
+    record = runs.train(name, run, student, recipe, params.workers.seeds_at_once, where)
     runs.write_curve(record, paths.CURVES / f"{name}.csv")
 
 

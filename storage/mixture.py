@@ -24,6 +24,7 @@ from storage.errors import ManifestInvalid, Mismatch, SpecMismatch
 from storage.location import Location
 from storage.manifest import MAX_MANIFEST_BYTES
 from storage.reader import NEARBY, Cache
+from storage.received import RECEIVED_NAME, open_received
 from storage.records import LogitRows
 from storage.spec import Identity, Sha256, Strict, canonical_json, sha256_json
 from storage.writer import link
@@ -138,8 +139,10 @@ class Mixture(Cache):
         return logits_MNC
 
 
-def open_cache(path: Path) -> Cache:
-    """The cache at `path`, or the mixture."""
+def open_cache(path: Path, limit_bytes: int | None = None) -> Cache:
+    """The cache at `path`, the mixture, or the cache at a URL that it stands for: see Cache.open."""
+    if (path / RECEIVED_NAME).is_file():
+        return open_received(path, limit_bytes=limit_bytes)
     return Mixture.open(path) if (path / MIXTURE_NAME).is_file() else Cache.open(path)
 
 
