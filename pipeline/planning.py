@@ -44,14 +44,13 @@ def cut(who: Identity, row_ids: pa.StringArray, input_hashes: pa.StringArray, sh
     """The shards of these rows, with the keys that storage.spec.shard_key gives them."""
     rows, ids, inputs = distinct(row_ids), _characters(row_ids), _characters(input_hashes)
     start, digests = hashlib.sha256(who.fingerprint.encode()), bytearray()
-    a_chunk = max(1, CHUNK_ROWS // shard_rows) * shard_rows
+    a_chunk, a_shard = max(1, CHUNK_ROWS // shard_rows) * shard_rows, 2 * ROW_ID_CHARS * shard_rows
     for first in range(0, len(rows), a_chunk):
         part = rows[first : first + a_chunk]
-        named_rows = np.concatenate([ids[part], inputs[part]], axis=1).reshape(-1).data
-        a_shard = 2 * ROW_ID_CHARS * shard_rows
-        for begin in range(0, len(named_rows), a_shard):
+        names = np.concatenate([ids[part], inputs[part]], axis=1).reshape(-1).data
+        for begin in range(0, len(names), a_shard):
             digest = start.copy()
-            digest.update(named_rows[begin : begin + a_shard])
+            digest.update(names[begin : begin + a_shard])
             digests += digest.digest()
     return Cut(rows, np.frombuffer(digests, np.uint8).reshape(-1, 32), shard_rows)
 
@@ -74,22 +73,24 @@ def unfinished(cut: Cut, finished: Keys) -> Indices | None:
 
     None where one of these is none of the cut, and its rows must be looked at (capture.plan).
     """
-    return np.flatnonzero(~among(cut.keys, finished)) if among(finished, cut.keys).all() else None
+    at = places(finished, cut.keys)
+    left = np.ones(len(cut.keys), bool)
+    left[at] = False
+    return None if (at < 0).any() else np.flatnonzero(left)
 
 
-def among(keys: Keys, others: Keys) -> npt.NDArray[np.bool_]:
-    """Which of `keys` are in `others` [S]."""
-    if not len(others):
-        return np.zeros(len(keys), bool)
-    words, known = keys.view(np.uint64)[:, 0], others.view(np.uint64)[:, 0]
-    order = np.argsort(known, kind="stable")
+def places(keys: Keys, among: Keys) -> Indices:
+    """Where each key stands in `among`, whose keys are distinct; -1 for those that do not."""
+    if not len(among):
+        return np.full(len(keys), -1)
+    words, known = keys.view(np.uint64)[:, 0], among.view(np.uint64)[:, 0]
+    order = np.argsort(known)
     known = known[order]
     if (known[1:] == known[:-1]).any():  # the first 64 bits do not tell them apart
-        there = {bytes(key) for key in others}
-        return np.array([bytes(key) in there for key in keys], bool)
+        place = {bytes(key): index for index, key in enumerate(among)}
+        return np.array([place.get(bytes(key), -1) for key in keys], np.int64)
     at = order[np.minimum(np.searchsorted(known, words), len(known) - 1)]
-    same: npt.NDArray[np.bool_] = (others[at] == keys).all(axis=1)
-    return same
+    return np.where((among[at] == keys).all(axis=1), at, -1)
 
 
 def keys_of(names: Iterable[str]) -> Keys:

@@ -57,9 +57,9 @@ def test_a_finished_shard_of_other_rows_must_be_looked_at() -> None:
 def test_keys_whose_first_bits_are_alike_are_told_apart() -> None:
     alike = ["0" * 63 + digit for digit in "123"]
     keys = planning.keys_of(alike)
-    assert planning.among(keys, keys[:2]).tolist() == [True, True, False]
-    assert planning.among(keys, keys[:1]).tolist() == [True, False, False]
-    assert planning.among(keys, keys[:0]).tolist() == [False] * 3
+    assert planning.places(keys, keys[:2]).tolist() == [0, 1, -1]
+    assert planning.places(keys, keys[2:]).tolist() == [-1, -1, 0]
+    assert planning.places(keys, keys[:0]).tolist() == [-1] * 3
     assert planning.named(keys) == alike
 
 
