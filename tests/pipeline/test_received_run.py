@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import runs
+from pipeline import config, runs
 from storage import Cache
 from storage.errors import ConfigError
 from storage.location import Url
 from storage.received import publish, receive
+from tests import toy
 from tests.pipeline.conftest import World
 from tests.s3 import BUCKET, Server
 
@@ -21,7 +22,7 @@ def test_a_student_learns_the_same_from_a_bucket_within_a_small_limit(
     far, params = tmp_path / "far", world.params
     receive(far, str(url), publish(world.cache, url).manifest_sha256)
 
-    def trained(paths: runs.config.RunPaths) -> list[dict[str, object]]:
+    def trained(paths: config.RunPaths) -> list[dict[str, object]]:
         run = params.runs["fc-kd-pool"].model_copy(update={"seeds": (0, 1)})
         record = runs.train("toy", run, params.students["fc"], params.recipes["kd-pool"], 2, paths)
         return [seed["curve"] for seed in record["seeds"]]
@@ -35,3 +36,32 @@ def test_a_student_learns_the_same_from_a_bucket_within_a_small_limit(
     assert kept <= sum(files) // 2
     with pytest.raises(ConfigError, match="1,000 bytes of local disk are too few"):
         runs.open_inputs(there._replace(local_bytes=1000))
+
+
+FAR = {"url": "s3://bucket/caches/far", "manifest": "0" * 64}
+
+
+def load(root: Path, **changes: object) -> config.Params:
+    toy.write_params(root, toy.params(**changes))
+    return config.load(root / "params.yaml")
+
+
+def test_a_run_reads_a_received_cache_and_a_mixture_does_not(tmp_path: Path) -> None:
+    run = toy.params()["runs"]["fc-ce"] | {"cache": "far"}
+    assert load(tmp_path, received={"far": FAR}, runs={"far": run}).received["far"].url == FAR["url"]
+    with pytest.raises(ConfigError, match=r"mixtures\.two\.caches: no 'far' in caches"):
+        load(tmp_path, received={"far": FAR}, mixtures={"two": {"caches": ["toy", "far"]}})
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"toy": FAR}, "'toy' stands in received and in caches"),
+        ({"far": FAR | {"url": "/some/where"}}, r"received\.far\.url"),
+        ({"far": FAR | {"manifest": "0f7c"}}, r"received\.far\.manifest"),
+    ],
+    ids=range(3),
+)
+def test_entries_that_cannot_be_received_are_refused(tmp_path: Path, entry: dict, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load(tmp_path, received=entry)
