@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline import config_teachers, decoders, hardware, states, targets, teachers, weights
+from pipeline import config_teachers, decoders, hardware, planning, states, targets, teachers, weights
 from pipeline.asking import Answer, Asker, Questions, asker, questions
 from pipeline.config import Workers
 from pipeline.data import load_rows
@@ -157,7 +157,14 @@ def capture(
         basis = store.basis(who) or store.keep_basis(who, _bases(who.spec.hidden, asked, teaching))
         bases = hidden.read_bases(basis, who.spec.hidden)
     who = identity(entry, teacher, pinned, hidden.fingerprint(bases) if bases else None)
-    taken, missing = plan(row_ids, store.finished(who), entry.shard_rows)
+    cut = planning.cut(who, rows.row_ids, asked.inputs.hashes(), entry.shard_rows)
+    store.bring(who, cut.names())
+    finished = store.finished(who)
+    left = planning.unfinished(cut, planning.keys_of(shard.entry.key for shard in finished))
+    if left is None:  # shards of other rows, or cut otherwise
+        taken, missing = plan(row_ids, finished, entry.shard_rows)
+    else:
+        taken, missing = finished, [cut.part(shard) for shard in left]
     total, todo = len(set(row_ids)), sum(len(part) for part in missing)
     log(f"{name}: {total - todo:,} of {total:,} rows are captured already, in {len(taken)} shards")
     if missing and workers.capture == "inline":
@@ -177,6 +184,8 @@ def capture(
         asked.before_loading()
         taken += _spread(name, entry, dataset, asked, missing, store, first, who, workers, threads)
         store.sweep()  # what killed workers left
+        store.bring(who, ())  # workers write here alone; a store at a URL is offered it now
+        taken = [store.shard(who, shard.entry.key) or shard for shard in taken]
     place = {row: index for index, row in reversed(list(enumerate(row_ids)))}
     taken.sort(key=lambda shard: place[shard.row_ids()[0].as_py()])
     files = {file: (teacher / file).read_bytes() for file in FILES if (teacher / file).is_file()}
@@ -189,15 +198,15 @@ def summary(
     name: str, entry: config_teachers.CacheEntry, captured: Captured, teacher: Path
 ) -> dict[str, Any]:
     """What the capture cost and made, for the report: rows, tokens, bytes, seconds."""
-    files = [file for shard in captured.manifest.shards for file in shard.files]
+    files = [file for shard in captured.manifest.every_shard for file in shard.files]
     logit_bytes = sum(file.bytes for file in files if file.path.startswith("logits/"))
     training = teachers.record(teacher)["training"]
     return {
         "cache": name,
         "teacher": entry.teacher,
         "rows": captured.manifest.num_rows,
-        "positions": sum(shard.positions for shard in captured.manifest.shards),
-        "shards": len(captured.manifest.shards),
+        "positions": sum(shard.positions for shard in captured.manifest.every_shard),
+        "shards": len(captured.manifest.every_shard),
         "bytes": sum(file.bytes for file in files),
         "logit_bytes": logit_bytes,
         "hidden_bytes": sum(file.bytes for file in files) - logit_bytes,

@@ -24,7 +24,7 @@ from pipeline import config_tasks
 from pipeline.config_augmented import Augmented
 from pipeline.config_data import Asset, Dataset
 from pipeline.config_recipes import Recipe
-from pipeline.config_teachers import CacheEntry, MixtureEntry, Teacher
+from pipeline.config_teachers import CacheEntry, MixtureEntry, Received, Teacher
 from pipeline.faults import faults, nearest
 from pipeline.kinds import Student
 from pipeline.section import Name, Positive, Section, distinct
@@ -97,6 +97,11 @@ class Workers(Section):
     checkpoint_minutes: Annotated[float, Field(ge=0)] | None = 5.0
     """How often a training writes down where it stands; 0: after each step, null: never. A killed run goes on
     from there, finished seeds included."""
+    store: Annotated[str, Field(min_length=1)] | None = None
+    """Where finished shards are kept: a directory, or a URL (s3://bucket/stillroom) that several machines
+    share; null: .stillroom, here."""
+    local_gb: Annotated[float, Field(gt=0)] | None = None
+    """Gigabytes of local disk (.stillroom/nearby) for shards of caches that lie at a URL; null: no limit."""
 
 
 class RunPaths(NamedTuple):
@@ -109,6 +114,7 @@ class RunPaths(NamedTuple):
     init: Path | None = None  # the trained run whose students this one's start from
     task: str | None = None  # the one of the student's several tasks that is meant
     checkpoints: Path | None = None  # where a training writes down how far it is; None: nowhere
+    local_bytes: int | None = None  # of copies of a cache that lies at a URL
 
 
 class Params(Section):
@@ -120,6 +126,7 @@ class Params(Section):
     teachers: dict[Name, Teacher]
     caches: dict[Name, CacheEntry]
     mixtures: dict[Name, MixtureEntry] = Field(default_factory=dict)
+    received: dict[Name, Received] = Field(default_factory=dict)
     students: dict[Name, Student]
     recipes: dict[Name, Recipe]
     runs: dict[Name, Run]
@@ -144,9 +151,9 @@ class Params(Section):
         return {**self.every_run, **made}
 
     @property
-    def every_cache(self) -> dict[str, CacheEntry | MixtureEntry]:
-        """Caches and mixtures: what a run can read."""
-        return {**self.caches, **self.mixtures}
+    def every_cache(self) -> dict[str, CacheEntry | MixtureEntry | Received]:
+        """Caches, mixtures and what was received: what a run can read."""
+        return {**self.caches, **self.mixtures, **self.received}
 
 
 class _Reference(NamedTuple):
@@ -182,6 +189,11 @@ def load(path: Path = PARAMS) -> Params:
             f"{path}: {twice[0]!r} stands in datasets and in augmented: both would be data/{twice[0]}.\n"
             "Give one of them another name."
         )
+    if twice := sorted({*params.received} & {*params.caches, *params.mixtures}):
+        raise ConfigError(
+            f"{path}: {twice[0]!r} stands in received and in caches or mixtures: both would be "
+            f"caches/{twice[0]}.\nGive one of them another name."
+        )
     if broken := list(_broken_chains(params)):
         raise ConfigError(f"{path} chains runs that do not fit:\n  " + "\n  ".join(broken))
     if circular := list(_circular(params)):
@@ -204,14 +216,15 @@ def _names(params: Params, reference: _Reference) -> list[str]:
     return [name for shelf in reference.shelf.split(" or ") for name in getattr(params, shelf)]
 
 
-def _either(params: Params, shelf: str, other: str) -> str:
-    """Both shelves where the other one has entries."""
-    return f"{shelf} or {other}" if getattr(params, other) else shelf
+def _either(params: Params, shelf: str, *others: str) -> str:
+    """The shelf, and those of the others that have entries."""
+    return " or ".join([shelf, *(other for other in others if getattr(params, other))])
 
 
 def _references(params: Params) -> Iterator[_Reference]:
     prepared = _either(params, "datasets", "augmented")
     caches = _either(params, "caches", "mixtures")
+    readable = _either(params, "caches", "mixtures", "received")
     for name, augmented in params.augmented.items():
         yield _Reference(f"augmented.{name}.dataset", augmented.dataset, "datasets")
     for name, teacher in params.teachers.items():
@@ -225,7 +238,7 @@ def _references(params: Params) -> Iterator[_Reference]:
     for shelf in ("runs", "chained"):
         for name, run in getattr(params, shelf).items():
             yield _Reference(f"{shelf}.{name}.dataset", run.dataset, prepared)
-            yield _Reference(f"{shelf}.{name}.cache", run.cache, caches)
+            yield _Reference(f"{shelf}.{name}.cache", run.cache, readable)
             yield _Reference(f"{shelf}.{name}.student", run.student, "students")
             yield _Reference(f"{shelf}.{name}.recipe", run.recipe, "recipes")
     for name, chained in params.chained.items():

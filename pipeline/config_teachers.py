@@ -148,3 +148,12 @@ class MixtureEntry(Section):
     missing: Literal["error", "skip"] = "error"
     """What to do about rows to train on that one of them lacks: refuse the run, or leave them out. Rows of
     validation and test must be in both."""
+
+
+class Received(Section):
+    """A cache that others made, and that lies at a URL: `python -m stages.publish` put it there."""
+
+    url: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://\S+$")]
+    """Like s3://bucket/caches/reviews. Who may read it, and where the service is, its environment says."""
+    manifest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """What the cache was when you chose it: `publish` prints it. It stands for every byte."""

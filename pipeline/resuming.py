@@ -46,7 +46,7 @@ def decided_by(job: Job) -> dict[str, str]:
         "fold": "none" if job.trial is None else f"{job.trial.fold} of {job.trial.folds}",
         "student": sha256_json(job.student.model_dump(mode="json")),
         "recipe": sha256_json(job.recipe.model_dump(mode="json")),
-        "cache": open_cache(job.paths.cache).manifest_sha256,
+        "cache": open_cache(job.paths.cache, job.paths.local_bytes).manifest_sha256,
         "dataset": _content(job.paths.dataset),
         "tokenizer": _content(job.paths.out / "tokenizer"),
         "start": _content(init) if init else "none",

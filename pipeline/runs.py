@@ -87,7 +87,7 @@ def open_inputs(paths: config.RunPaths) -> tuple[Cache, Rows]:
 
     Rows to train on that a mixture skips have the split SKIPPED: none that anything selects.
     """
-    cache, rows = open_cache(paths.cache), load_rows(paths.dataset)
+    cache, rows = open_cache(paths.cache, paths.local_bytes), load_rows(paths.dataset)
     if isinstance(cache, Mixture) and cache.missing == "skip":
         left_out = np.isin(rows.splits, ("train", POOL)) & ~cache.known(rows.row_ids)
         rows = rows._replace(splits=np.where(left_out, SKIPPED, rows.splits))

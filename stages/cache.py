@@ -6,7 +6,7 @@ from functools import partial
 from pipeline import capture, config
 from stages import cli, paths
 from stages.elsewhere import refuse_if_done_elsewhere
-from storage.writer import Store
+from storage.shared_store import open_store
 
 
 def main(name: str) -> None:
@@ -20,7 +20,7 @@ def main(name: str) -> None:
         paths.DATA / entry.dataset,
         teacher,
         paths.CACHES / name,
-        Store(paths.STORE),
+        open_store(paths.STORE, params.workers.store),
         before_teacher=partial(refuse_if_done_elsewhere, f"cache@{name}", name),
         workers=params.workers,
     )

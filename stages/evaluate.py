@@ -11,7 +11,8 @@ def main(name: str) -> None:
     """Evaluate one run, or one of the tasks of a run."""
     params = config.load()
     run = config.pick(params.everything_trained, "runs", name)
-    result = evaluation.evaluate_run(name, run, params.students[run.student], paths.of_run(name, run))
+    where = paths.of_run(name, run, params.workers)
+    result = evaluation.evaluate_run(name, run, params.students[run.student], where)
     runs.write_json(result, paths.EVAL / f"{name}.json")
 
 

@@ -23,7 +23,7 @@ def main(
         raise ConfigError(f"there is nothing to merge with {caches[0]}: name two caches or more.")
     merged = merge([Cache.open(path) for path in caches], into, Store(paths.STORE))
     print(
-        f"{into}: {merged.manifest.num_rows:,} rows in {len(merged.manifest.shards):,} shards; "
+        f"{into}: {merged.manifest.num_rows:,} rows in {len(merged.manifest.every_shard):,} shards; "
         f"{merged.dropped_rows:,} rows were there twice, and are kept once"
     )
 

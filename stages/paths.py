@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.config import ChainedRun, Run, RunPaths, TaskRun
+from pipeline.config import ChainedRun, Run, RunPaths, TaskRun, Workers
 
 STORE = Path(".stillroom")
 ASSETS = Path("assets")
@@ -21,8 +21,9 @@ CURVES = Path("results/curves")
 REPORT = Path("report/index.html")
 
 
-def of_run(name: str, run: Run) -> RunPaths:
-    """What a run reads and where it writes."""
+def of_run(name: str, run: Run, workers: Workers | None = None) -> RunPaths:
+    """What a run reads and where it writes; `workers` say how much local disk it may take."""
+    local_gb = workers.local_gb if workers else None
     return RunPaths(
         cache=CACHES / run.cache,
         dataset=DATA / run.dataset,
@@ -31,4 +32,5 @@ def of_run(name: str, run: Run) -> RunPaths:
         init=MODELS / run.init if isinstance(run, ChainedRun) else None,
         task=name if isinstance(run, TaskRun) else None,
         checkpoints=TRAINING / (run.run if isinstance(run, TaskRun) else name),
+        local_bytes=None if local_gb is None else round(local_gb * 1e9),
     )

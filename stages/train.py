@@ -14,7 +14,7 @@ def main(name: str) -> None:
     student, recipe = params.students[run.student], params.recipes[run.recipe]
     workers = params.workers
     record = runs.train(
-        name, run, student, recipe, workers.seeds_at_once, paths.of_run(name, run), workers.readers,
+        name, run, student, recipe, workers.seeds_at_once, paths.of_run(name, run, workers), workers.readers,
         workers.checkpoint_minutes,
     )  # fmt: skip
     if hardware.ranks()[0] == 0:

@@ -10,7 +10,9 @@ def main(name: str) -> None:
     entry = config.pick(params.multitask, "multitask", name)
     tasks = {task: params.everything_trained[task] for task in entry.weights}
     parts = {
-        task: runs.Part(params.recipes[run.recipe], paths.of_run(task, run), entry.weights[task])
+        task: runs.Part(
+            params.recipes[run.recipe], paths.of_run(task, run, params.workers), entry.weights[task]
+        )
         for task, run in tasks.items()
     }
     student = params.students[entry.student]

@@ -1,7 +1,7 @@
 """The cache as an artifact: what a teacher said, on disk, and the checks that keep it true.
 
-This package needs numpy, pyarrow, zarr and pydantic. It never imports torch, transformers or dask, so a cache
-can be opened, checked and read on a machine that has none of them. The law of the format is
+This package needs numpy, pyarrow, zarr, pydantic and fsspec. It never imports torch, transformers or dask, so
+a cache can be opened, checked and read on a machine that has none of them. The law of the format is
 docs/cache-format.md.
 
     from storage import Cache

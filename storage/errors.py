@@ -13,6 +13,7 @@ StillroomError: what a person can mend; the message says what, where, found, exp
 ├── StoreInUse       (BlockingIOError)  shards cannot be removed while a capture may take them
 ├── ShardsFailed     (RuntimeError)     workers gave up some shards; all others are finished and kept
 ├── WorkersLost      (ConnectionError)  a scheduler or its workers cannot be reached; finished shards are kept
+├── StoreUnreachable (ConnectionError)  a bucket, or what lies in it, could not be read or written
 └── CacheError                          a cache that must not be read
     ├── NoManifest       (FileNotFoundError)  not a cache, or one that was never sealed
     ├── ManifestInvalid  (ValueError)         the manifest is damaged, or was edited
@@ -80,6 +81,10 @@ class ShardsFailed(StillroomError, RuntimeError):
 
 class WorkersLost(StillroomError, ConnectionError):
     """A scheduler, or all of its workers, cannot be reached; finished shards are kept."""
+
+
+class StoreUnreachable(StillroomError, ConnectionError):
+    """A bucket, or what lies in it, could not be read or written."""
 
 
 class CacheError(StillroomError):

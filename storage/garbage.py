@@ -18,6 +18,7 @@ from typing import NamedTuple
 from storage import manifest
 from storage.errors import NoManifest, StoreInUse
 from storage.merging import unpinned
+from storage.reader import Cache
 from storage.writer import LOCK, Store
 
 
@@ -53,8 +54,13 @@ def unused(store: Store, caches: Path, keep_seconds: float) -> list[Unused]:
     named: set[str] = set()
     for found in sorted([*caches.glob("*/manifest.json"), *caches.glob("*/*/manifest.json")]):  # and mixtures
         sealed = manifest.load(found.parent)
+        if sealed.shard_table is not None:
+            sealed = Cache.open(found.parent).manifest
         who, first = sealed.identity.fingerprint, unpinned(sealed.identity).fingerprint
-        named |= {f"{who}/{shard.key}" for shard in sealed.shards} | {f"ranks/{first}.json", f"bases/{first}"}
+        named |= {f"{who}/{shard.key}" for shard in sealed.every_shard} | {
+            f"ranks/{first}.json",
+            f"bases/{first}",
+        }
     before = time.time() - keep_seconds
     candidates = [
         *store.root.glob(f"{'[0-9a-f]' * 64}/*"),

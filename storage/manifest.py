@@ -5,24 +5,28 @@ so a flipped byte anywhere in it is seen. Readers trust the manifest and never a
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, StringConstraints, ValidationError, model_validator
 
 from storage.compact import MAX_RANKED
 from storage.errors import FormatTooNew, ManifestInvalid, NoManifest
+from storage.location import Location, Url
 from storage.spec import ROW_COLUMNS, Count, Identity, Sha256, Strict, canonical_json, sha256_json
 
 FORMAT = "stillroom-cache"
-FORMAT_VERSION = 4  # the highest; each cache is written as the lowest that can hold it: needed_version
+FORMAT_VERSION = 5  # the highest; each cache is written as the lowest that can hold it: needed_version
 MANIFEST_NAME = "manifest.json"
-OPTIONAL = ("ranks", "weights", "hidden_basis")  # fields that are left out where there is nothing to say
+# Fields that are left out where there is nothing to say.
+OPTIONAL = ("ranks", "weights", "hidden_basis", "shard_table")
 WEIGHTS_DIR = "weights"
 WEIGHTS_FILES = (f"{WEIGHTS_DIR}/config.json", f"{WEIGHTS_DIR}/model.safetensors")
 BASIS_DIR = "hidden-basis"
 TOKENIZER_DIR = "tokenizer"
+TABLE_NAME = "shards.parquet"
+MOST_LISTED = 10_000  # shards that are written into manifest.json itself, and not into a table beside it
 MAX_MANIFEST_BYTES = 2**30  # refuse to load more: the manifest of a billion rows stays far below
 # A value (a number, a string, a list) takes at least so many bytes of a manifest on average, but for so many:
 # labels and ranks are short. "[],[],[]," would take fifty times its size in memory.
@@ -85,7 +89,7 @@ class Manifest(Strict):
     format_version: Annotated[int, Field(ge=1)]
     identity: Identity
     dataset: Sha256  # storage.spec.content_fingerprint of the rows
-    shards: Annotated[tuple[ShardEntry, ...], Field(min_length=1, max_length=10_000_000, strict=False)]
+    shards: Annotated[tuple[ShardEntry, ...], Field(max_length=10_000_000, strict=False)]
     tokenizer_files: Annotated[tuple[FileEntry, ...], Field(max_length=100, strict=False)]
     provenance: dict[str, Any]  # versions, hardware, the teacher's score: for people, part of no fingerprint
     # Compact layouts: the most frequent ids first; their places are the ranks that the shards hold.
@@ -93,11 +97,14 @@ class Manifest(Strict):
     weights: WeightsEntry | None = None
     # Hidden states as principal components: the files of their mean and axes (storage.hidden.read_bases).
     hidden_basis: Annotated[tuple[FileEntry, ...], Field(max_length=100_000, strict=False)] | None = None
+    # Of very many shards: the file that has them in place of `shards` (storage.shard_table).
+    shard_table: FileEntry | None = None
+    _table: Sequence[ShardEntry] = PrivateAttr(default=())
 
     @model_validator(mode="after")
     def _version_and_ranks_fit_the_codec(self) -> Self:
         codec = self.identity.spec.codec
-        if self.format_version != needed_version(self.identity, self.weights):
+        if self.format_version != needed_version(self.identity, self.weights, self.shard_table):
             raise ValueError(f"format_version is {self.format_version}: not that of what it holds")
         known = None if codec == "dense" else codec.ranks
         if known != (None if self.ranks is None else sha256_json(list(self.ranks))):
@@ -106,6 +113,14 @@ class Manifest(Strict):
             raise ValueError("ranks hold an id twice")
         if self.ranks and max(self.ranks) >= self.identity.spec.num_outputs:
             raise ValueError(f"ranks hold ids outside the vocabulary of {self.identity.spec.num_outputs:,}")
+        return self
+
+    @model_validator(mode="after")
+    def _shards_are_in_one_place(self) -> Self:
+        if bool(self.shards) == (self.shard_table is not None):
+            raise ValueError("shards are listed, or in a shard_table: one of the two")
+        if self.shard_table is not None and self.shard_table.path != TABLE_NAME:
+            raise ValueError(f"the shard_table is called {TABLE_NAME}")
         return self
 
     @model_validator(mode="after")
@@ -138,13 +153,28 @@ class Manifest(Strict):
     @property
     def files(self) -> tuple[FileEntry, ...]:
         """Every file of the cache but the manifest itself."""
+        return tuple(file for shard in self.every_shard for file in shard.files) + self.own_files
+
+    @property
+    def own_files(self) -> tuple[FileEntry, ...]:
+        """The files that belong to no shard."""
         own = self.tokenizer_files + (self.weights.files if self.weights else ()) + (self.hidden_basis or ())
-        return tuple(file for shard in self.shards for file in shard.files) + own
+        return own + ((self.shard_table,) if self.shard_table else ())
+
+    @property
+    def every_shard(self) -> Sequence[ShardEntry]:
+        """The shards, in order, wherever they are written; of a table once it was read (`with_table`)."""
+        return self._table or self.shards
+
+    def with_table(self, table: Sequence[ShardEntry]) -> Self:
+        """The same manifest, with the shards that its table holds."""
+        self._table = table
+        return self
 
     @property
     def num_rows(self) -> int:
         """Rows in all shards."""
-        return sum(shard.rows for shard in self.shards)
+        return sum(shard.rows for shard in self.every_shard)
 
 
 def _refuse_other_files(what: str, files: Iterable[FileEntry], expected: set[str]) -> None:
@@ -156,7 +186,9 @@ def _refuse_other_files(what: str, files: Iterable[FileEntry], expected: set[str
         raise ValueError(f"{what} does not list its file {min(missing)}")
 
 
-def needed_version(identity: Identity, weights: WeightsEntry | None) -> int:
+def needed_version(
+    identity: Identity, weights: WeightsEntry | None, shard_table: FileEntry | None = None
+) -> int:
     """The lowest format version that can hold all this: an old reader reads what it can."""
     needed = [1]
     if identity.spec.codec != "dense":
@@ -166,6 +198,8 @@ def needed_version(identity: Identity, weights: WeightsEntry | None) -> int:
     hidden = identity.spec.hidden
     if identity.spec.task in ROW_COLUMNS or (hidden is not None and hidden.of_version_4):
         needed.append(4)
+    if shard_table is not None:
+        needed.append(5)
     return max(needed)
 
 
@@ -201,9 +235,11 @@ def load(cache: Path) -> Manifest:
     return parse(path.read_bytes(), path)
 
 
-def parse(raw: bytes, path: Path) -> Manifest:
+def parse(raw: bytes, path: Location) -> Manifest:
     """The manifest in `raw`, refused unless it is byte for byte what `render` would write."""
     again = f"Copy the cache again (`dvc checkout --force {path.parent}`), or rebuild it."
+    if isinstance(path, Url):
+        again = "Upload the cache again."
     body = open_sealed(raw, path, FORMAT, again)
     version = body.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
@@ -232,7 +268,7 @@ def seal(body: dict[str, Any]) -> bytes:
     return canonical_json({**body, "checksum": sha256_json(body)}) + b"\n"
 
 
-def open_sealed(raw: bytes, path: Path, kind: str, again: str) -> dict[str, Any]:
+def open_sealed(raw: bytes, path: Location, kind: str, again: str) -> dict[str, Any]:
     """What `seal` was given, of the format `kind`. Raises ManifestInvalid; `again` says what to do."""
     try:
         body = _read_json(raw)

@@ -57,6 +57,11 @@ def merge(caches: Sequence[Cache], out: Path, store: Store) -> Merged:
     Raises SpecMismatch with every field that differs where they are not of one identity, or where a row that
     several of them hold is not the same in all; and what Cache.read raises for damage.
     """
+    for cache in caches:
+        if not isinstance(cache.path, Path):
+            raise ConfigError(
+                f"{cache.path} is no directory: copy it here first (`dvc pull`), then merge it."
+            )
     first = caches[0]
     if out.exists():
         raise ConfigError(f"{out} is there already: give the merged cache another name, or remove it.")
@@ -68,8 +73,8 @@ def merge(caches: Sequence[Cache], out: Path, store: Store) -> Merged:
     taken, dropped = [], 0
     for cache in caches:
         for shard in cache.shards:
-            check_files(cache.path, shard.files)
-            row_ids = records.read_columns(cache.path / shard.logits_path, "row_id")[0].to_pylist()
+            check_files(_root(cache), shard.files)
+            row_ids = records.read_columns(_root(cache) / shard.logits_path, "row_id")[0].to_pylist()
             known = np.array([row in held for row in row_ids])
             if known.any():
                 _refuse_other_rows(cache, shard, np.flatnonzero(known), [held.get(row) for row in row_ids])
@@ -83,7 +88,7 @@ def merge(caches: Sequence[Cache], out: Path, store: Store) -> Merged:
         out, first.identity, taken, _tokenizer(first),
         first.manifest.provenance | {"merged": [cache.manifest_sha256 for cache in caches]},
         first.manifest.ranks, None if weighed is None else _weights(weighed),
-        None if first.manifest.hidden_basis is None else first.path / manifest.BASIS_DIR,
+        None if first.manifest.hidden_basis is None else _root(first) / manifest.BASIS_DIR,
     )  # fmt: skip
     return Merged(sealed, dropped)
 
@@ -110,6 +115,11 @@ def _refuse_another(cache: Cache, first: Cache) -> None:
         raise SpecMismatch(f"{cache.path} does not fit beside {first.path}", faults, advice)
 
 
+def _root(cache: Cache) -> Path:
+    assert isinstance(cache.path, Path)  # others were refused
+    return cache.path
+
+
 def _digest(value: Any) -> str:
     return sha256_json([v.model_dump(mode="json") for v in (value if isinstance(value, tuple) else [value])])
 
@@ -128,8 +138,8 @@ def _part(cache: Cache, shard: ShardEntry) -> _Part:
     spec, arrays = cache.identity.spec, {}
     if spec.hidden is not None:
         num = shard.positions if cache.hidden_per_position else shard.rows
-        arrays = hidden.read_arrays(cache.path / shard.hidden_path, num, spec.hidden)
-    return _Part(records.read_table(cache.path / shard.logits_path, spec), arrays)
+        arrays = hidden.read_arrays(_root(cache) / shard.hidden_path, num, spec.hidden)
+    return _Part(records.read_table(_root(cache) / shard.logits_path, spec), arrays)
 
 
 def _refuse_other_rows(
@@ -187,7 +197,7 @@ def _take(store: Store, cache: Cache, shard: ShardEntry, rows: Indices) -> Store
     if len(rows) == shard.rows:
 
         def whole(aside: Path) -> ShardEntry:
-            _link_all(cache.path, aside, [file.path for file in shard.files])
+            _link_all(_root(cache), aside, [file.path for file in shard.files])
             return shard
 
         return store.take_in(who, shard.key, 0.0, whole)

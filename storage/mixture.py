@@ -23,7 +23,9 @@ from pydantic import Field, StringConstraints, model_validator
 
 from storage import manifest
 from storage.errors import ManifestInvalid, Mismatch, SpecMismatch
-from storage.reader import Cache
+from storage.location import Location
+from storage.reader import NEARBY, Cache
+from storage.received import RECEIVED_NAME, open_received
 from storage.records import LogitRows
 from storage.spec import Identity, Sha256, Strict, canonical_json, sha256_json
 from storage.writer import link
@@ -81,13 +83,13 @@ class Mixture(Cache):
 
     def __init__(self, root: Path, members: tuple[Member, ...], missing: Missing, version: Version) -> None:
         first = members[0].cache
-        super().__init__(first.path, first.manifest)
+        super().__init__(first.path, first.manifest, first.files)
         self.root, self.members, self.missing, self.version = root, members, missing, version
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
+    def open(cls, path: str | Location, local: str | Path = NEARBY, limit_bytes: int | None = None) -> Self:
         """The mixture at `path`. Raises ManifestInvalid, and what Cache.open raises for each cache in it."""
-        root = Path(path)
+        root = Path(str(path))
         again = f"Copy it again (`dvc checkout --force {root}`), or mix it again: dvc repro mix@{root.name}"
         file = root / MIXTURE_NAME
         try:
@@ -154,8 +156,10 @@ class Mixture(Cache):
         return logits_MNC
 
 
-def open_cache(path: Path) -> Cache:
-    """The cache at `path`, or the mixture."""
+def open_cache(path: Path, limit_bytes: int | None = None) -> Cache:
+    """The cache at `path`, the mixture, or the cache at a URL that it stands for: see Cache.open."""
+    if (path / RECEIVED_NAME).is_file():
+        return open_received(path, limit_bytes=limit_bytes)
     return Mixture.open(path) if (path / MIXTURE_NAME).is_file() else Cache.open(path)
 
 
@@ -179,6 +183,12 @@ def mix(out: Path, caches: Mapping[str, tuple[Cache, float]], missing: Missing) 
     for stale in out.parent.glob(f".{out.name}.*"):
         shutil.rmtree(stale)
     for member in members:
+        if not isinstance(member.cache.path, Path):
+            raise SpecMismatch(
+                f"mixtures.{out.name} cannot be made",
+                [Mismatch(f"caches.{member.name}", member.cache.path, "a cache on this disk")],
+                "A mixture holds the caches that it is made of: copy this one here first.",
+            )
         shutil.copytree(member.cache.path, aside / member.name, copy_function=link)
     (aside / MIXTURE_NAME).write_bytes(manifest.seal(_file(members, missing, VERSION)))
     shutil.rmtree(out, ignore_errors=True)

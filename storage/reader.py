@@ -1,6 +1,7 @@
 """`Cache`: the door through which everything reads a sealed cache."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -11,31 +12,50 @@ import pyarrow.compute as pc
 
 from storage import hidden, manifest, records
 from storage.compact import Ranks
-from storage.errors import Mismatch, ShardCorrupt, SpecMismatch
+from storage.errors import Mismatch, NoManifest, ShardCorrupt, SpecMismatch
+from storage.files import Files, LocalFiles, RemoteFiles
 from storage.hidden import Basis
-from storage.manifest import Manifest, ShardEntry
+from storage.location import Location, location
+from storage.manifest import FileEntry, Manifest, ShardEntry
+from storage.nearby import Nearby
+from storage.remote import Objects
+from storage.shard_table import ShardTable
 from storage.spec import Identity, SparseCodec, content_fingerprint, sha256_json
-from storage.verify import AGAIN, check_files, check_sizes, refuse_stray
+from storage.verify import AGAIN, check_sizes, refuse_stray
+
+NEARBY = Path(".stillroom/nearby")
 
 
 class Cache:
     """A sealed cache. Nothing that it returns is unchecked: a file's digest is compared before it is used."""
 
-    def __init__(self, path: Path, sealed: Manifest) -> None:
+    def __init__(self, path: Location, sealed: Manifest, files: Files) -> None:
         self.path = path
         self.manifest = sealed
-        self._checked: set[str] = set()
+        self.files = files
+        self._kept: dict[str, Path] = {}  # directories that are handed out for as long as this is there
+        self._holding = ExitStack()
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
-        """The cache at `path`: its manifest is sound, each file that it lists is there with its size.
+    def open(cls, path: str | Location, local: str | Path = NEARBY, limit_bytes: int | None = None) -> Self:
+        """The cache at `path`: its manifest is sound, each file that it lists is there with its size (those
+        of very many shards, which are in a table, are looked at when they are read).
 
-        Raises NoManifest, ManifestInvalid, FormatTooNew, ShardMissing or ShardTruncated.
+        `path` may be a URL (s3://bucket/caches/reviews). Then only the manifest is looked at now; files are
+        copied below the directory `local` when they are first read, at most `limit_bytes` at a time (None:
+        all). Raises NoManifest, ManifestInvalid, FormatTooNew, ShardMissing or ShardTruncated; of a URL also
+        StoreUnreachable, and ConfigError where the limit has no room for a shard.
         """
-        path = Path(path)
-        sealed = manifest.load(path)
-        check_sizes(path, sealed.files)
-        return cls(path, sealed)
+        path = location(path)
+        if isinstance(path, Path):
+            sealed, local_files = manifest.load(path), LocalFiles(path)
+            check_sizes(path, sealed.own_files if sealed.shard_table else sealed.files)
+            return cls(path, _with_table(path, sealed, local_files), local_files)
+        objects, copies = Objects(path), Nearby(Path(local), limit_bytes)
+        remote_files = RemoteFiles(objects, copies)
+        sealed = _with_table(path, _load_remote(objects), remote_files)
+        copies.refuse_too_small(path, _at_once(sealed))
+        return cls(path, sealed, remote_files)
 
     @property
     def identity(self) -> Identity:
@@ -50,12 +70,13 @@ class Cache:
     @property
     def num_rows(self) -> int:
         """Rows in all shards."""
-        return self.manifest.num_rows
+        shards = self.manifest.every_shard
+        return shards.num_rows if isinstance(shards, ShardTable) else self.manifest.num_rows
 
     @property
-    def shards(self) -> tuple[ShardEntry, ...]:
+    def shards(self) -> Sequence[ShardEntry]:
         """The shards, in order."""
-        return self.manifest.shards
+        return self.manifest.every_shard
 
     @property
     def hidden_names(self) -> tuple[str, ...]:
@@ -72,9 +93,7 @@ class Cache:
     @property
     def tokenizer_dir(self) -> Path:
         """The directory of the teacher's tokenizer files, checked; it holds no others."""
-        refuse_stray(self.path, {file.path for file in self.manifest.tokenizer_files}, manifest.TOKENIZER_DIR)
-        self._check(manifest.TOKENIZER_DIR, self.manifest.tokenizer_files)
-        return self.path / manifest.TOKENIZER_DIR
+        return self._keep(self.manifest.tokenizer_files, manifest.TOKENIZER_DIR)
 
     @property
     def weights_layers(self) -> tuple[int, ...]:
@@ -93,9 +112,7 @@ class Cache:
                 f"Write weights: {{layers: [...]}} under caches.{self.path.name} in params.yaml and run "
                 f"`dvc repro cache@{self.path.name}`: the teacher is not asked again.",
             )
-        refuse_stray(self.path, set(manifest.WEIGHTS_FILES), manifest.WEIGHTS_DIR)
-        self._check(manifest.WEIGHTS_DIR, self.manifest.weights.files)
-        return self.path / manifest.WEIGHTS_DIR
+        return self._keep(self.manifest.weights.files, manifest.WEIGHTS_DIR)
 
     @property
     def manifest_sha256(self) -> str:
@@ -117,14 +134,14 @@ class Cache:
         """The rows of one shard: logits where the codec is dense (of each row, or of each token), entries
         where it is sparse, whatever their layout. Raises ShardMissing, ShardTruncated or ShardCorrupt.
         """
-        path = self.path / shard.logits_path
-        self._check(shard.logits_path, [file for file in shard.files if file.path == shard.logits_path])
+        path, spec = self.path / shard.logits_path, self.identity.spec
         rows: records.LogitRows | records.EntryRows
-        if self.codec == "dense":
-            spec = self.identity.spec
-            rows = records.read(path, spec.num_outputs, spec.per_position, spec.column)
-        else:
-            rows = records.read_sparse(path, self.codec, self.ranks, self.identity.spec.per_position)
+        with self.files.holding(_logits(shard)) as root:
+            file = root / shard.logits_path
+            if self.codec == "dense":
+                rows = records.read(file, spec.num_outputs, spec.per_position, spec.column)
+            else:
+                rows = records.read_sparse(file, self.codec, self.ranks, spec.per_position)
         found = (len(rows.row_ids), int(rows.num_tokens.sum()), sha256_json(rows.input_hashes.to_pylist()))
         if found != (shard.rows, shard.positions, shard.inputs):
             raise ShardCorrupt(
@@ -148,9 +165,9 @@ class Cache:
         spec = self.identity.spec.hidden
         if spec is None or name not in spec.names:
             raise ValueError(f"{self.path} keeps the hidden states {list(self.hidden_names)}, not {name}")
-        self._check(shard.hidden_path, [file for file in shard.files if file.path != shard.logits_path])
         num = shard.positions if self.hidden_per_position else shard.rows
-        return hidden.read(self.path / shard.hidden_path, name, num, spec)
+        with self.files.holding(_states(shard)) as root:
+            return hidden.read(root / shard.hidden_path, name, num, spec)
 
     def hidden_basis(self, name: str) -> Basis:
         """(mean [W], axes [m, W]) of one of `hidden_names`: a state is about mean + components @ axes.
@@ -160,8 +177,8 @@ class Cache:
         spec = self.identity.spec.hidden
         if spec is None or self.manifest.hidden_basis is None or name not in spec.component_names:
             raise ValueError(f"{self.path} does not keep {name} as principal components: it needs no basis")
-        self._check(manifest.BASIS_DIR, self.manifest.hidden_basis)
-        bases = hidden.read_bases(self.path / manifest.BASIS_DIR, spec)
+        with self.files.holding(self.manifest.hidden_basis) as root:
+            bases = hidden.read_bases(root / manifest.BASIS_DIR, spec)
         if (found := hidden.fingerprint(bases)) != spec.basis:
             raise ShardCorrupt(
                 f"{self.path / manifest.BASIS_DIR} is not the basis that the components were made with.\n"
@@ -184,8 +201,8 @@ class Cache:
         return pa.concat_arrays([ids for ids, _ in parts]), lengths
 
     def _columns(self, shard: ShardEntry, *names: str) -> list[pa.Array]:
-        self._check(shard.logits_path, [file for file in shard.files if file.path == shard.logits_path])
-        return records.read_columns(self.path / shard.logits_path, *names)
+        with self.files.holding(_logits(shard)) as root:
+            return records.read_columns(root / shard.logits_path, *names)
 
     def check(
         self,
@@ -222,10 +239,57 @@ class Cache:
         if faults:
             raise SpecMismatch(f"{self.path} does not fit {what}", faults, advice)
 
-    def _check(self, name: str, files: Iterable[manifest.FileEntry]) -> None:
-        if name not in self._checked:
-            check_files(self.path, files)
-            self._checked.add(name)
+    def _keep(self, files: Sequence[FileEntry], directory: str) -> Path:
+        """Where the files of a directory of the cache lie, for as long as this object lives; no others do."""
+        if directory not in self._kept:
+            if isinstance(self.path, Path):  # copies of remote files are made one by one
+                refuse_stray(self.path, {file.path for file in files}, directory)
+            self._kept[directory] = self._holding.enter_context(self.files.holding(files)) / directory
+        return self._kept[directory]
+
+
+def _logits(shard: ShardEntry) -> list[FileEntry]:
+    return [file for file in shard.files if file.path == shard.logits_path]
+
+
+def _states(shard: ShardEntry) -> list[FileEntry]:
+    return [file for file in shard.files if file.path != shard.logits_path]
+
+
+def _load_remote(objects: Objects) -> Manifest:
+    """The manifest of the cache at a URL."""
+    try:
+        raw = objects.read(manifest.MANIFEST_NAME, manifest.MAX_MANIFEST_BYTES)
+    except FileNotFoundError:
+        raise NoManifest(
+            f"there is no cache at {objects.url}: no {manifest.MANIFEST_NAME}, which is written last.\n"
+            "Look whether the URL is right, and whether its upload has ended."
+        ) from None
+    return manifest.parse(raw, objects.url / manifest.MANIFEST_NAME)
+
+
+def _at_once(sealed: Manifest) -> int:
+    """Bytes that a student needs at the same time: what it keeps open, and the largest piece beside it."""
+    kept = [*sealed.tokenizer_files, *(sealed.weights.files if sealed.weights else ())]
+    shards = sealed.every_shard
+    if isinstance(shards, ShardTable):
+        largest = shards.largest_piece()
+    else:
+        largest = max(_size(own(shard)) for shard in shards for own in (_logits, _states))
+    return _size(kept) + max(largest, _size(sealed.hidden_basis or ()))
+
+
+def _size(files: Iterable[FileEntry]) -> int:
+    return sum(file.bytes for file in files)
+
+
+def _with_table(where: Location, sealed: Manifest, files: Files) -> Manifest:
+    """The manifest with its shards, where they are in a table."""
+    if sealed.shard_table is None:
+        return sealed
+    with files.holding([sealed.shard_table]) as root:
+        table = ShardTable.read(root / manifest.TABLE_NAME, sealed.identity.spec, where / manifest.TABLE_NAME)
+    return sealed.with_table(table)
 
 
 def _differences(found: Any, expected: Any, field: str = "") -> list[Mismatch]:

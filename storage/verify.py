@@ -80,10 +80,13 @@ def verify(cache: "Cache", on_shard: Callable[[int], None] = lambda rows: None) 
     `on_shard` is called with the number of rows after each shard, for progress. Raises a CacheError that
     names the first fault; returns what was counted otherwise.
     """
-    refuse_stray(cache.path, {file.path for file in cache.manifest.files} | {MANIFEST_NAME})
-    check_files(cache.path, cache.manifest.tokenizer_files)
+    if isinstance(cache.path, Path):  # nothing remote is ever listed
+        refuse_stray(cache.path, {file.path for file in cache.manifest.files} | {MANIFEST_NAME})
+    with cache.files.holding(cache.manifest.tokenizer_files):
+        pass
     if cache.manifest.weights is not None:
-        check_files(cache.path, cache.manifest.weights.files)
+        with cache.files.holding(cache.manifest.weights.files):
+            pass
     if cache.identity.spec.hidden is not None:
         for name in cache.identity.spec.hidden.component_names:
             cache.hidden_basis(name)

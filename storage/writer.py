@@ -26,7 +26,7 @@ import socket
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,12 +36,14 @@ import pyarrow as pa
 
 from storage import hidden, manifest, records
 from storage.compact import Columns
-from storage.errors import CacheError, ManifestInvalid, StoreFull
+from storage.disk import DISK_FULL
+from storage.disk import disk_full_explained as _disk_full_explained
+from storage.errors import CacheError, ManifestInvalid
 from storage.manifest import FileEntry, Manifest, ShardEntry, WeightsEntry
+from storage.shard_table import ShardTable
 from storage.spec import Identity, canonical_json, content_fingerprint, sha256_json, shard_key
 from storage.verify import check_files, file_entry
 
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 STALE_SECONDS = 24 * 3600
 RANKS_FORMAT = "stillroom-ranks"
 LOCK = "in-use"  # a file of the store: captures hold it together, a clean-up alone
@@ -161,6 +163,9 @@ class Store:
             _fsync(final.parent)
         return StoredShard(final, entry, seconds)
 
+    def bring(self, identity: Identity, keys: Iterable[str]) -> None:
+        """Have shards here that were finished elsewhere: nothing to do for a store in one place."""
+
     def ranks(self, identity: Identity) -> npt.NDArray[np.int64] | None:
         """The table of frequent ids that captures of this identity share, where one was kept.
 
@@ -278,17 +283,24 @@ def seal(
                 target = aside / file.path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 link(shard.root / file.path, target)
+        listed, table = tuple(shard.entry for shard in shards), None
+        if len(listed) > manifest.MOST_LISTED:
+            ShardTable.of(identity.spec, listed).write(aside / manifest.TABLE_NAME)
+            table, listed = file_entry(aside, manifest.TABLE_NAME), ()
         sealed = Manifest(
-            format_version=manifest.needed_version(identity, carried),
+            format_version=manifest.needed_version(identity, carried, table),
             identity=identity,
             dataset=content_fingerprint(row_ids),
-            shards=tuple(shard.entry for shard in shards),
+            shards=listed,
+            shard_table=table,
             tokenizer_files=tokenizer,
             provenance=dict(provenance),
             ranks=None if ranks is None else tuple(int(rank) for rank in ranks),
             weights=carried,
             hidden_basis=based,
         )
+        if table is not None:
+            sealed = sealed.with_table(tuple(shard.entry for shard in shards))
         (aside / manifest.MANIFEST_NAME).write_bytes(manifest.render(sealed))
         _fsync_tree(aside)
         _put_in_place(aside, cache)
@@ -367,16 +379,3 @@ def _fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-@contextlib.contextmanager
-def _disk_full_explained(where: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, StoreFull) or error.errno not in DISK_FULL:
-            raise
-        raise StoreFull(
-            f"no space left while writing below {where}: {os.strerror(error.errno or 0)}.\n"
-            "Finished shards are kept. Free some space and run the same command again: it goes on from there."
-        ) from error

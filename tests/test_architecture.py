@@ -17,7 +17,7 @@ MAY_IMPORT = {
 }
 STAGE_HELPERS = {"stages", "stages.cli", "stages.paths", "stages.elsewhere"}
 COMMANDS = {"stages.gc", "stages.merge", "stages.predict"}  # what stages.command gathers
-STORAGE_LIBRARIES = {"numpy", "pyarrow", "zarr", "pydantic"}
+STORAGE_LIBRARIES = {"fsspec", "numpy", "pyarrow", "zarr", "pydantic"}
 MOST_LINES = 400
 
 
@@ -38,12 +38,13 @@ def test_no_stage_imports_another_or_torch() -> None:
             assert not {other for other in found if other.split(".")[0] in {"torch", "transformers"}}, name
 
 
-def test_storage_needs_four_libraries_and_one_file_knows_dask() -> None:
+def test_storage_needs_five_libraries_and_one_file_knows_dask() -> None:
     for name, path in modules().items():
         libraries = {other.split(".")[0] for other in imported(path)} - set(sys.stdlib_module_names)
         if name.split(".")[0] == "storage":
             assert libraries <= STORAGE_LIBRARIES | {"storage"}, name
         assert not libraries & {"dask", "distributed"} or name == "pipeline.cluster", name
+        assert "fsspec" not in libraries or name == "storage.remote", name
 
 
 def test_dask_is_imported_where_a_capture_is_not_inline_and_nowhere_else() -> None:

@@ -16,7 +16,7 @@ AGAIN = {
     "evaluate-tasks": "evaluate", "export-tasks": "export",
 }  # fmt: skip
 CHEAP = ("prepare", "augment", "mix", "task", "train", "train-tasks", "evaluate", "export", "report", *AGAIN)
-DEAR = ("fetch", "teacher", "cache", "verify", "score")
+DEAR = ("fetch", "teacher", "cache", "verify", "receive", "score")
 GRAPH: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
@@ -68,6 +68,7 @@ def test_the_graph_and_the_code_name_the_same_paths() -> None:
     assert names("teacher", "outs") == [str(paths.TEACHERS / key)]
     assert names("cache", "outs") == [str(paths.CACHES / key), str(paths.CAPTURE / f"{key}.json")]
     assert names("verify", "outs") == [str(paths.VERIFIED / f"{key}.json")]
+    assert names("receive", "outs") == names("mix", "outs")
     assert names("mix", "outs") == [str(paths.CACHES / key), str(paths.VERIFIED / f"{key}.json")]
     assert names("train", "outs", "plots") == [str(paths.MODELS / key), str(paths.CURVES / f"{key}.csv")]
     assert names("evaluate", "metrics") == [str(paths.EVAL / f"{key}.json")]

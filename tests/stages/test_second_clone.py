@@ -4,8 +4,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from tests import toy
+from tests.s3 import BUCKET, Server
 from tests.stages.conftest import Project, start
 
 NEW = toy.params()["runs"] | {
@@ -82,6 +84,31 @@ def test_a_missing_cache_is_named_by_the_stage_with_the_command_that_fetches_it(
     assert refused.returncode == 1
     assert "NoManifest: there is no cache at caches/toy" in refused.stderr
     assert "dvc pull caches/toy" in refused.stderr
+
+
+def test_a_bucket_is_a_remote_of_dvc_and_a_place_to_publish_a_cache(
+    first: Project, second: Project, s3: Server, tmp_path: Path
+) -> None:
+    for project in (first, second):
+        project.run("dvc", "remote", "add", "--force", "bucket", f"s3://{BUCKET}/dvc")
+    first.run("dvc", "push", "--remote", "bucket", "caches/toy")
+    second.run("dvc", "pull", "--remote", "bucket", "caches/toy")
+    assert second.files("caches/toy") == first.files("caches/toy")
+
+    second.run("dvc", "pull", "data/toy")
+    said = first.stage("publish", "toy", f"s3://{BUCKET}/caches/toy").stdout
+    entry = YAML(typ="safe", pure=True).load(said)["received"]["toy"]
+    run = NEW["new-kd-pool"] | {"cache": "far"}
+    second.params(
+        **with_assets(
+            runs={"far": run}, students=STUDENTS, received={"far": entry}, workers={"local_gb": 0.001}
+        )
+    )
+    done = second.repro("--single-item", "receive@far")
+    done = second.repro("--single-item", "train@far")
+    assert done.stages == {"train@far"}
+    assert [path.name for path in (second.root / "caches" / "far").iterdir()] == ["remote.json"]
+    assert (second.root / "models" / "far" / "seed-0").is_dir()
 
 
 def toy_sources(clone: Project) -> Path:

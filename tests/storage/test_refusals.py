@@ -88,8 +88,8 @@ def test_no_cache_and_no_manifest_are_told_apart_and_say_what_to_do(cache: Cache
 
 
 def test_a_newer_format_is_refused_with_both_versions(cache: Cache) -> None:
-    rewrite(cache.path, lambda body: body.update(format_version=5, something_new=[1]))
-    with pytest.raises(FormatTooNew, match=r"format version 5; this Stillroom reads up to 4"):
+    rewrite(cache.path, lambda body: body.update(format_version=6, something_new=[1]))
+    with pytest.raises(FormatTooNew, match=r"format version 6; this Stillroom reads up to 5"):
         Cache.open(cache.path)
 
 

@@ -1,0 +1,70 @@
+"""Where the files of a cache are read: the directory itself, or copies of remote files near by.
+
+Both hand out a local directory whose files were compared with the manifest before anything reads them.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from storage.errors import CacheError
+from storage.manifest import FileEntry
+from storage.nearby import Nearby
+from storage.remote import Objects
+from storage.verify import check_files
+
+
+class Files(Protocol):
+    """The checked files of one cache."""
+
+    def holding(self, files: Sequence[FileEntry]) -> contextlib.AbstractContextManager[Path]:
+        """The directory that their paths are relative to. They are sound, and stay for as long as the context
+        lasts. Raises ShardMissing, ShardTruncated or ShardCorrupt; of remote files StoreUnreachable too.
+        """
+
+
+class LocalFiles:
+    """Files of a cache that lies in a local directory."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._checked: set[str] = set()  # paths
+
+    @contextlib.contextmanager
+    def holding(self, files: Sequence[FileEntry]) -> Iterator[Path]:
+        """The cache's own directory; each file is read once to be checked."""
+        new = [file for file in files if file.path not in self._checked]
+        check_files(self._root, new)
+        self._checked.update(file.path for file in new)
+        yield self._root
+
+
+class RemoteFiles:
+    """Files of a cache that lies at a URL, as copies near by.
+
+    A file is checked when it is fetched, and a copy that was there before when this process first uses it;
+    one that was damaged meanwhile is fetched again.
+    """
+
+    def __init__(self, objects: Objects, nearby: Nearby) -> None:
+        self._objects, self._nearby = objects, nearby
+        self._checked: set[str] = set()  # paths
+
+    @contextlib.contextmanager
+    def holding(self, files: Sequence[FileEntry]) -> Iterator[Path]:
+        """A directory of copies that nobody removes while the context lasts."""
+        with contextlib.ExitStack() as held:
+            root = held.enter_context(self._nearby.holding(files, self._fetch))
+            try:
+                check_files(root, [file for file in files if file.path not in self._checked])
+            except CacheError:
+                self._nearby.drop(files)
+                held.close()
+                root = held.enter_context(self._nearby.holding(files, self._fetch))
+            self._checked.update(file.path for file in files)
+            yield root
+
+    def _fetch(self, file: FileEntry, root: Path) -> None:
+        self._objects.fetch(file, root)
+        self._checked.add(file.path)

@@ -1,0 +1,96 @@
+"""Caches that lie at a URL: how they get there, and the directory that stands for one on another machine.
+
+    caches/NAME/remote.json    the URL, and the digest of the manifest that is meant
+
+The digest stands for every byte of the cache, so a directory with this one file is as good an input of a run
+as the whole cache: where another one lies at the URL later, this is seen when it is opened.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints, ValidationError
+
+from storage.errors import ManifestInvalid, Mismatch, NoManifest, SpecMismatch
+from storage.location import Url
+from storage.manifest import MANIFEST_NAME
+from storage.reader import NEARBY, Cache
+from storage.remote import Objects
+from storage.spec import Sha256, Strict, canonical_json
+from storage.verify import check_files
+
+RECEIVED_NAME = "remote.json"
+MAX_BYTES = 2**16  # of a remote.json
+
+
+class ReceivedFile(Strict):
+    """The content of remote.json."""
+
+    format: Literal["stillroom-remote"] = "stillroom-remote"
+    format_version: Literal[1] = 1
+    url: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9+.-]*://\S+$"), Field(max_length=2000)]
+    manifest: Sha256  # Cache.manifest_sha256
+
+
+def publish(path: Path, url: Url, sent: Callable[[int], None] = lambda num_bytes: None) -> Cache:
+    """Copy the cache in `path` to a URL, its manifest last; what the manifest there lists is not sent again.
+
+    `sent` is told the bytes of each file. Raises what reading a damaged cache raises, and StoreUnreachable.
+    """
+    cache, objects = Cache.open(path), Objects(url)
+    try:
+        there = {file.path: file.sha256 for file in Cache.open(url).manifest.files}
+    except NoManifest:
+        there = {}
+    for file in cache.manifest.files:
+        if there.get(file.path) != file.sha256:
+            check_files(path, [file])
+            objects.write(file.path, path / file.path)
+        sent(file.bytes)
+    objects.write(MANIFEST_NAME, (path / MANIFEST_NAME).read_bytes())
+    return cache
+
+
+def receive(out: Path, url: str, manifest: str) -> None:
+    """Let the directory `out` stand for the cache at `url`. Replaces what was there.
+
+    Raises SpecMismatch where the manifest there has another digest, and what opening the cache raises.
+    """
+    file = ReceivedFile(url=url, manifest=manifest)
+    _open(file, out, NEARBY, None)
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    aside.mkdir(parents=True)
+    (aside / RECEIVED_NAME).write_bytes(canonical_json(file.model_dump(mode="json")) + b"\n")
+    shutil.rmtree(out, ignore_errors=True)
+    os.rename(aside, out)
+
+
+def open_received(path: Path, local: str | Path = NEARBY, limit_bytes: int | None = None) -> Cache:
+    """The cache that the directory `path` stands for: see Cache.open.
+
+    Raises ManifestInvalid for a damaged remote.json, and SpecMismatch where another cache lies there now.
+    """
+    file = path / RECEIVED_NAME
+    try:
+        raw = file.read_bytes() if file.stat().st_size <= MAX_BYTES else b""
+        read = ReceivedFile.model_validate(json.loads(raw))
+    except (OSError, ValidationError, ValueError, RecursionError) as error:
+        raise ManifestInvalid(
+            f"{file} does not say where a cache is: {error}.\nWrite it again: dvc repro receive@{path.name}"
+        ) from None
+    return _open(read, path, local, limit_bytes)
+
+
+def _open(read: ReceivedFile, path: Path, local: str | Path, limit_bytes: int | None) -> Cache:
+    cache = Cache.open(read.url, local, limit_bytes)
+    if cache.manifest_sha256 != read.manifest:
+        raise SpecMismatch(
+            f"{read.url} holds another cache than received.{path.name} names",
+            [Mismatch("manifest", cache.manifest_sha256, read.manifest)],
+            f"Where the new one is meant, write manifest: {cache.manifest_sha256} in params.yaml.",
+        )
+    return cache

@@ -1,0 +1,27 @@
+"""Two machines capture one cache through a bucket: what one asked, the other never asks."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import capture, teachers
+from storage.location import Url
+from storage.shared_store import SharedStore
+from tests.pipeline.conftest import World
+from tests.pipeline.test_capture import content, no_teacher
+from tests.s3 import BUCKET, Server
+
+
+def test_a_second_machine_seals_the_same_cache_without_the_teacher(
+    world: World, s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = Url(f"s3://{BUCKET}/{tmp_path.name}")
+
+    def seal(machine: str) -> capture.Captured:
+        store, out = SharedStore(tmp_path / machine, url), tmp_path / f"cache-{machine}"
+        return capture.capture("toy", world.entry(), world.dataset, world.teacher, out, store)
+
+    assert seal("one").computed_rows == 180
+    monkeypatch.setattr(teachers, "load", no_teacher)
+    assert seal("two").computed_rows == 0
+    assert content(tmp_path / "cache-one") == content(tmp_path / "cache-two") == content(world.cache)
