@@ -145,6 +145,19 @@ def test_a_piece_that_all_want_at_once_is_fetched_by_one(tmp_path: Path) -> None
         process.join()
 
 
+def test_what_another_fetches_is_waited_for_and_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nearby, "WAIT_SECONDS", 0.0)
+
+    def asked_meanwhile(file: FileEntry, root: Path) -> None:
+        fetch(file, root)
+        with pytest.raises(StoreFull, match="others have held what is there"):
+            read(Nearby(tmp_path), 1, fail)
+
+    assert read(Nearby(tmp_path), 1, asked_meanwhile) == content(1)
+
+
 def _die(root: Path, tell: Connection) -> None:
     def deadly(file: FileEntry, below: Path) -> None:
         fetch(file, below)
