@@ -177,7 +177,7 @@ def tagged(root: Path) -> tuple[Any, dict[str, Any]]:
 def masked(root: Path) -> tuple[Any, dict[str, Any]]:
     own = Project.start(root, "masked-lm", 30)
     own.make_teacher()
-    return own, {"targets": {"codec": "sample", "k": 8}}
+    return own, {"targets": {"codec": "sample", "draws": 8}}
 
 
 def prose(root: Path) -> tuple[Any, dict[str, Any]]:

@@ -41,7 +41,7 @@ def own(world: World, tmp_path: Path) -> World:
 
 
 def add_a_zebra(own: World) -> None:
-    """One row more, in a shard of its own: it has a word that no other has."""
+    """One row more: it has a word that no other has."""
     with (own.root / "reviews.csv").open("a") as file:
         file.write("a zebra,1,pool\n")
     own.prepare()
@@ -64,7 +64,7 @@ def test_a_shard_that_keeps_failing_is_named_when_all_others_are_finished(own: W
     message = str(refused.value)
     assert "1 of 46 shards failed 3 times, all others are finished" in message
     assert re.search(
-        r"shard [0-9a-f]{12} \(1 rows, ([0-9a-f]{32}) to \1\): TeacherError: the teacher's", message
+        r"shard [0-9a-f]{12} \(4 rows, [0-9a-f]{32} to [0-9a-f]{32}\): TeacherError: the teacher's", message
     )
     assert "are not finite" in message
     assert "It happened on " in message
@@ -83,7 +83,7 @@ def test_a_shard_that_kills_its_workers_is_named_and_drags_no_other_along(own: W
     add_a_zebra(own)
     deadly = {"distributed.worker.preload": ["tests.pipeline.deadly"]}
     with dask.config.set(deadly | {"distributed.scheduler.allowed-failures": 0}):
-        with pytest.raises(ShardsFailed, match=r"1 rows, (\w+) to \1\): 1 workers died over it") as refused:
+        with pytest.raises(ShardsFailed, match=r"4 rows, \w+ to \w+\): 1 workers died over it") as refused:
             crew.compute(own, crew.local(2))
     assert "1 of 46 shards failed 3 times" in str(refused.value)
     assert len(crew.finished(own)) == crew.SHARDS
@@ -140,7 +140,7 @@ def test_a_scheduler_without_workers_is_not_waited_for_for_ever(
 ) -> None:
     monkeypatch.setattr(cluster, "WAIT_FOR_WORKERS", 0.1)
     with LocalCluster(n_workers=0, **QUIET) as group:
-        with pytest.raises(WorkersLost, match="a scheduler with workers cannot be reached: TimeoutError"):
+        with pytest.raises(WorkersLost, match="cannot be reached: WorkerStartTimeoutError: Only 0/1 workers"):
             crew.compute(own, Workers(capture=group.scheduler_address, threads=1))
 
 
@@ -158,6 +158,9 @@ def test_a_store_that_machines_do_not_share_is_an_error(own: World, monkeypatch:
 def test_workers_have_their_threads_and_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "gpus", lambda: ["0", "GPU-5f", "2"])
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)  # Dask leaves alone what the environment says, and adds to it
     with cluster._client(Workers(capture="local", gpus=2), 7) as client:
         found = client.run(lambda: [os.environ[name] for name in names])
     assert sorted(found.values()) == [["7", "7", "0"], ["7", "7", "GPU-5f"]]
