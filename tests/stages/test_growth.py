@@ -5,10 +5,27 @@ import shutil
 import time
 from pathlib import Path
 
+import pytest
+
 from storage import Cache
 from tests import toy
-from tests.stages.conftest import Project
+from tests.stages.conftest import Project, start
 from tests.stages.test_reuse import read_csv, write_csv
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project that has its cache, and no student yet."""
+    made = start(tmp_path_factory.mktemp("cached") / "project")
+    made.repro("cache@toy")
+    return made
+
+
+@pytest.fixture
+def project(cached: Project, tmp_path: Path) -> Project:
+    """A copy of it."""
+    shutil.copytree(cached.root, tmp_path / "project", symlinks=True)
+    return Project(tmp_path / "project")
 
 
 def pushed(project: Project) -> set[str]:
