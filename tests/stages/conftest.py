@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests import toy
+from tests.stages import warm
 
 
 class Project:
@@ -34,7 +35,7 @@ class Project:
 
     def stage(self, stage: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run one stage's command as dvc.yaml does."""
-        return self.run(sys.executable, "-m", f"stages.{stage}", *arguments, check=False)
+        return self.run("python", "-m", f"stages.{stage}", *arguments, check=False)
 
     def commit(self) -> None:
         """Commit everything that git does not ignore."""
@@ -90,7 +91,10 @@ def _quiet_tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)
-        yield
+        with warm.interpreter(home / "warm") as environment:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            yield
 
 
 def start(root: Path, **changes: Any) -> Project:

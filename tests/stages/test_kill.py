@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from tests.stages import warm
 from tests.stages.conftest import Project
 
 # Appended to the code of the test's own project: shards and seals then take long enough to be interrupted.
@@ -34,7 +35,7 @@ def kill_when(project: Project, moment: Callable[[], bool]) -> None:
     """Start `dvc repro cache@toy` in a group of its own and kill the whole group at that moment."""
     with subprocess.Popen(
         ["dvc", "repro", "cache@toy"], cwd=project.root, start_new_session=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=subprocess.STDOUT, env=os.environ | {warm.ADDRESS: ""},
     ) as running:  # fmt: skip
         deadline = time.monotonic() + 90
         while not moment():
