@@ -22,8 +22,9 @@ from pathlib import Path
 ADDRESS = "STILLROOM_WARM"
 LIBRARIES = (
     "numpy", "pyarrow.parquet", "pyarrow.compute", "pydantic", "ruamel.yaml", "typer", "rich.progress",
-    "torch", "torch._dynamo", "transformers.models.auto.modeling_auto",
-    "transformers.models.bert.modeling_bert", "accelerate", "safetensors.torch", "sklearn.metrics", "matplotlib.figure", "jinja2", "zarr", "fsspec",
+    "torch", "torch._dynamo", "transformers.models.auto.modeling_auto", "accelerate", "safetensors.torch",
+    "transformers.models.bert.modeling_bert", "sklearn.metrics", "matplotlib.figure", "jinja2", "zarr",
+    "fsspec",
 )  # fmt: skip
 CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
