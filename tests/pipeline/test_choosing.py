@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import choosing, config, runs, seeds
+from pipeline import choosing, config, run_checks, runs, seeds
 from pipeline.config_recipes import Recipe
 from pipeline.data import POOL, Rows
 from storage.errors import ConfigError, DataError, SpecMismatch
@@ -155,7 +155,7 @@ def test_a_candidate_that_does_not_fit_the_cache_is_refused_before_the_first_ste
         if temperature != 1:
             raise SpecMismatch("refused", [], "")
 
-    monkeypatch.setattr(runs, "refuse_truncated", refuse)
+    monkeypatch.setattr(run_checks, "refuse_truncated", refuse)
     with pytest.raises(SpecMismatch, match="refused"):
         train(world, tmp_path / "out", recipe(temperature=[1.0, 2.0]))
     assert seen == [1.0, 2.0]
