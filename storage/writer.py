@@ -191,7 +191,7 @@ class Store:
             (aside / path.name).write_bytes(manifest.seal(body))
             _fsync(aside / path.name)
             os.replace(aside / path.name, path)
-        kept = self.ranks(identity)
+        kept = Store.ranks(self, identity)  # the one here, also of a store that shares its own elsewhere
         assert kept is not None
         return kept
 
