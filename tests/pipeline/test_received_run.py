@@ -1,5 +1,6 @@
 """A run over a cache on a bucket learns what it learns over the same cache on its own disk."""
 
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ def test_a_student_learns_the_same_from_a_bucket_within_a_small_limit(
     world: World, s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    forkserver._forkserver._stop()  # one that an earlier test started does not know where the bucket is
     url = Url(f"s3://{BUCKET}/{tmp_path.name}")
     far, params = tmp_path / "far", world.params
     receive(far, str(url), publish(world.cache, url).manifest_sha256)
@@ -36,6 +38,7 @@ def test_a_student_learns_the_same_from_a_bucket_within_a_small_limit(
     assert kept <= sum(files) // 2
     with pytest.raises(ConfigError, match="1,000 bytes of local disk are too few"):
         runs.open_inputs(there._replace(local_bytes=1000))
+    forkserver._forkserver._stop()  # later tests have no bucket
 
 
 FAR = {"url": "s3://bucket/caches/far", "manifest": "0" * 64}
