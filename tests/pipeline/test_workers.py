@@ -100,7 +100,7 @@ def test_workers_that_are_killed_while_they_start_are_replaced(own: World) -> No
                 killed.append(pid)
 
     with crew.meanwhile(kill):
-        crew.compute(own, crew.local(2, shard_timeout=600))
+        crew.compute(own, crew.local(2))
     assert len(crew.finished(own)) == crew.SHARDS
 
 
