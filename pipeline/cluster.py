@@ -17,7 +17,7 @@ from time import monotonic
 from typing import Any, NamedTuple
 
 import dask
-from distributed import Client, Future, KilledWorker, Nanny, Scheduler, SpecCluster
+from distributed import Client, Future, KilledWorker, Nanny, Scheduler, SpecCluster, Status
 
 from pipeline import hardware
 from pipeline.assignment import Assignment, Shard, work
@@ -31,7 +31,6 @@ FAILED_IN_A_ROW = 20  # so many shards, and none between them that came back: it
 WAIT_FOR_WORKERS = 60  # seconds for the first worker to come
 LOOK_EVERY = 1.0  # seconds between looks at what is late
 RESTART = 30  # seconds that a worker may need to be killed and started again
-LOST = 30  # seconds after which a local worker that died, and does not come back by itself, is replaced
 KEPT = "Finished shards are kept. Mend the cause and run the same command again: it goes on from there."
 
 
@@ -162,6 +161,7 @@ class _Round:
         """Start local workers anew whose nannies gave up, as they do when one dies while it starts."""
         cluster = self._client.cluster
         if cluster is not None and _count(self._client) < len(cluster.worker_spec):
+            cluster.sync(_forget_ended, cluster)
             cluster.scale(len(cluster.worker_spec))
 
 
@@ -210,10 +210,18 @@ def _client(workers: Workers, threads: int) -> Iterator[Client]:
     # Read when torch is imported; Dask would write 1.
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     settings = {f"distributed.nanny.pre-spawn-environ.{name}": threads for name in names}
-    with dask.config.set(settings | {"distributed.deploy.lost-worker-timeout": LOST}):
+    # Dask would stop nannies that need more than 15 seconds to bring a worker back.
+    with dask.config.set(settings | {"distributed.deploy.lost-worker-timeout": "1 day"}):
         with SpecCluster(workers=spec, scheduler=scheduler, silence_logs=logging.ERROR) as cluster:
             with Client(cluster, set_as_default=False) as client:
                 yield client
+
+
+async def _forget_ended(cluster: SpecCluster) -> None:
+    """Take nannies that gave up out of the cluster's books. Runs in its event loop."""
+    for name, nanny in list(cluster.workers.items()):
+        if nanny.status in (Status.closed, Status.failed):
+            del cluster.workers[name]
 
 
 @contextlib.contextmanager

@@ -36,8 +36,10 @@ def quick_processes() -> Iterator[None]:
 
 
 def local(processes: int, **changes: Any) -> Workers:
-    """So many processes of this machine, one thread each."""
-    return Workers(**{"capture": "local", "processes": processes, "threads": 1} | changes)
+    """So many processes of this machine, one thread each; without hope after ten minutes."""
+    return Workers(
+        **{"capture": "local", "processes": processes, "threads": 1, "shard_timeout": 600} | changes
+    )
 
 
 def compute(world: World, workers: Workers = INLINE, **changes: Any) -> capture.Captured:

@@ -89,10 +89,7 @@ def test_a_shard_that_kills_its_workers_is_named_and_drags_no_other_along(own: W
     assert len(crew.finished(own)) == crew.SHARDS
 
 
-def test_workers_that_are_killed_while_they_start_are_replaced(
-    own: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cluster, "LOST", 1)
+def test_workers_that_are_killed_while_they_start_are_replaced(own: World) -> None:
     killed: list[int] = []
 
     def kill() -> None:
