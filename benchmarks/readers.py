@@ -63,7 +63,8 @@ def ours(root: Path, workers: int) -> Epochs:
     num = len(row_ids)
     no_text = pa.array([""], pa.string()).take(pa.array(np.zeros(num, np.int64)))
     rows = Rows(row_ids, no_text, np.full(num, -1, np.int32), np.full(num, "train"), (), "causal-lm")
-    cached = CachedDocuments(cache, rows, ("train",), 10_000, stream=Stream(readers=workers))
+    stream = Stream(readers=workers, decoded_bytes=2**32)
+    cached = CachedDocuments(cache, rows, ("train",), 10_000, stream=stream)
 
     def epoch(number: int) -> Iterator[Batch]:
         for batch in cached.epoch(0, number, BATCH_TOKENS):

@@ -43,6 +43,7 @@ class Stream(NamedTuple):
     rank: int = 0
     ranks: int = 1
     readers: int = 1  # threads beside the one that trains: one makes batches, others decode shards for it
+    decoded_bytes: int = 0  # of local disk for decoded shards, which later epochs read as they are
 
 
 ALONE = Stream()

@@ -102,6 +102,9 @@ class Workers(Section):
     share; null: .stillroom, here."""
     local_gb: Annotated[float, Field(gt=0)] | None = None
     """Gigabytes of local disk (.stillroom/nearby) for shards of caches that lie at a URL; null: no limit."""
+    decoded_gb: Annotated[float, Field(ge=0)] = 4.0
+    """Gigabytes of local disk, for each training of a language model, for shards as they are once decoded: an
+    epoch after the first reads these. They are gone with the training. 0: shards are decoded every time."""
 
 
 class RunPaths(NamedTuple):
@@ -115,6 +118,7 @@ class RunPaths(NamedTuple):
     task: str | None = None  # the one of the student's several tasks that is meant
     checkpoints: Path | None = None  # where a training writes down how far it is; None: nowhere
     local_bytes: int | None = None  # of copies of a cache that lies at a URL
+    decoded_bytes: int = 0  # of decoded shards, which later epochs read
 
 
 class Params(Section):

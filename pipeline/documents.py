@@ -10,7 +10,7 @@ Shape letters: N pieces, T tokens.
 import itertools
 from collections.abc import Generator, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +30,9 @@ from pipeline.cached_states import narrowed, read_states, refuse_unkept
 from pipeline.data import Rows
 from pipeline.losses import SparseTargets
 from pipeline.prefetch import decoded
+from pipeline.spool import SCRATCH, Spool
 from storage import Cache, order
-from storage.entries import concatenate, ends, ranges
+from storage.entries import ends, ranges
 from storage.records import EntryRows
 
 WINDOW_TOKENS = 2**21  # about 200 MB of entries at a time
@@ -74,7 +75,7 @@ class CachedDocuments:
     ) -> None:
         refuse_unkept(cache, hidden)
         self.cache, self.max_length, self.hidden = cache, max_length, hidden
-        self._stream = stream
+        self._stream, self._spool = stream, Spool(SCRATCH, stream.decoded_bytes)
         self._by_shard = [place.held for place in places(cache, rows, splits)]
         lengths, starts = cache.index()[1], ends([shard.rows for shard in cache.shards])
         self._pieces = [  # where they begin is known when their shard is read
@@ -160,12 +161,20 @@ class CachedDocuments:
 
     def _read(self, shard: int) -> "_Part":
         """What the cache holds of one shard, and the pieces of its rows that are asked for."""
+        if (kept := self._spool.get(shard)) is not None:
+            return _Part.of(kept)
         rows = self.cache.read(self.cache.shards[shard])
         assert isinstance(rows, EntryRows)  # the spec says that there is a target a token
         held, every = self._by_shard[shard], np.arange(len(rows.num_tokens))
         states = read_states(self.cache, shard, self.hidden, every, rows.num_tokens)
         pieces = _Pieces.of(ends(rows.num_tokens)[held], rows.num_tokens[held], self.max_length)
-        return _Part(rows, {name: kept.values for name, kept in states.items()}, pieces)
+        part = _Part(
+            _tokens(rows), rows.entries.offsets, rows.entries.ids, rows.entries.weights,
+            rows.entries.log_tail, pieces.starts, pieces.lengths,
+            {name: kept.values for name, kept in states.items()},
+        )  # fmt: skip
+        self._spool.put(shard, part.arrays())
+        return part
 
     def _own(self, part: Indices, window: "_Window") -> DistillBatch:
         """This rank's part of a global batch."""
@@ -178,11 +187,26 @@ class CachedDocuments:
 
 
 class _Part(NamedTuple):
-    """One shard in memory."""
+    """One shard in memory: its tokens with the entries of each, and the pieces that are asked for."""
 
-    rows: EntryRows
+    token_ids: npt.NDArray[np.int32]
+    offsets: Indices  # of the entries of each token
+    ids: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.float32]
+    log_tail: npt.NDArray[np.float32]
+    starts: Indices  # of the pieces
+    lengths: Indices
     hidden: dict[str, npt.NDArray[np.float32]]
-    pieces: _Pieces
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """All of it, by name."""
+        return {name: array for name, array in self._asdict().items() if name != "hidden"} | self.hidden
+
+    @classmethod
+    def of(cls, arrays: dict[str, npt.NDArray[Any]]) -> "_Part":
+        """What `arrays` gave."""
+        own = {name: arrays.pop(name) for name in cls._fields if name != "hidden"}
+        return cls(**own, hidden=arrays)
 
 
 class _Window:
@@ -190,9 +214,9 @@ class _Window:
 
     def __init__(self, parts: list[_Part]) -> None:
         self._parts = parts
-        self._owner = np.repeat(np.arange(len(parts)), [len(part.pieces.lengths) for part in parts])
-        self._starts = np.concatenate([part.pieces.starts for part in parts])
-        self._lengths = np.concatenate([part.pieces.lengths for part in parts])
+        self._owner = np.repeat(np.arange(len(parts)), [len(part.lengths) for part in parts])
+        self._starts = np.concatenate([part.starts for part in parts])
+        self._lengths = np.concatenate([part.lengths for part in parts])
 
     def num_targets(self, part: Indices) -> int:
         """Those of these pieces."""
@@ -209,19 +233,25 @@ class _Window:
                 self._owner[part].tolist(), self._starts[part].tolist(), lengths.tolist(), strict=True
             )
         ]
-        read = [(_tokens(own.rows), start, stop) for own, start, stop in runs]
-        ids_BL[mask_BL] = np.concatenate([tokens[start:stop] for tokens, start, stop in read])
-        following = [tokens[start + 1 : stop + 1] for tokens, start, stop in read]
-        labels_T = torch.from_numpy(np.concatenate(following, dtype=np.int64))
-        entries = concatenate([own.rows.entries.run(start, stop) for own, start, stop in runs])
+        ids_BL[mask_BL] = np.concatenate([own.token_ids[start:stop] for own, start, stop in runs])
+        labels_T = _joined([own.token_ids[start + 1 : stop + 1] for own, start, stop in runs], np.int64)
+        counts_T = np.concatenate([np.diff(own.offsets[start : stop + 1]) for own, start, stop in runs])
+        spans = [(own, own.offsets[start], own.offsets[stop]) for own, start, stop in runs]
+        entries = SparseTargets(
+            torch.from_numpy(np.repeat(np.arange(len(counts_T)), counts_T)),
+            _joined([own.ids[first:last] for own, first, last in spans], np.int64),
+            _joined([own.weights[first:last] for own, first, last in spans], np.float32),
+            _joined([own.log_tail[start:stop] for own, start, stop in runs], np.float32),
+        )
         hidden = {
-            name: torch.from_numpy(
-                np.concatenate([own.hidden[name][start:stop] for own, start, stop in runs])
-            )
+            name: _joined([own.hidden[name][start:stop] for own, start, stop in runs], np.float32)
             for name in self._parts[0].hidden
         }
-        ids, mask = torch.from_numpy(ids_BL), torch.from_numpy(mask_BL)
-        return DistillBatch(ids, mask, labels_T, SparseTargets.of(entries), hidden)
+        return DistillBatch(torch.from_numpy(ids_BL), torch.from_numpy(mask_BL), labels_T, entries, hidden)
+
+
+def _joined(parts: list[npt.NDArray[Any]], dtype: npt.DTypeLike) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts, dtype=dtype))
 
 
 def _tokens(rows: EntryRows) -> npt.NDArray[np.int32]:

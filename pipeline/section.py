@@ -21,6 +21,4 @@ def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
 class Section(BaseModel):
     """A part of params.yaml: frozen, no unknown key, no silent conversion."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)

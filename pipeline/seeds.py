@@ -54,7 +54,7 @@ def train_seed(
     hardware.pin_threads(1)
     torch.manual_seed(job.seed)
     student, recipe = job.student, job.recipe
-    stream = Stream(rank, ranks, job.readers)
+    stream = Stream(rank, ranks, job.readers, job.paths.decoded_bytes)
     own = {task: _taught(part_job, stream) for task, part_job in job.one_by_one.items()}
     cache, rows, reader, lesson, num_ids = next(iter(own.values())) if own else _taught(job, stream)
     labels, joined = cache.labels, None

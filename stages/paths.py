@@ -33,4 +33,5 @@ def of_run(name: str, run: Run, workers: Workers | None = None) -> RunPaths:
         task=name if isinstance(run, TaskRun) else None,
         checkpoints=TRAINING / (run.run if isinstance(run, TaskRun) else name),
         local_bytes=None if local_gb is None else round(local_gb * 1e9),
+        decoded_bytes=round(workers.decoded_gb * 1e9) if workers else 0,
     )

@@ -85,12 +85,11 @@ def send(number: signal.Signals, pid: int) -> None:
 def driver(world: World, processes: int) -> Iterator[subprocess.Popen[bytes]]:
     """A capture by a process of its own, with so many workers; inline where that is 0. Killed at the end."""
     command = [sys.executable, "-m", "tests.pipeline.crew", str(world.root), str(processes)]
-    running = subprocess.Popen(command, cwd=toy.ROOT, stderr=subprocess.PIPE)
-    try:
-        yield running
-    finally:
-        running.kill()
-        running.communicate()
+    with subprocess.Popen(command, cwd=toy.ROOT, stderr=subprocess.PIPE) as running:
+        try:
+            yield running
+        finally:
+            running.kill()
 
 
 def address_of(scheduler: subprocess.Popen[bytes]) -> str:
