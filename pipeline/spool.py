@@ -42,14 +42,15 @@ class Spool:
         """Keep these arrays under a key that has none yet; without a word where there is no room for them."""
         layout, size = [], 0
         for name, array in arrays.items():
-            layout.append((name, array.dtype, array.shape, size))
-            size += -(-array.nbytes // ALIGNED) * ALIGNED
+            first = _aligned(size)
+            layout.append((name, array.dtype, array.shape, first))
+            size = first + array.nbytes if array.nbytes else size
         with self._lock:
             self._open()
             start = self._end
             if start + size > self.max_bytes or key in self._kept:
                 return
-            self._end += size
+            self._end = _aligned(start + size)
         try:
             for array, (_, _, _, first) in zip(arrays.values(), layout, strict=True):
                 _write(self._handle, np.ascontiguousarray(array).reshape(-1).view(np.uint8), start + first)
@@ -92,6 +93,10 @@ class Spool:
     def __del__(self) -> None:
         if self._handle >= 0:
             os.close(self._handle)
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNED) * ALIGNED
 
 
 def _write(handle: int, data: npt.NDArray[np.uint8], start: int) -> None:

@@ -116,7 +116,9 @@ def params(**changes: Any) -> dict[str, Any]:
 def write_params(root: Path, content: dict[str, Any]) -> None:
     """Write root/params.yaml."""
     with (root / "params.yaml").open("w") as file:
-        YAML(typ="safe", pure=True).dump(content, file)
+        yaml = YAML(typ="safe", pure=True)
+        yaml.default_flow_style = False
+        yaml.dump(content, file)
 
 
 def write_project(root: Path, **changes: Any) -> Path:
