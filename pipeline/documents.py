@@ -158,6 +158,7 @@ class CachedDocuments:
                 window = _Window(list(itertools.islice(held, len(shards))))
                 for part in cut:
                     yield self._own(part, window)
+                del window  # before the next one is read
 
     def _read(self, shard: int) -> "_Part":
         """What the cache holds of one shard, and the pieces of its rows that are asked for."""
@@ -168,10 +169,11 @@ class CachedDocuments:
         held, every = self._by_shard[shard], np.arange(len(rows.num_tokens))
         states = read_states(self.cache, shard, self.hidden, every, rows.num_tokens)
         pieces = _Pieces.of(ends(rows.num_tokens)[held], rows.num_tokens[held], self.max_length)
+        offsets = rows.entries.offsets
         part = _Part(
-            _tokens(rows), rows.entries.offsets, rows.entries.ids, rows.entries.weights,
-            rows.entries.log_tail, pieces.starts, pieces.lengths,
-            {name: kept.values for name, kept in states.items()},
+            _tokens(rows), rows.entries.counts.astype(np.int32), rows.entries.ids, rows.entries.weights,
+            rows.entries.log_tail, pieces.starts, pieces.lengths, offsets[pieces.starts],
+            offsets[pieces.starts + pieces.lengths], {name: kept.values for name, kept in states.items()},
         )  # fmt: skip
         self._spool.put(shard, part.arrays())
         return part
@@ -190,12 +192,14 @@ class _Part(NamedTuple):
     """One shard in memory: its tokens with the entries of each, and the pieces that are asked for."""
 
     token_ids: npt.NDArray[np.int32]
-    offsets: Indices  # of the entries of each token
+    counts: npt.NDArray[np.int32]  # entries of each token
     ids: npt.NDArray[np.int32]
     weights: npt.NDArray[np.float32]
     log_tail: npt.NDArray[np.float32]
-    starts: Indices  # of the pieces
-    lengths: Indices
+    starts: Indices  # the first token of each piece
+    lengths: Indices  # tokens of each piece
+    first: Indices  # the first entry of each piece
+    last: Indices  # the one after its last
     hidden: dict[str, npt.NDArray[np.float32]]
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
@@ -215,8 +219,11 @@ class _Window:
     def __init__(self, parts: list[_Part]) -> None:
         self._parts = parts
         self._owner = np.repeat(np.arange(len(parts)), [len(part.lengths) for part in parts])
-        self._starts = np.concatenate([part.starts for part in parts])
         self._lengths = np.concatenate([part.lengths for part in parts])
+        starts, first, last = (
+            np.concatenate(own) for own in zip(*((p.starts, p.first, p.last) for p in parts), strict=True)
+        )
+        self._places = np.stack([self._owner, starts, starts + self._lengths, first, last], axis=1)
 
     def num_targets(self, part: Indices) -> int:
         """Those of these pieces."""
@@ -227,27 +234,22 @@ class _Window:
         lengths = self._lengths[part]
         mask_BL = np.arange(lengths.max()) < lengths[:, None]
         ids_BL = np.full(mask_BL.shape, PAD_ID, np.int64)
-        runs = [
-            (self._parts[owner], start, start + length)
-            for owner, start, length in zip(
-                self._owner[part].tolist(), self._starts[part].tolist(), lengths.tolist(), strict=True
-            )
-        ]
-        ids_BL[mask_BL] = np.concatenate([own.token_ids[start:stop] for own, start, stop in runs])
-        labels_T = _joined([own.token_ids[start + 1 : stop + 1] for own, start, stop in runs], np.int64)
-        counts_T = np.concatenate([np.diff(own.offsets[start : stop + 1]) for own, start, stop in runs])
-        spans = [(own, own.offsets[start], own.offsets[stop]) for own, start, stop in runs]
+        pieces = [(self._parts[owner], *place) for owner, *place in self._places[part].tolist()]
+        ids_BL[mask_BL] = np.concatenate([own.token_ids[start:stop] for own, start, stop, _, _ in pieces])
+        labels = [own.token_ids[start + 1 : stop + 1] for own, start, stop, _, _ in pieces]
+        counts_T = np.concatenate([own.counts[start:stop] for own, start, stop, _, _ in pieces])
         entries = SparseTargets(
             torch.from_numpy(np.repeat(np.arange(len(counts_T)), counts_T)),
-            _joined([own.ids[first:last] for own, first, last in spans], np.int64),
-            _joined([own.weights[first:last] for own, first, last in spans], np.float32),
-            _joined([own.log_tail[start:stop] for own, start, stop in runs], np.float32),
+            _joined([own.ids[first:last] for own, _, _, first, last in pieces], np.int64),
+            _joined([own.weights[first:last] for own, _, _, first, last in pieces], np.float32),
+            _joined([own.log_tail[start:stop] for own, start, stop, _, _ in pieces], np.float32),
         )
         hidden = {
-            name: _joined([own.hidden[name][start:stop] for own, start, stop in runs], np.float32)
+            name: _joined([own.hidden[name][start:stop] for own, start, stop, _, _ in pieces], np.float32)
             for name in self._parts[0].hidden
         }
-        return DistillBatch(torch.from_numpy(ids_BL), torch.from_numpy(mask_BL), labels_T, entries, hidden)
+        ids, mask = torch.from_numpy(ids_BL), torch.from_numpy(mask_BL)
+        return DistillBatch(ids, mask, _joined(labels, np.int64), entries, hidden)
 
 
 def _joined(parts: list[npt.NDArray[Any]], dtype: npt.DTypeLike) -> torch.Tensor:

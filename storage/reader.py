@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -196,6 +197,10 @@ class Cache:
 
     def index(self) -> tuple[pa.StringArray, npt.NDArray[np.int32]]:
         """(ids, numbers of tokens) of all rows, in cache order, without decoding a target."""
+        return self._index
+
+    @cached_property
+    def _index(self) -> tuple[pa.StringArray, npt.NDArray[np.int32]]:
         parts = [self._columns(shard, "row_id", "num_tokens") for shard in self.shards]
         lengths = np.concatenate([lengths.to_numpy() for _, lengths in parts])
         return pa.concat_arrays([ids for ids, _ in parts]), lengths

@@ -114,7 +114,7 @@ def test_a_limit_is_kept_and_a_full_disk_is_only_the_end_of_keeping(
     for key in range(9):
         spool.put(key, A_SHARD)
     kept = [key for key in range(9) if spool.get(key) is not None]
-    assert kept == [0, 1, 2, 3], "256 bytes each, 1,000 at most"
+    assert kept == [0, 1, 2, 3, 4], "136 bytes each, aligned, and 1,000 at most"
     spool = Spool(tmp_path, 2**20)
     spool.put(0, A_SHARD)
 
