@@ -134,9 +134,14 @@ def places(cache: Cache, rows: Rows, splits: tuple[str, ...]) -> list[Place]:
     wanted = rows.row_ids.take(chosen)
     cache.check("this dataset", labels=rows.label_names, row_ids=wanted)
     place = pc.index_in(wanted, value_set=cache.row_ids()).to_numpy()
-    starts = np.cumsum([0] + [shard.rows for shard in cache.shards])
+    starts = ends([shard.rows for shard in cache.shards])
     shard = np.searchsorted(starts, place, side="right") - 1
-    return [Place(chosen[shard == i], place[shard == i] - starts[i]) for i in range(len(cache.shards))]
+    by_shard = np.argsort(shard, kind="stable")
+    cuts = np.searchsorted(shard[by_shard], np.arange(1, len(cache.shards)))
+    return [
+        Place(chosen[own], place[own] - first)
+        for own, first in zip(np.split(by_shard, cuts), starts[:-1], strict=True)
+    ]
 
 
 class CachedRows:

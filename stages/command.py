@@ -3,12 +3,12 @@
 None of it is a stage, since nothing depends on what it gives; none of it needs torch.
 """
 
-from stages import cli, gc, merge, predict
+from stages import cli, gc, merge, predict, publish
 
 
 def main() -> None:
     """The console script."""
-    cli.run({"predict": predict.main, "merge": merge.main, "gc": gc.main})
+    cli.run({"predict": predict.main, "merge": merge.main, "publish": publish.main, "gc": gc.main})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ def main(
     yes: Annotated[bool, typer.Option("--yes", help="Remove it. Without this it is only shown.")] = False,
     keep_hours: Annotated[float, typer.Option(help="Leave what was made in the last hours.")] = 24.0,
 ) -> None:
-    """Show or remove finished shards that no sealed cache names."""
+    """Show or remove finished shards of this machine that no sealed cache names."""
+    if config.PARAMS.is_file() and (shared := config.load().workers.store):
+        print(f"{shared} is left alone: other projects may use what lies there")
     store = Store(paths.STORE)
     if not store.root.is_dir():
         print(f"there is no store at {store.root}: nothing to remove")

@@ -5,11 +5,12 @@ from typing import Annotated
 
 import typer
 
+from pipeline import config
 from stages import cli, paths
 from storage import Cache
 from storage.errors import ConfigError
 from storage.merging import merge
-from storage.writer import Store
+from storage.shared_store import open_store
 
 
 def main(
@@ -21,7 +22,8 @@ def main(
     """Merge caches of one teacher and spec. Rows that several hold must be the same, and are kept once."""
     if len(caches) < 2:
         raise ConfigError(f"there is nothing to merge with {caches[0]}: name two caches or more.")
-    merged = merge([Cache.open(path) for path in caches], into, Store(paths.STORE))
+    shared = config.load().workers.store if config.PARAMS.is_file() else None
+    merged = merge([Cache.open(path) for path in caches], into, open_store(paths.STORE, shared))
     print(
         f"{into}: {merged.manifest.num_rows:,} rows in {len(merged.manifest.every_shard):,} shards; "
         f"{merged.dropped_rows:,} rows were there twice, and are kept once"

@@ -1,7 +1,4 @@
-"""caches/NAME -> a URL, for machines that train: `python -m stages.publish NAME s3://bucket/caches/NAME`.
-
-A command and no stage: nothing depends on it.
-"""
+"""`stillroom publish NAME s3://bucket/caches/NAME`: a sealed cache at a URL, for machines that train."""
 
 from pipeline.progress import bar
 from stages import cli, paths
@@ -19,7 +16,7 @@ def main(name: str, url: str) -> None:
     total = sum(file.bytes for file in Cache.open(paths.CACHES / name).manifest.files)
     with bar(f"publishing {name}", total, "bytes") as advance:
         cache = publish(paths.CACHES / name, where, advance)
-    print(f"received:\n  {name}: {{url: {where}, manifest: {cache.manifest_sha256}}}")
+    print(f'received:\n  {name}: {{url: "{where}", manifest: {cache.manifest_sha256}}}')
 
 
 if __name__ == "__main__":

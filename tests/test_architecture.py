@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "storage": {"storage"},
 }
 STAGE_HELPERS = {"stages", "stages.cli", "stages.paths", "stages.elsewhere"}
-COMMANDS = {"stages.gc", "stages.merge", "stages.predict"}  # what stages.command gathers
+COMMANDS = {"stages.gc", "stages.merge", "stages.predict", "stages.publish"}  # what stages.command gathers
 STORAGE_LIBRARIES = {"fsspec", "numpy", "pyarrow", "zarr", "pydantic"}
 MOST_LINES = 400
 

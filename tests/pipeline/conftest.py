@@ -90,6 +90,7 @@ def _one_core() -> Iterator[None]:
 def make(root: Path) -> World:
     """A project in `root`, captured and verified."""
     made = World(root)
+    root.mkdir(parents=True, exist_ok=True)
     toy.write_csv(made.root / "reviews.csv")
     toy.write_model(made.root / "model")
     shelves = toy.params()
