@@ -46,7 +46,8 @@ def cut(who: Identity, row_ids: pa.StringArray, input_hashes: pa.StringArray, sh
     start, digests = hashlib.sha256(who.fingerprint.encode()), bytearray()
     a_chunk, a_shard = max(1, CHUNK_ROWS // shard_rows) * shard_rows, 2 * ROW_ID_CHARS * shard_rows
     for first in range(0, len(rows), a_chunk):
-        part = rows[first : first + a_chunk]
+        own = slice(first, first + a_chunk)
+        part = own if len(rows) == len(ids) else rows[own]
         names = np.concatenate([ids[part], inputs[part]], axis=1).reshape(-1).data
         for begin in range(0, len(names), a_shard):
             digest = start.copy()
@@ -83,14 +84,18 @@ def places(keys: Keys, among: Keys) -> Indices:
     """Where each key stands in `among`, whose keys are distinct; -1 for those that do not."""
     if not len(among):
         return np.full(len(keys), -1)
-    words, known = keys.view(np.uint64)[:, 0], among.view(np.uint64)[:, 0]
-    order = np.argsort(known)
-    known = known[order]
-    if (known[1:] == known[:-1]).any():  # the first 64 bits do not tell them apart
+    words, known = keys.view(np.uint64), among.view(np.uint64)
+    order, asked = np.argsort(known[:, 0]), np.argsort(words[:, 0])  # looked up in order: no jumps in memory
+    first = known[:, 0][order]
+    if (first[1:] == first[:-1]).any():  # the first 64 bits do not tell them apart
         place = {bytes(key): index for index, key in enumerate(among)}
         return np.array([place.get(bytes(key), -1) for key in keys], np.int64)
-    at = order[np.minimum(np.searchsorted(known, words), len(known) - 1)]
-    return np.where((among[at] == keys).all(axis=1), at, -1)
+    at = np.empty(len(keys), np.int64)
+    at[asked] = order[np.minimum(np.searchsorted(first, words[:, 0][asked]), len(first) - 1)]
+    same = np.ones(len(keys), bool)
+    for own, other in zip(words.T, known.T, strict=True):
+        same &= own == other[at]
+    return np.where(same, at, -1)
 
 
 def keys_of(names: Iterable[str]) -> Keys:
