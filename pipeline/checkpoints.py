@@ -125,9 +125,9 @@ def random_state() -> torch.Tensor:
 def restore_random_state(state: torch.Tensor) -> None:
     """The inverse of `random_state`."""
     size = len(torch.get_rng_state())
-    torch.set_rng_state(state[:size])
+    torch.set_rng_state(state[:size].clone())  # it reads memory that is aligned; a part of a file may not be
     if torch.cuda.is_available():
-        torch.cuda.set_rng_state(state[size:])
+        torch.cuda.set_rng_state(state[size:].clone())
 
 
 def _trained(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:

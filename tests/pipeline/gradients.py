@@ -65,3 +65,4 @@ if __name__ == "__main__":
     measure(*(Path(argument) for argument in sys.argv[1:4]))
     os.chdir(sys.argv[4])
     train.main("long")
+    train.main("dropped")

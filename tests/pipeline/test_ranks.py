@@ -2,19 +2,23 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from pipeline import config, ranks, runs
 from pipeline.config_recipes import Recipe
 from storage.errors import ConfigError
 from tests import toy
-from tests.pipeline import gradients
+from tests.pipeline import crew, gradients
 from tests.pipeline.conftest import World
 from tests.pipeline.test_language_caches import Prose
 from tests.pipeline.test_resuming import project
@@ -37,9 +41,11 @@ def ran(world: World, prose: Prose, tmp_path_factory: pytest.TempPathFactory) ->
     root = out / "project"
     root.mkdir()
     shelves = project(world, root)
+    shelves["students"]["dropped"] = shelves["students"]["fc"] | {"dropout": 0.2}
     shelves["students"]["fc"]["dropout"] = 0.0
     shelves["recipes"]["long"] |= {"epochs": 2, "alpha": 0.3}
     shelves["runs"]["long"]["seeds"] = [0, 1]
+    shelves["runs"]["dropped"] = shelves["runs"]["long"] | {"student": "dropped", "seeds": [0]}
     toy.write_params(root, shelves)
     environment = os.environ | {"PYTHONPATH": str(toy.ROOT), "OMP_NUM_THREADS": "1"}
     paths = [str(path) for path in (world.root, prose.root, out, root)]
@@ -87,6 +93,38 @@ def test_a_run_in_two_processes_is_that_of_one_up_to_rounding(
         assert all(np.allclose(one[key], two[key], atol=1e-3) for key in one)
     assert (root / "results" / "curves" / "long.csv").is_file()
     assert not (root / ".stillroom" / "training" / "long").exists()
+
+
+def test_two_processes_that_are_killed_go_on_to_the_same_bits(ran: Path, tmp_path: Path) -> None:
+    """Each has random numbers of its own: dropout draws from them."""
+    calm, root = ran / "project", tmp_path / "project"
+    shutil.copytree(calm, root, symlinks=True, ignore=shutil.ignore_patterns("models", "results"))
+    command, kept = [*TORCHRUN, "-m", "stages.train", "dropped"], root / ".stillroom/training/dropped"
+    environment = os.environ | {"PYTHONPATH": str(toy.ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.DEVNULL) as running:
+        crew.wait_for(lambda: steps_of(kept / "seed-0.safetensors") > 3 or running.poll() is not None, 120)
+        processes = psutil.Process(running.pid).children(recursive=True)
+        for process in (*processes, running):
+            process.kill()
+    assert running.returncode == -signal.SIGKILL
+    before = steps_of(kept / "seed-0.safetensors")
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "starts anew" not in done.stderr
+    own, expected = (
+        json.loads((place / "models/dropped/training.json").read_text())["seeds"][0] for place in (root, calm)
+    )
+    assert 3 < before < expected["steps"]
+    assert [point["train_loss"] for point in own["curve"]] == [p["train_loss"] for p in expected["curve"]]
+    weights = "models/dropped/seed-0/model.safetensors"
+    assert (root / weights).read_bytes() == (calm / weights).read_bytes()
+
+
+def steps_of(checkpoint: Path) -> int:
+    if not checkpoint.is_file():
+        return 0
+    with safe_open(checkpoint, "pt") as file:
+        return int(json.loads(file.metadata()["numbers"]).get("steps", 0))
 
 
 def test_a_recipe_whose_loss_is_no_sum_over_rows_is_refused_in_several_processes() -> None:
