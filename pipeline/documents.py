@@ -72,15 +72,17 @@ class CachedDocuments:
         max_length: int,
         hidden: tuple[str, ...] = (),
         stream: Stream = ALONE,
+        spool: Spool | None = None,
     ) -> None:
         refuse_unkept(cache, hidden)
         self.cache, self.max_length, self.hidden = cache, max_length, hidden
-        self._stream, self._spool = stream, Spool(SCRATCH, stream.decoded_bytes)
+        self._stream, self._spool = stream, spool or Spool(SCRATCH, stream.decoded_bytes)
         self._by_shard = [place.held for place in places(cache, rows, splits)]
         lengths, starts = cache.index()[1], ends([shard.rows for shard in cache.shards])
-        self._pieces = [  # where they begin is known when their shard is read
-            _Pieces.of(np.zeros_like(held), lengths[first + held], max_length).lengths
-            for first, held in zip(starts[:-1], self._by_shard, strict=True)
+        self._num_tokens = np.split(lengths, starts[1:-1])
+        self._pieces = [
+            _Pieces.of(np.zeros_like(held), num_tokens[held], max_length).lengths
+            for num_tokens, held in zip(self._num_tokens, self._by_shard, strict=True)
         ]
         self.num_rows = sum(len(held) for held in self._by_shard)
         self.num_pieces = sum(len(pieces) for pieces in self._pieces)
@@ -162,21 +164,25 @@ class CachedDocuments:
 
     def _read(self, shard: int) -> "_Part":
         """What the cache holds of one shard, and the pieces of its rows that are asked for."""
-        if (kept := self._spool.get(shard)) is not None:
-            return _Part.of(kept)
+        if (arrays := self._spool.get((shard, self.hidden))) is None:
+            arrays = self._decoded(shard)
+            self._spool.put((shard, self.hidden), arrays)
+        held, num_tokens = self._by_shard[shard], self._num_tokens[shard]
+        pieces = _Pieces.of(ends(num_tokens)[held], num_tokens[held], self.max_length)
+        own = {name: arrays[name] for name in ("token_ids", "counts", "ids", "weights", "log_tail")}
+        return _Part(**own, hidden={name: arrays[name] for name in self.hidden}, pieces=pieces)
+
+    def _decoded(self, shard: int) -> dict[str, npt.NDArray[Any]]:
+        """The arrays of a _Part."""
         rows = self.cache.read(self.cache.shards[shard])
         assert isinstance(rows, EntryRows)  # the spec says that there is a target a token
-        held, every = self._by_shard[shard], np.arange(len(rows.num_tokens))
+        every, entries = np.arange(len(rows.num_tokens)), rows.entries
         states = read_states(self.cache, shard, self.hidden, every, rows.num_tokens)
-        pieces = _Pieces.of(ends(rows.num_tokens)[held], rows.num_tokens[held], self.max_length)
-        offsets = rows.entries.offsets
-        part = _Part(
-            _tokens(rows), rows.entries.counts.astype(np.int32), rows.entries.ids, rows.entries.weights,
-            rows.entries.log_tail, pieces.starts, pieces.lengths, offsets[pieces.starts],
-            offsets[pieces.starts + pieces.lengths], {name: kept.values for name, kept in states.items()},
-        )  # fmt: skip
-        self._spool.put(shard, part.arrays())
-        return part
+        return {
+            "token_ids": _tokens(rows), "counts": entries.counts.astype(np.int32), "ids": entries.ids,
+            "weights": entries.weights, "log_tail": entries.log_tail,
+            **{name: kept.values for name, kept in states.items()},
+        }  # fmt: skip
 
     def _own(self, part: Indices, window: "_Window") -> DistillBatch:
         """This rank's part of a global batch."""
@@ -196,21 +202,8 @@ class _Part(NamedTuple):
     ids: npt.NDArray[np.int32]
     weights: npt.NDArray[np.float32]
     log_tail: npt.NDArray[np.float32]
-    starts: Indices  # the first token of each piece
-    lengths: Indices  # tokens of each piece
-    first: Indices  # the first entry of each piece
-    last: Indices  # the one after its last
     hidden: dict[str, npt.NDArray[np.float32]]
-
-    def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """All of it, by name."""
-        return {name: array for name, array in self._asdict().items() if name != "hidden"} | self.hidden
-
-    @classmethod
-    def of(cls, arrays: dict[str, npt.NDArray[Any]]) -> "_Part":
-        """What `arrays` gave."""
-        own = {name: arrays.pop(name) for name in cls._fields if name != "hidden"}
-        return cls(**own, hidden=arrays)
+    pieces: _Pieces
 
 
 class _Window:
@@ -218,12 +211,14 @@ class _Window:
 
     def __init__(self, parts: list[_Part]) -> None:
         self._parts = parts
-        self._owner = np.repeat(np.arange(len(parts)), [len(part.lengths) for part in parts])
-        self._lengths = np.concatenate([part.lengths for part in parts])
-        starts, first, last = (
-            np.concatenate(own) for own in zip(*((p.starts, p.first, p.last) for p in parts), strict=True)
-        )
-        self._places = np.stack([self._owner, starts, starts + self._lengths, first, last], axis=1)
+        self._lengths = np.concatenate([part.pieces.lengths for part in parts])
+        places = []  # of each piece: its part; its first token and the one after its last; the same of entries
+        for owner, part in enumerate(parts):
+            offsets, (starts, lengths) = ends(part.counts), part.pieces
+            tokens = np.stack([starts, starts + lengths], axis=1)
+            owners = np.full((len(tokens), 1), owner)
+            places.append(np.concatenate([owners, tokens, offsets[tokens]], axis=1))
+        self._places = np.concatenate(places)
 
     def num_targets(self, part: Indices) -> int:
         """Those of these pieces."""

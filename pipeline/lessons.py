@@ -20,6 +20,7 @@ from pipeline.losses import MixedTargets, SparseTargets, pseudo_labels, sure_tem
 from pipeline.matched import Matched, look
 from pipeline.reading import read_held_out
 from pipeline.schedules import ByConfidence, at
+from pipeline.spool import SCRATCH, Spool
 from pipeline.training import Validation
 from storage import Cache
 from storage.spec import Sample, Threshold
@@ -132,8 +133,9 @@ def of_documents(
     stream: Stream = ALONE,
 ) -> Lesson:
     """A language model's: states of each token through the head, against the next token and the entries."""
-    cached = CachedDocuments(cache, rows, taught_by(recipe), student.max_length, stream=stream)
-    held_out = CachedDocuments(cache, rows, ("validation",), student.max_length)
+    spool = Spool(SCRATCH, stream.decoded_bytes)  # rows of both lie in the same shards
+    cached = CachedDocuments(cache, rows, taught_by(recipe), student.max_length, stream=stream, spool=spool)
+    held_out = CachedDocuments(cache, rows, ("validation",), student.max_length, spool=spool)
     sampled = isinstance(cache.codec, Sample | Threshold)
 
     def validate(model: torch.nn.Module) -> Validation:

@@ -8,7 +8,7 @@ nothing in it can be stale, and nothing has to be checked again. What finds no r
 import os
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,9 +36,9 @@ class Spool:
         self.directory, self.max_bytes = directory, max_bytes
         self._lock = threading.Lock()
         self._handle, self._owner, self._end = -1, 0, 0
-        self._kept: dict[int, _Kept] = {}
+        self._kept: dict[Hashable, _Kept] = {}
 
-    def put(self, key: int, arrays: Arrays) -> None:
+    def put(self, key: Hashable, arrays: Arrays) -> None:
         """Keep these arrays under a key that has none yet; without a word where there is no room for them."""
         layout, size = [], 0
         for name, array in arrays.items():
@@ -60,7 +60,7 @@ class Spool:
         with self._lock:
             self._kept[key] = _Kept(start, size, tuple(layout))
 
-    def get(self, key: int) -> dict[str, npt.NDArray[Any]] | None:
+    def get(self, key: Hashable) -> dict[str, npt.NDArray[Any]] | None:
         """The arrays under a key, in memory of their own; None where it has none."""
         with self._lock:
             kept = self._kept.get(key) if self._owner == os.getpid() else None

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import data, documents
+from pipeline import data, documents, kinds, lessons, students
 from pipeline.batches import DistillBatch, Stream
+from pipeline.config_recipes import Recipe
 from pipeline.documents import CachedDocuments
 from pipeline.losses import SparseTargets
 from pipeline.spool import Spool
@@ -90,6 +91,23 @@ def test_what_finds_no_room_is_decoded_each_time(
     assert needed == sorted(needed, reverse=True)
     assert (needed[0], needed[-1]) == (num, 0)
     assert any(0 < some < num for some in needed), needed
+
+
+def test_what_training_decoded_validation_finds(
+    prose: Prose, decoded: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe(alpha=0.0, batch_tokens=40)
+    student = kinds.Llama(kind="llama", layers=1, width=16, heads=2, max_length=9)
+    rows = data.load_rows(prose.dataset)
+    lesson = lessons.of_documents(
+        student, recipe, Cache.open(prose.cache), rows, 0, Stream(decoded_bytes=2**30)
+    )
+    list(lesson.batches(0))
+    decoded.clear()
+    model = students.build(student, lesson.num_outputs, lesson.num_outputs)
+    assert lesson.validate(model).loss > 0
+    assert decoded == []
 
 
 def test_arrays_come_back_as_they_were_for_any_number_of_threads(tmp_path: Path) -> None:
