@@ -212,7 +212,7 @@ class _Window:
     def __init__(self, parts: list[_Part]) -> None:
         self._parts = parts
         self._lengths = np.concatenate([part.pieces.lengths for part in parts])
-        places = []  # of each piece: its part; its first token and the one after its last; the same of entries
+        places = []  # of each piece: its part, its first token and the one after its last; so of entries
         for owner, part in enumerate(parts):
             offsets, (starts, lengths) = ends(part.counts), part.pieces
             tokens = np.stack([starts, starts + lengths], axis=1)
