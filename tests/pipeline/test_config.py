@@ -274,7 +274,7 @@ def test_all_faults_come_in_one_message(tmp_path: Path) -> None:
 def test_1e_4_without_a_point_is_a_number(tmp_path: Path) -> None:
     load(tmp_path)
     path = tmp_path / "params.yaml"
-    path.write_text(path.read_text().replace("kind: fc", "kind: fc, learning_rate: 1e-4"))
+    path.write_text(path.read_text().replace("    kind: fc\n", "    kind: fc\n    learning_rate: 1e-4\n"))
     assert config.load(path).students["fc"].learning_rate == 1e-4
 
 
