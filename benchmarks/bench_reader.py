@@ -32,11 +32,8 @@ from storage.writer import Store, seal
 from tests.storage.conftest import IDENTITY
 
 SHARDS, SHARD_ROWS, VOCAB = 24, 512, 49_152
-TIMES, SMALLER, SMALL = (
-    20,
-    64,
-    48,
-)  # where memory is measured: rows a shard, and shards, three windows of them
+TIMES = 20
+SMALL_SHARDS, SMALL_ROWS = 48, 64  # where memory is measured: three windows of shards
 EPOCHS = 4  # the first is cold, the median of the others is warm
 READERS = Path(__file__).with_name("readers.py")
 PEERS = Path(__file__).with_name(".peers")
@@ -126,7 +123,7 @@ def main() -> None:
         peaks = []
         for times in (1, TIMES):
             shutil.rmtree(root / "cache")
-            make(root, times * SMALL, SMALLER)
+            make(root, times * SMALL_SHARDS, SMALL_ROWS)
             peaks.append(run("ours", root, 1, 1)["peak"])
             print(f"ours, {times} times the data: peak {peaks[-1] / 2**20:,.0f} MiB", flush=True)
     best = {

@@ -125,7 +125,7 @@ def random_state() -> torch.Tensor:
 def restore_random_state(state: torch.Tensor) -> None:
     """The inverse of `random_state`."""
     size = len(torch.get_rng_state())
-    torch.set_rng_state(state[:size].clone())  # it reads memory that is aligned; a part of a file may not be
+    torch.set_rng_state(state[:size].clone())  # of a part of a larger tensor torch 2.13 crashes
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(state[size:].clone())
 

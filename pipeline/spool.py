@@ -45,16 +45,20 @@ class Spool:
             first = _aligned(size)
             layout.append((name, array.dtype, array.shape, first))
             size = first + array.nbytes if array.nbytes else size
-        with self._lock:
-            self._open()
-            start = self._end
-            if start + size > self.max_bytes or key in self._kept:
-                return
-            self._end = _aligned(start + size)
         try:
+            with self._lock:
+                if not self.max_bytes:
+                    return
+                self._open()
+                start = self._end
+                if start + size > self.max_bytes or key in self._kept:
+                    return
+                self._end = _aligned(start + size)
             for array, (_, _, _, first) in zip(arrays.values(), layout, strict=True):
                 _write(self._handle, np.ascontiguousarray(array).reshape(-1).view(np.uint8), start + first)
-        except OSError:  # a full disk ends no training: what was kept so far stays, and no more comes
+        except (
+            OSError
+        ):  # a disk that is full, or not ours to write on, ends no training; what was kept so far stays
             self.max_bytes = 0
             return
         with self._lock:

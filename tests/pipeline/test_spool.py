@@ -146,6 +146,15 @@ def test_a_limit_is_kept_and_a_full_disk_is_only_the_end_of_keeping(
     assert [key for key in range(3) if spool.get(key) is not None] == [0]
 
 
+def test_a_directory_that_cannot_be_written_ends_no_training_and_no_room_makes_none(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    spool = Spool(tmp_path / "file", 2**20)
+    spool.put(0, A_SHARD)
+    assert spool.get(0) is None
+    Spool(tmp_path / "new", 0).put(0, A_SHARD)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_forked_process_has_a_file_of_its_own(tmp_path: Path) -> None:
     spool = Spool(tmp_path, 2**20)
     spool.put(0, A_SHARD)
