@@ -56,9 +56,7 @@ class Spool:
                 self._end = _aligned(start + size)
             for array, (_, _, _, first) in zip(arrays.values(), layout, strict=True):
                 _write(self._handle, np.ascontiguousarray(array).reshape(-1).view(np.uint8), start + first)
-        except (
-            OSError
-        ):  # a disk that is full, or not ours to write on, ends no training; what was kept so far stays
+        except OSError:  # a disk that is full, or not ours, ends no training; what was kept stays
             self.max_bytes = 0
             return
         with self._lock:
