@@ -16,6 +16,9 @@ from pipeline.blocks import Blocks
 from pipeline.section import Fraction, Positive, Section, distinct
 from storage.spec import LANGUAGE, Task
 
+# The values that rows have in these columns.
+Where = Annotated[dict[str, str | int], Field(min_length=1)]
+
 
 class Asset(Section):
     """Something fetched once into assets/NAME."""
@@ -35,10 +38,11 @@ class Columns(Section):
 
     text: str = "text"
     """Texts; for token-classification lists of words, or texts that white space cuts into words."""
-    label: str | Annotated[tuple[str, ...], Field(strict=False)] = "label"
+    label: str | Annotated[tuple[str, ...], Field(strict=False)] | dict[str, Where] = "label"
     """Labels; for token-classification lists of tags, one a word. For multi-label-classification lists of
     labels, for regression numbers (or lists of them). A list of columns, in these two: one for each of
-    `labels`, in order; of 0 and 1, or of numbers."""
+    `labels`, in order; of 0 and 1, or of numbers. For multi-label-classification also what rows with a label
+    have in their columns: `{LABEL: {COLUMN: VALUE}}`."""
     image: str | None = "image"
     """Images: of `datasets` (imagefolder, or bytes of a file), or lists of pixels. null: each pixel has a
     column of its own, all columns but those of labels and split, in their order."""
@@ -135,6 +139,8 @@ class Dataset(Section):
     def label_columns(self) -> tuple[str, ...]:
         """The columns of labels."""
         label = self.columns.label
+        if isinstance(label, dict):
+            return tuple(dict.fromkeys(column for has in label.values() for column in has))
         return () if not self.labels else (label,) if isinstance(label, str) else label
 
     @field_validator("labels")
@@ -155,7 +161,12 @@ class Dataset(Section):
             raise ValueError(f"images is for image-classification and needed there; the task is {self.task}")
         if self.images is not None and self.pool is not None:
             raise ValueError("a pool is text: a dataset of images has none")
-        if isinstance(label := self.columns.label, tuple):
+        if isinstance(label := self.columns.label, dict):
+            if self.task != "multi-label-classification":
+                raise ValueError(f"columns.label: {self.task} has a column of labels, found {label}")
+            if set(label) != set(self.labels):
+                raise ValueError(f"columns.label: found {sorted(label)}, expected one for each of labels")
+        elif isinstance(label, tuple):
             if self.task not in ("multi-label-classification", "regression"):
                 raise ValueError(f"columns.label: {self.task} has one column of labels, found {len(label)}")
             if len(label) != len(self.labels):

@@ -158,7 +158,7 @@ def prepare(name: str, config: Dataset, out: Path) -> dict[str, Any]:
         column = joined(name, column)
         tagged = tags(name, config, column, raw.columns[label_column], names)
     texts = _texts(name, config, column, counts)
-    numbers = several(name, config, [raw.columns[c] for c in label_columns], names)
+    numbers = several(name, config, raw.columns, names)
     if config.task in ("sequence-classification", "image-classification"):
         labels = positions(name, config, raw.columns[label_column], names)
     if config.rows is not None:

@@ -103,20 +103,24 @@ def tags(
 
 
 def several(
-    name: str, config: Dataset, columns: list[list[Any]], class_names: list[str] | None
+    name: str, config: Dataset, columns: dict[str, list[Any]], class_names: list[str] | None
 ) -> npt.NDArray[np.float32] | None:
     """What rows of several labels, or of numbers, are labelled with [rows, labels]; None for other tasks.
 
     For multi-label-classification 1 where a row has the label and 0 where not, of one column with lists of
-    labels or of one column a label with 0 and 1. For regression the numbers, of one column with a number (or
-    a list of them) or of one column each. Raises DataError for a label outside the set, and for what is no
-    such number.
+    labels, of one column a label with 0 and 1, or of what rows with the label have in their columns. For
+    regression the numbers, of one column with a number (or a list of them) or of one column each. Raises
+    DataError for a label outside the set or that no row has so, and for what is no such number.
     """
-    if config.task == "multi-label-classification" and isinstance(config.columns.label, str):
-        return _present(name, config, columns[0], class_names)
     if config.task not in ("multi-label-classification", "regression"):
         return None
-    rows = list(zip(*columns, strict=True)) if len(columns) > 1 else columns[0]
+    if isinstance(config.columns.label, dict):
+        having = config.columns.label
+        return np.stack([_having(name, label, having[label], columns) for label in config.labels], axis=1)
+    own_columns = [columns[column] for column in config.label_columns]
+    if config.task == "multi-label-classification" and isinstance(config.columns.label, str):
+        return _present(name, config, own_columns[0], class_names)
+    rows = list(zip(*own_columns, strict=True)) if len(own_columns) > 1 else own_columns[0]
     made = np.zeros((len(rows), len(config.labels)), np.float32)
     expected = "0 or 1" if config.task == "multi-label-classification" else "a finite number"
     for row, value in enumerate(rows):
@@ -129,6 +133,22 @@ def several(
             )
         made[row] = own
     return made
+
+
+def _having(
+    name: str, label: str, values: dict[str, str | int], columns: dict[str, list[Any]]
+) -> npt.NDArray[np.float32]:
+    """1 where a row has these values in these columns, and 0 elsewhere."""
+    equal = [[cell == value for cell in columns[column]] for column, value in values.items()]
+    has: npt.NDArray[np.bool_] = np.logical_and.reduce(equal)
+    if not has.any():
+        found = {column: sorted({repr(cell) for cell in columns[column]})[:20] for column in values}
+        listed = "; ".join(f"{column}: {', '.join(cells)}" for column, cells in found.items())
+        raise DataError(
+            f"datasets.{name}.columns.label.{label}: no row has {values}.\n  found {listed}\n"
+            "Mend the value: 1 is a number, and '1' is text."
+        )
+    return has.astype(np.float32)
 
 
 def _present(

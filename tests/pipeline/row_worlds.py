@@ -96,12 +96,12 @@ def images(root: Path) -> World:
     )  # fmt: skip
 
 
-def several(root: Path, columns: bool = False) -> World:
-    """Texts with several labels each, and a BERT to fine-tune."""
+def several(root: Path, columns: Any = "topics") -> World:
+    """Texts with several labels each, which `columns` tell, and a BERT to fine-tune."""
     write_texts(root / "rows.jsonl")
     names = ["film", "plot", "good"]
     toy.write_model(root / "model", labels=tuple(names))
-    own = {"columns": {"label": names if columns else "topics"}, "labels": names}
+    own = {"columns": {"label": columns}, "labels": names}
     task = {"task": "multi-label-classification", "path": str(root / "rows.jsonl"), **own}
     return World(root, task, {"model": str(root / "model"), "train": {"epochs": 1}})
 

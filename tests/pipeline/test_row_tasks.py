@@ -174,21 +174,60 @@ def test_other_pixels_or_weights_are_seen_by_verify(tmp_path: Path) -> None:
         world.check()
 
 
-def test_columns_of_labels_say_the_same_as_lists_of_them(tmp_path: Path) -> None:
+def test_columns_and_values_of_labels_say_the_same_as_lists_of_them(tmp_path: Path) -> None:
     found = []
-    for place, columns in (("lists", False), ("columns", True)):
+    for place, columns in (
+        ("lists", "topics"),
+        ("columns", ["film", "plot", "good"]),
+        ("values", {"good": {"good": 1}, "film": {"film": 1}, "plot": {"plot": 1}}),
+    ):
         (tmp_path / place).mkdir()
         world = row_worlds.several(tmp_path / place, columns)
         summary = world.prepare()
         found.append((data.load_rows(world.dataset).values, summary["rows_per_label"]))
-    assert (found[0][0] == found[1][0]).all()
-    assert found[0][1] == found[1][1]
+    for values, rows in found[1:]:
+        assert (values == found[0][0]).all()
+        assert rows == found[0][1]
     assert found[0][0].sum() > 0
+
+
+def test_a_label_of_several_values_needs_them_all(tmp_path: Path) -> None:
+    both = {"film": {"film": 1, "plot": 1}, "plot": {"plot": 1}, "good": {"good": 1}}
+    world = row_worlds.several(tmp_path, both)
+    world.prepare()
+    values = data.load_rows(world.dataset).values
+    raw = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    expected = [[row["film"] & row["plot"], row["plot"], row["good"]] for row in raw]
+    assert values.tolist() == expected
+    assert 0 < values[:, 0].sum() < values[:, 1].sum()
+
+
+def test_a_label_that_no_row_has_is_refused(tmp_path: Path) -> None:
+    label = {"film": {"film": "1"}, "plot": {"plot": 1}, "good": {"good": 1}}
+    world = row_worlds.several(tmp_path, label)
+    with pytest.raises(DataError, match=r"label\.film: no row has {'film': '1'}\.\n  found film: 0, 1\nMend"):
+        world.prepare()
+    label["film"] = {"films": 1}
+    (tmp_path / "other").mkdir()
+    with pytest.raises(DataError, match="column 'films' is missing"):
+        row_worlds.several(tmp_path / "other", label).prepare()
+
+
+def test_values_of_labels_are_for_several_labels_and_for_each_of_them() -> None:
+    entry = {"path": "rows.csv", "labels": ["good", "long"]}
+    label = {"good": {"good": 1}, "long": {"long": 1}}
+    with pytest.raises(ValueError, match="sequence-classification has a column of labels"):
+        Dataset.model_validate({**entry, "columns": {"label": label}})
+    entry["task"] = "multi-label-classification"
+    Dataset.model_validate({**entry, "columns": {"label": label}})
+    del label["long"]
+    with pytest.raises(ValueError, match=r"found \['good'\], expected one for each of labels"):
+        Dataset.model_validate({**entry, "columns": {"label": label}})
 
 
 @pytest.mark.parametrize("value", ["film", [2, 0, 0]])
 def test_labels_that_are_no_list_and_no_0_or_1_are_refused(tmp_path: Path, value: Any) -> None:
-    world = row_worlds.several(tmp_path, columns=isinstance(value, list))
+    world = row_worlds.several(tmp_path, ["film", "plot", "good"] if isinstance(value, list) else "topics")
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
     row = json.loads(lines[3])
     if isinstance(value, list):
