@@ -44,11 +44,11 @@ def evaluate_run(
     name: str, run: config.Run, student: kinds.Student, paths: config.RunPaths
 ) -> dict[str, Any]:
     """The run's metrics on the test split, each as {"mean", "std", "values"} over its seeds."""
+    seeds = read_record(paths)["seeds"]
     cache, rows = open_inputs(paths)
     rows = rows.only(SPLIT)
     hardware.pin_threads(hardware.num_cores())
     reader = inputs.of_student(student, rows, paths.out / "tokenizer")
-    seeds = read_record(paths)["seeds"]
     about: dict[str, Any] = {"task": cache.identity.spec.task, "cache": run.cache, "student": run.student}
     about |= {"recipe": run.recipe, "seeds": list(run.seeds)}
     if paths.task:

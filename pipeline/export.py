@@ -51,16 +51,17 @@ def export(
     Raises ExportError where ONNX says something else than the student, or int8 loses too much accuracy.
     A run that cannot be exported gives a record that says why.
     """
-    shutil.rmtree(out, ignore_errors=True)
     rows = load_rows(paths.dataset).only(SPLIT)
     about: dict[str, Any] = {"name": name, "dataset": run.dataset}
     about |= {"student": run.student, "recipe": run.recipe}
     if isinstance(student, kinds.MLP) or student.kind not in KINDS or rows.task != "sequence-classification":
         why = f"only classifiers of texts are exported, and this is a {student.kind} for {rows.task}."
+        shutil.rmtree(out, ignore_errors=True)
         write_json({"run": name, NOT_EXPORTED: why}, out / FACTS)
         return {"about": {**about, NOT_EXPORTED: why}}
-    hardware.pin_threads(1)
     seed = best_seed(read_record(paths))
+    shutil.rmtree(out, ignore_errors=True)
+    hardware.pin_threads(1)
     shutil.copytree(paths.out / "tokenizer", out)
     reader = TextReader(out, student.max_length, "truncate")
     tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)

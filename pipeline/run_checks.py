@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from pipeline import by_config, config_recipes, encoders, kinds, layer_maps
 from pipeline.data import POOL, SPLITS, VIEWS, Rows
@@ -11,7 +12,22 @@ from pipeline.schedules import ends
 from pipeline.targets import refuse_recipe, refuse_task, refuse_truncated
 from pipeline.tokens import TextReader
 from storage import Cache
-from storage.errors import ConfigError, DataError, Mismatch, SpecMismatch
+from storage.errors import AssetError, ConfigError, DataError, Mismatch, SpecMismatch
+
+RECORD = "training.json"
+
+
+def trained(directory: Path) -> dict[str, Any]:
+    """What training wrote of the run in `directory`. Raises AssetError where it has not ended."""
+    path = directory / RECORD
+    if not path.is_file():
+        raise AssetError(
+            f"{directory} has no {RECORD}: the run is not trained, or not to its end.\n"
+            f"`dvc repro train@{directory.name}` goes on with it (train-after@ where it stands in chained, "
+            "train-tasks@ in multitask)."
+        )
+    record: dict[str, Any] = json.loads(path.read_text())
+    return record
 
 
 def refuse_run(
@@ -89,7 +105,8 @@ def refuse_start(name: str, cache: Cache, student: kinds.Student, init: Path | N
 
 def _refuse_other_run(name: str, cache: Cache, student: kinds.Student, init: Path) -> None:
     """Raise SpecMismatch where the students of the run before are not those that this run trains on."""
-    facts = json.loads((next(init.glob("seed-*")) / "student.json").read_text())
+    first = trained(init)["seeds"][0]["seed"]
+    facts = json.loads((init / f"seed-{first}" / "student.json").read_text())
     sizes = {"student": student.model_dump(mode="json"), "num_labels": cache.identity.spec.num_outputs}
     wrong = [Mismatch(key, facts[key], wanted) for key, wanted in sizes.items() if facts[key] != wanted]
     known = cache.identity.tokenizer

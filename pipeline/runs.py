@@ -23,7 +23,7 @@ import numpy as np
 from pipeline import choosing, config, config_recipes, hardware, kinds, ranks
 from pipeline.data import POOL, Rows, load_rows
 from pipeline.progress import bars, log
-from pipeline.run_checks import refuse_run, refuse_start, start_of
+from pipeline.run_checks import RECORD, refuse_run, refuse_start, start_of, trained
 from pipeline.tokens import TextReader
 from storage import Cache
 from storage.errors import TrainingError
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 PROGRESS_SECONDS = 0.5
 SEEDS_PER_CORE = 2  # three seeds on two cores end sooner sharing them than in two turns
-RECORD = "training.json"
 SKIPPED = "skipped"
 # Imported once, then forked; all but the first would be imported late by every seed, for two seconds.
 PRELOADED = ["pipeline.seeds", "torch._dynamo", "pyarrow.dataset", "pandas"]
@@ -165,7 +164,7 @@ def make_reader(
 
 def read_record(paths: config.RunPaths) -> dict[str, Any]:
     """What training wrote of a run, or of the one of its several tasks that is meant."""
-    record: dict[str, Any] = json.loads((paths.out / RECORD).read_text())
+    record = trained(paths.out)
     return record if paths.task is None else record["tasks"][paths.task]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config, config_tasks, hardware, kinds, runs
-from pipeline.run_checks import refuse_run
+from pipeline.run_checks import RECORD, refuse_run
 from storage import Cache
 from storage.errors import ConfigError, Mismatch, SpecMismatch
 
@@ -75,7 +75,7 @@ def train(
                 for seed, tasks in zip(seeds, own, strict=True)
             ],
         }
-    runs.write_json(record, out / runs.RECORD)
+    runs.write_json(record, out / RECORD)
     if first.paths.checkpoints:
         shutil.rmtree(first.paths.checkpoints, ignore_errors=True)
     return record

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import config, kinds, runs, seeds, students
-from storage.errors import ConfigError, SpecMismatch
+from pipeline import config, evaluation, export, kinds, runs, seeds, students
+from storage.errors import AssetError, ConfigError, SpecMismatch
 from tests import toy
 from tests.pipeline.conftest import World
 
@@ -68,6 +68,29 @@ def test_a_learned_tokenizer_is_taken_along_and_not_learned_again(world: World, 
     changed.write_text(changed.read_text().replace('"good"', '"gold"'))
     train(world, tmp_path / "after", tmp_path / "own", student)
     assert (tmp_path / "after" / "tokenizer" / "tokenizer.json").read_bytes() == changed.read_bytes()
+
+
+def test_a_run_that_has_not_ended_is_no_start_and_has_no_results(
+    before: Path, world: World, tmp_path: Path
+) -> None:
+    params, killed, exported = world.params, tmp_path / "killed", tmp_path / "exported"
+    shutil.copytree(before, killed)
+    (killed / "training.json").unlink()
+    exported.mkdir()
+    (exported / "model.onnx").touch()
+    for use in (
+        lambda: train(world, tmp_path / "after", killed),
+        lambda: evaluation.evaluate_run(
+            "killed", params.runs["fc-ce"], params.students["fc"], world.run_paths(killed)
+        ),
+        lambda: export.export(
+            "killed", params.runs["fc-ce"], params.students["fc"], params.export, world.run_paths(killed),
+            exported,
+        ),
+    ):  # fmt: skip
+        with pytest.raises(AssetError, match=r"killed has no training\.json.*\n.*dvc repro train@killed"):
+            use()
+    assert (exported / "model.onnx").exists()
 
 
 def test_students_of_another_shape_classes_or_tokenizer_are_no_start(
