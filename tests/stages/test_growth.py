@@ -69,7 +69,10 @@ def test_gc_shows_and_removes_what_a_changed_spec_left_behind(project: Project) 
     assert old < set(project.shards())
     project.run(*command, "--yes")
     assert not old & set(project.shards())
-    assert "0 of no use" in project.run(*command).stdout
+    project.params(workers={"store": str(project.root.parent / "nfs")})
+    shown = project.run(*command).stdout
+    assert f"{project.root.parent / 'nfs'} is left alone" in shown
+    assert "0 of no use" in shown
     sealed = Cache.open(project.root / "caches" / "toy")
     assert len(project.shards()) == len(sealed.shards)
 
@@ -86,9 +89,12 @@ def test_merged_caches_are_one_cache_that_the_next_capture_goes_on_from(
     shutil.copytree(project.root / "caches" / "toy", tmp_path / "elsewhere")
     command = ["python", "-m", "stages.command", "merge", str(tmp_path / "elsewhere"), "caches/toy"]
     shutil.rmtree(project.root / ".stillroom")
+    project.params(workers={"store": str(tmp_path / "nfs")})  # what merging makes goes where captures look
     said = project.run(*command, "--into", str(tmp_path / "both")).stdout
     assert "180 rows in" in said
     assert "180 rows were there twice" in said
+    assert list((tmp_path / "nfs").rglob("*.parquet"))
+    assert not project.shards()
     assert Cache.open(tmp_path / "both").shards == Cache.open(tmp_path / "elsewhere").shards
     assert (
         "180 of 180 rows are captured already"
