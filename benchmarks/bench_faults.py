@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import common
 import torch
@@ -24,10 +25,10 @@ ROUNDS = 2
 
 def main() -> None:
     torch.set_num_threads(1)
-    hardware.num_cores = lambda: 1  # as the processes of crew.py have it; a cache says how many there were
     faults = survived = rows_lost = 0
     equal = True
-    with tempfile.TemporaryDirectory() as directory, crew.quick_processes():
+    one_core = patch.object(hardware, "num_cores", lambda: 1)  # as crew.py's processes have it; caches say so
+    with tempfile.TemporaryDirectory() as directory, crew.quick_processes(), one_core:
         whole = make(Path(directory, "whole"))
         crew.forget(whole)
         crew.compute(whole)

@@ -16,6 +16,7 @@ from pipeline import capture, config, config_teachers, data, finetune, hardware,
 from storage import Cache
 from storage.writer import Store
 from tests import toy
+from tests.pipeline.prose import Prose
 
 
 class World(NamedTuple):
@@ -107,6 +108,15 @@ def make(root: Path) -> World:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Prose:
+    """Documents with their cache; files whose tests change it have a fixture of this name that copies it."""
+    made = Prose(tmp_path_factory.mktemp("prose"))
+    made.make_teacher()
+    made.capture()
+    return made
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from storage.writer import Store, StoredShard
 from tests.pipeline import crew, row_worlds
 from tests.pipeline.conftest import World
 from tests.pipeline.encoders import Project
-from tests.pipeline.test_language_caches import Prose
+from tests.pipeline.prose import Prose
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from storage.records import EntryRows
 from storage.writer import Store
 from tests import toy
 from tests.pipeline.conftest import World
-from tests.pipeline.test_language_caches import Prose
+from tests.pipeline.prose import Prose
 
 NAMES = ("layer.2", "qkv.1")
 

@@ -20,7 +20,7 @@ from pipeline import teachers
 from pipeline.tokens import TextReader
 from storage.errors import AssetError, TeacherError
 from tests import toy
-from tests.pipeline.test_language_caches import Prose
+from tests.pipeline.prose import Prose
 
 WIDTH, LAYERS, HEADS, KV_HEADS, END = 64, 2, 4, 2, "<|endoftext|>"
 NAMES = {

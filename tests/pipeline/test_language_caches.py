@@ -1,25 +1,21 @@
 """A language model as teacher, from documents to a verified cache of entries for every token."""
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline import capture, data, finetune, replay, teachers
+from pipeline import capture, data, teachers
 from pipeline.config_data import Dataset
-from pipeline.config_teachers import CacheEntry, Teacher
-from pipeline.tokens import TextReader
+from pipeline.config_teachers import CacheEntry
 from storage import Cache
 from storage.errors import AssetError, SpecMismatch, TeacherError
 from storage.records import EntryRows
 from storage.writer import Store
-from tests import toy
+from tests.pipeline.prose import Prose, V
 from tests.pipeline.test_capture import (
     FULL,
     WRONG,
@@ -29,87 +25,11 @@ from tests.pipeline.test_capture import (
     no_teacher,
 )
 
-V = 100
-
-
-def write_language_model(directory: Path, vocab_size: int = V) -> None:
-    """A Llama of two layers with random weights, and a word tokenizer of fewer ids than it has rows."""
-    texts = toy.texts(50)
-    reader = TextReader.learn(texts, 80, directory, 128)
-    PreTrainedTokenizerFast(
-        tokenizer_object=reader.tokenizer, pad_token="[PAD]", unk_token="[UNK]"
-    ).save_pretrained(directory)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=128, initializer_range=0.3,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(directory)
-
-
-class Prose:
-    """A small project: documents, a teacher, a store."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.dataset, self.teacher, self.cache = root / "data", root / "teacher", root / "cache"
-        lines = [
-            json.dumps({"text": f"{a} {b}"}) for a, b in zip(toy.texts(60), toy.texts(60, 7), strict=True)
-        ]
-        (root / "documents.jsonl").write_text("\n".join(lines) + "\n")
-        write_language_model(root / "model")
-        self.prepare()
-
-    @classmethod
-    def copied(cls, root: Path, to: Path) -> "Prose":
-        """The project in `root` somewhere else, to be changed."""
-        shutil.copytree(root, to)
-        own = cls.__new__(cls)
-        own.root = to
-        own.dataset, own.teacher, own.cache = to / "data", to / "teacher", to / "cache"
-        return own
-
-    def prepare(self) -> None:
-        entry = {"task": "causal-lm", "path": str(self.root / "documents.jsonl")}
-        entry |= {"split": {"train": 0.6, "validation": 0.2, "test": 0.2}}
-        data.prepare("prose", Dataset.model_validate(entry), self.dataset)
-
-    def make_teacher(self, **changes: Any) -> dict[str, Any]:
-        entry = {"model": str(self.root / "model"), "dataset": "prose", "max_length": 128, **changes}
-        return finetune.make_teacher("tiny", Teacher.model_validate(entry), self.dataset, self.teacher)
-
-    def entry(self, **targets: Any) -> CacheEntry:
-        chosen = targets or {"codec": "threshold", "tau": 0.1, "layout": "compact"}
-        return CacheEntry.model_validate(
-            {
-                "dataset": "prose",
-                "teacher": "tiny",
-                "targets": chosen,
-                "precision": "float32",
-                "shard_rows": 16,
-            }
-        )
-
-    def capture(self, **targets: Any) -> capture.Captured:
-        store = Store(self.root / "store")
-        return capture.capture("prose", self.entry(**targets), self.dataset, self.teacher, self.cache, store)
-
-    def check(self, **targets: Any) -> dict[str, Any]:
-        entry = self.entry(**targets)
-        return replay.check("prose", Cache.open(self.cache), entry, self.dataset, self.teacher)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    prose = Prose(tmp_path_factory.mktemp("prose"))
-    prose.make_teacher()
-    prose.capture()
-    return prose.root
-
 
 @pytest.fixture
-def prose(made: Path, tmp_path: Path) -> Prose:
-    return Prose.copied(made, tmp_path / "own")
+def prose(prose: Prose, tmp_path: Path) -> Prose:
+    """A copy, to be changed."""
+    return Prose.copied(prose.root, tmp_path / "own")
 
 
 def held(cache: Cache) -> dict[str, EntryRows]:

@@ -34,7 +34,8 @@ from pipeline.runs import write_json
 from storage import Cache
 from storage.errors import ConfigError, SpecMismatch
 from storage.writer import Store
-from tests.pipeline.test_language_caches import Prose, held
+from tests.pipeline.prose import Prose
+from tests.pipeline.test_language_caches import held
 
 STUDENT = {"kind": "llama", "layers": 1, "width": 16, "heads": 2, "max_length": 9, "learning_rate": 1e-2}
 RECIPE = {"alpha": 0.0, "epochs": 3, "batch_tokens": 64, "evaluations_per_epoch": 1, "precision": "float32"}

@@ -20,18 +20,10 @@ from storage.errors import ConfigError
 from tests import toy
 from tests.pipeline import crew, gradients
 from tests.pipeline.conftest import World
-from tests.pipeline.test_language_caches import Prose
+from tests.pipeline.prose import Prose
 from tests.pipeline.test_resuming import project
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
-
-@pytest.fixture(scope="module")
-def prose(tmp_path_factory: pytest.TempPathFactory) -> Prose:
-    made = Prose(tmp_path_factory.mktemp("ranks"))
-    made.make_teacher()
-    made.capture()
-    return made
 
 
 @pytest.fixture(scope="module")

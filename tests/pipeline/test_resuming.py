@@ -23,7 +23,7 @@ from storage import Cache
 from tests import toy
 from tests.pipeline import row_worlds
 from tests.pipeline.conftest import World
-from tests.pipeline.test_language_caches import Prose
+from tests.pipeline.prose import Prose
 from tests.pipeline.test_language_students import recipe as language_recipe
 from tests.pipeline.test_language_students import student as language_student
 from tests.pipeline.test_several import EMBEDDING, both
@@ -34,14 +34,6 @@ RECIPE = config_recipes.Recipe(
     alpha=0.5, temperature=2.0, epochs=3, batch_rows=16, pool=True, evaluations_per_epoch=2, patience=99
 )
 NAME = "seed-1.safetensors"
-
-
-@pytest.fixture(scope="module")
-def prose(tmp_path_factory: pytest.TempPathFactory) -> Prose:
-    made = Prose(tmp_path_factory.mktemp("resuming"))
-    made.make_teacher()
-    made.capture()
-    return made
 
 
 def job(world: World, out: Path, recipe: config_recipes.Recipe = RECIPE, **changes: Any) -> Job:

@@ -16,17 +16,9 @@ from pipeline.documents import CachedDocuments
 from pipeline.losses import SparseTargets
 from pipeline.spool import Spool
 from storage import Cache
-from tests.pipeline.test_language_caches import Prose
+from tests.pipeline.prose import Prose
 
 A_SHARD = {"few": np.arange(5, dtype=np.int32), "table": np.eye(3), "none": np.zeros(0, np.float32)}
-
-
-@pytest.fixture(scope="module")
-def prose(tmp_path_factory: pytest.TempPathFactory) -> Prose:
-    made = Prose(tmp_path_factory.mktemp("spool"))
-    made.make_teacher()
-    made.capture()
-    return made
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from storage.writer import Store, seal
 from tests import toy
 from tests.pipeline.conftest import World
 from tests.pipeline.encoders import Project
-from tests.pipeline.test_language_caches import Prose
+from tests.pipeline.prose import Prose
 from tests.pipeline.test_states import llama
 
 

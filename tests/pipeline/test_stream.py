@@ -19,17 +19,9 @@ from pipeline.losses import SparseTargets
 from storage import Cache, order
 from storage.errors import ShardCorrupt
 from tests.pipeline.conftest import World
-from tests.pipeline.test_language_caches import Prose
+from tests.pipeline.prose import Prose
 
 Row = tuple[object, ...]
-
-
-@pytest.fixture(scope="module")
-def prose(tmp_path_factory: pytest.TempPathFactory) -> Prose:
-    made = Prose(tmp_path_factory.mktemp("stream"))
-    made.make_teacher()
-    made.capture()
-    return made
 
 
 @pytest.fixture(autouse=True)

@@ -21,23 +21,16 @@ from storage.errors import AssetError, SpecMismatch, TeacherError
 from storage.verify import verify
 from storage.writer import Store
 from tests.golden import make_weights
+from tests.pipeline.prose import Prose
 from tests.pipeline.test_capture import change_json, content, no_teacher
-from tests.pipeline.test_language_caches import Prose
 
 GOLDEN = make_weights.GOLDEN
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    prose = Prose(tmp_path_factory.mktemp("prose"))
-    prose.make_teacher()
-    prose.capture()
-    return prose.root
-
-
 @pytest.fixture
-def prose(made: Path, tmp_path: Path) -> Prose:
-    return Prose.copied(made, tmp_path / "own")
+def prose(prose: Prose, tmp_path: Path) -> Prose:
+    """A copy, to be changed."""
+    return Prose.copied(prose.root, tmp_path / "own")
 
 
 def entry(prose: Prose, *layers: int) -> CacheEntry:
