@@ -5,6 +5,7 @@ Reads JSON, never a model.
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,16 +37,20 @@ class BreakEven(NamedTuple):
 
 
 def build(eval_dir: Path, capture_dir: Path, models_dir: Path, export_dir: Path, out: Path) -> None:
-    """Write the report over all results. Raises AssetError where a run's training record is missing."""
+    """Write the report over all results, the dataset with the most of them first.
+
+    Raises AssetError where a run's training record is missing.
+    """
     rows = [_row(path) for path in sorted(eval_dir.glob("*.json"))]
     if not rows:
         raise AssetError(f"there are no results in {eval_dir}: run `dvc repro` first.")
     captures = [_read(path) for path in sorted(capture_dir.glob("*.json"))]
     exports = [_read(path) for path in sorted(export_dir.glob("*.json"))]
     training = {row["name"]: _training(models_dir, row) for row in rows if row["kind"] == "run"}
+    on = Counter(row["dataset"] for row in rows)
     sections = [
         section([row for row in rows if row["dataset"] == dataset], captures, training, exports)
-        for dataset in sorted({row["dataset"] for row in rows})
+        for dataset in sorted(on, key=lambda name: (-on[name], name))
     ]
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

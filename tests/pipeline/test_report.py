@@ -128,6 +128,11 @@ def world(tmp_path: Path) -> World:
     return made
 
 
+def test_the_dataset_with_the_most_runs_comes_first(world: World) -> None:
+    world.run("few", "ce", [0.9], taught=0, about={"dataset": "digits", "teacher": None, "cache": None})
+    assert re.findall(r"<h2.*?>(.*?)</h2>", world.page())[:1] == ["reviews"]
+
+
 def test_the_numbers_of_the_table_are_those_of_the_results(world: World) -> None:
     line = world.cells("small-kd")
     assert line["accuracy"].startswith("76.0 %")
