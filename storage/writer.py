@@ -23,6 +23,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import time
 import uuid
 import weakref
@@ -45,6 +46,7 @@ from storage.spec import Identity, canonical_json, content_fingerprint, sha256_j
 from storage.verify import check_files, file_entry
 
 STALE_SECONDS = 24 * 3600
+REPLACED = "-replaced"  # ends the name of a cache that has made way for a new one
 RANKS_FORMAT = "stillroom-ranks"
 LOCK = "in-use"  # a file of the store: captures hold it together, a clean-up alone
 
@@ -310,7 +312,7 @@ def seal(
 
 def _put_in_place(aside: Path, cache: Path) -> None:
     """Rename a finished directory over another one, whoever else does so now: the last one stays."""
-    old = aside.with_name(f"{aside.name}-replaced")
+    old = aside.with_name(f"{aside.name}{REPLACED}")
     while True:
         with contextlib.suppress(FileNotFoundError):
             os.rename(cache, old)
@@ -338,12 +340,26 @@ def _sweep(aside: Path, host: str, pid: str) -> None:
     Another sweep may be removing it too.
     """
     with contextlib.suppress(FileNotFoundError):
-        stale = aside.lstat().st_mtime < time.time() - STALE_SECONDS
-        if stale or (host == _host() and not Path(f"/proc/{pid}").exists()):
-            if aside.is_dir():
+        found = aside.lstat()
+        stale = found.st_mtime < time.time() - STALE_SECONDS
+        if stale or (host == _host() and not _lives(pid.removesuffix(REPLACED))):
+            if stat.S_ISDIR(found.st_mode):
                 shutil.rmtree(aside, ignore_errors=True)
             else:
                 aside.unlink()
+
+
+def _lives(pid: str) -> bool:
+    """Whether such a process of this host runs. One that has ended but is not waited for runs no more."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError, ValueError):
+        return True  # another user's, or no number: left to whoever comes after a day
+    with contextlib.suppress(OSError):  # there is no /proc outside Linux
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return True
 
 
 def file_entries(root: Path, below: str = "") -> tuple[FileEntry, ...]:

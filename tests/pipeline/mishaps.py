@@ -179,6 +179,15 @@ def started(program: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield running
     finally:
+        family = psutil.Process(running.pid).children(recursive=True) if running.poll() is None else []
         with contextlib.suppress(ProcessLookupError):
             os.killpg(running.pid, signal.SIGKILL)
         running.communicate()
+        crew.wait_for(lambda: all(map(_has_ended, family)))
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

@@ -200,11 +200,21 @@ def test_sealing_sweeps_what_a_dead_process_left_and_not_what_a_living_one_makes
     shards = fill(Store(tmp_path / "store"))
     dead = tmp_path / f".toy.{writer._host()}.999999999"
     other = tmp_path / f".toy.b.{writer._host()}.{os.getpid()}"  # of the cache toy.b
-    for made in (dead, other):
+    ended = subprocess.Popen(["true"])
+    os.waitid(
+        os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT
+    )  # as a container whose first process waits for none
+    zombie, its_old = (tmp_path / f".toy.{writer._host()}.{ended.pid}{tail}" for tail in ("", "-replaced"))
+    theirs = tmp_path / f".toy.{writer._host()}.{os.getppid()}-replaced"
+    for made in (dead, other, zombie, its_old, theirs):
         (made / "logits").mkdir(parents=True)
     seal(tmp_path / "toy", IDENTITY, shards, {}, {})
+    ended.wait()
     assert other.is_dir()
+    assert theirs.is_dir()
     assert not dead.exists()
+    assert not zombie.exists()
+    assert not its_old.exists()
 
 
 def test_sealing_copies_where_links_are_not_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
