@@ -1,0 +1,43 @@
+"""What one of several tasks learns from, by digest; what is refused."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Run
+from pipeline.config_recipes import Recipe
+from pipeline.task_inputs import DATASET_FILES, pinned
+from storage import Cache
+from storage.errors import DataError, SpecMismatch
+from tests.pipeline.conftest import World
+
+TASK = Run(dataset="toy", cache="toy", student="fc", recipe="kd")
+
+
+def test_a_task_is_pinned_to_the_bytes_of_its_cache_and_dataset_and_to_its_recipe(world: World) -> None:
+    recipe = Recipe(alpha=0.3)
+    found = pinned("mood", TASK, recipe, world.run_paths(Path("model")))
+    digests = {
+        file: hashlib.sha256((world.dataset / file).read_bytes()).hexdigest() for file in DATASET_FILES
+    }
+    assert found["cache"] == {"name": "toy", "manifest": Cache.open(world.cache).manifest_sha256}
+    assert found["dataset"] == {"name": "toy", **digests}
+    assert found["recipe"] == {"name": "kd", **recipe.model_dump(mode="json")}
+    json.dumps(found)
+
+
+@pytest.mark.parametrize("file", DATASET_FILES)
+def test_a_task_without_its_dataset_is_refused(world: World, tmp_path: Path, file: str) -> None:
+    own = world.copy(tmp_path / "own")
+    (own.dataset / file).unlink()
+    with pytest.raises(DataError, match=r"tasks\.mood: there is no prepared dataset in .*\n.*prepare@toy"):
+        pinned("mood", TASK, Recipe(), own.run_paths(Path("model")))
+
+
+def test_a_task_whose_cache_was_not_verified_is_refused(world: World, tmp_path: Path) -> None:
+    own = world.copy(tmp_path / "own")
+    own.verified.write_text('{"manifest": "another"}')
+    with pytest.raises(SpecMismatch, match="not the cache that was verified"):
+        pinned("mood", TASK, Recipe(), own.run_paths(Path("model")))
