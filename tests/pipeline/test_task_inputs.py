@@ -1,4 +1,4 @@
-"""What one of several tasks learns from, by digest; what is refused."""
+"""What one of several tasks learns from, by digest; what is refused before a run of them starts."""
 
 import hashlib
 import json
@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Run
+from pipeline import hardware, task_runs
+from pipeline.config import Run, Workers
 from pipeline.config_recipes import Recipe
+from pipeline.config_tasks import Multitask
+from pipeline.kinds import FC
 from pipeline.task_inputs import DATASET_FILES, pinned
 from storage import Cache
-from storage.errors import DataError, SpecMismatch
+from storage.errors import ConfigError, DataError, SpecMismatch
 from tests.pipeline.conftest import World
 
 TASK = Run(dataset="toy", cache="toy", student="fc", recipe="kd")
@@ -41,3 +44,13 @@ def test_a_task_whose_cache_was_not_verified_is_refused(world: World, tmp_path: 
     own.verified.write_text('{"manifest": "another"}')
     with pytest.raises(SpecMismatch, match="not the cache that was verified"):
         pinned("mood", TASK, Recipe(), own.run_paths(Path("model")))
+
+
+def test_several_processes_for_several_tasks_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "ranks", lambda: (0, 2))
+    entry = Multitask(student="fc", weights={"mood": 1.0, "sense": 1.0})
+    with pytest.raises(ConfigError, match=r"multitask\.both: found 2 processes, expected one"):
+        task_runs.train("both", entry, FC(kind="fc"), {}, Workers(), tmp_path / "both")
+    assert not (tmp_path / "both").exists()
