@@ -282,15 +282,6 @@ def test_images_of_another_size_than_the_columns_are_refused(tmp_path: Path, sha
         world.prepare()
 
 
-def test_a_teacher_of_other_images_is_refused(tmp_path: Path) -> None:
-    world = row_worlds.images(tmp_path)
-    world.prepare()
-    found = {"model_type": "stillroom-mlp", "hidden_sizes": [8], "image_size": [28, 28]}
-    (tmp_path / "mlp" / "config.json").write_text(json.dumps(found))
-    with pytest.raises(TeacherError, match=r"\[28, 28, 1\]"):
-        world.make_teacher()
-
-
 def test_a_vit_of_transformers_reads_images_as_its_preprocessor_says(tmp_path: Path) -> None:
     from transformers import ViTConfig, ViTForImageClassification
 
