@@ -323,6 +323,10 @@ def test_vectors_are_made_as_sentence_transformers_files_say(tmp_path: Path) -> 
     pooling.write_text(json.dumps({"pooling_mode_max_tokens": True}))
     with pytest.raises(TeacherError, match="pooling_mode_max_tokens"):
         world.make_teacher()
+    steps[2]["type"] = "sentence_transformers.models.Dense"
+    (tmp_path / "model" / "modules.json").write_text(json.dumps(steps))
+    with pytest.raises(TeacherError, match=r"the steps \['Transformer', 'Pooling', 'Dense'\]"):
+        world.make_teacher()
 
 
 def test_cached_vectors_are_means_over_true_tokens(worlds: dict[str, World]) -> None:
