@@ -18,9 +18,12 @@ def test_a_mixture_runs_again_where_its_caches_or_weights_change_and_only_there(
     asked = {"teacher@other", "score@other", "cache@more", "verify@more"}
     assert project.repro().stages == asked | learned
     assert project.repro().stages == set()
+    recipes = base["recipes"] | {"ce": base["recipes"]["ce"] | {"epochs": 1}}
+    project.params(**shelves, recipes=recipes)
+    assert project.repro().stages == {"train@fc-ce", "evaluate@fc-ce", "export@fc-ce", "report"}
     weighed = {"both": {"caches": ["toy", "more"], "weights": [3.0, 1.0]}}
-    project.params(**shelves | {"mixtures": weighed})
-    assert project.repro("train@fc-both").stages == {"mix@both", "train@fc-both"}
+    project.params(**shelves | {"mixtures": weighed}, recipes=recipes)
+    assert project.repro().stages == learned
     changed = shelves["caches"] | {"more": shelves["caches"]["more"] | {"hidden": {"layers": [0]}}}
-    project.params(**shelves | {"mixtures": weighed, "caches": changed})
+    project.params(**shelves | {"mixtures": weighed, "caches": changed}, recipes=recipes)
     assert project.repro("train@fc-both").stages == {"cache@more", "verify@more", "mix@both", "train@fc-both"}
