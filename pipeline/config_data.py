@@ -16,8 +16,8 @@ from pipeline.blocks import Blocks
 from pipeline.section import Fraction, Positive, Section, distinct
 from storage.spec import LANGUAGE, Task
 
-# The values that rows have in these columns.
-Where = Annotated[dict[str, str | int], Field(min_length=1)]
+Where = dict[str, str | int]  # the values that rows have in these columns
+Having = Annotated[Where, Field(min_length=1)]
 
 
 class Asset(Section):
@@ -38,7 +38,7 @@ class Columns(Section):
 
     text: str = "text"
     """Texts; for token-classification lists of words, or texts that white space cuts into words."""
-    label: str | Annotated[tuple[str, ...], Field(strict=False)] | dict[str, Where] = "label"
+    label: str | Annotated[tuple[str, ...], Field(strict=False)] | dict[str, Having] = "label"
     """Labels; for token-classification lists of tags, one a word. For multi-label-classification lists of
     labels, for regression numbers (or lists of them). A list of columns, in these two: one for each of
     `labels`, in order; of 0 and 1, or of numbers. For multi-label-classification also what rows with a label
@@ -74,7 +74,7 @@ class Pool(Section):
 
     files: str = ""
     """Glob below the dataset's path; empty: the path itself."""
-    where: dict[str, str | int] = Field(default_factory=dict)
+    where: Where = Field(default_factory=dict)
     """Keep rows whose column equals this value."""
     cut: Literal["rows", "sentences"] = "rows"
     """Keep each text whole, or cut it into sentences."""
@@ -110,7 +110,7 @@ class Dataset(Section):
     columns: Columns = Columns()
     images: Images | None = None
     """Of image-classification: what its images become."""
-    where: dict[str, str | int] = Field(default_factory=dict)
+    where: Where = Field(default_factory=dict)
     """Keep rows whose column equals this value."""
     labels: Annotated[
         tuple[str, ...], Field(strict=False, validate_default=True), AfterValidator(distinct)

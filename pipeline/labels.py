@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config_data import Dataset
+from pipeline.config_data import Dataset, Where
 from storage.errors import DataError
 
 
@@ -135,9 +135,7 @@ def several(
     return made
 
 
-def _having(
-    name: str, label: str, values: dict[str, str | int], columns: dict[str, list[Any]]
-) -> npt.NDArray[np.float32]:
+def _having(name: str, label: str, values: Where, columns: dict[str, list[Any]]) -> npt.NDArray[np.float32]:
     """1 where a row has these values in these columns, and 0 elsewhere."""
     equal = [[cell == value for cell in columns[column]] for column, value in values.items()]
     has: npt.NDArray[np.bool_] = np.logical_and.reduce(equal)

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.config_data import Dataset
+from pipeline.config_data import Dataset, Where
 from storage.errors import DataError
 
 BUILDERS = {
@@ -26,7 +26,7 @@ class Raw(NamedTuple):
 
 
 def read_raw(
-    name: str, config: Dataset, field: str, files: str, where: dict[str, str | int], needed: list[str],
+    name: str, config: Dataset, field: str, files: str, where: Where, needed: list[str],
     others: bool = False,
 ) -> Raw:  # fmt: skip
     """The needed columns of the rows that match `where`; with `others` all columns, in their order."""

@@ -220,6 +220,8 @@ def test_values_of_labels_are_for_several_labels_and_for_each_of_them() -> None:
         Dataset.model_validate({**entry, "columns": {"label": label}})
     entry["task"] = "multi-label-classification"
     Dataset.model_validate({**entry, "columns": {"label": label}})
+    with pytest.raises(ValueError, match=r"columns\.label.*\.good\n.*at least 1 item"):
+        Dataset.model_validate({**entry, "columns": {"label": label | {"good": {}}}})
     del label["long"]
     with pytest.raises(ValueError, match=r"found \['good'\], expected one for each of labels"):
         Dataset.model_validate({**entry, "columns": {"label": label}})

@@ -201,9 +201,7 @@ def test_sealing_sweeps_what_a_dead_process_left_and_not_what_a_living_one_makes
     dead = tmp_path / f".toy.{writer._host()}.999999999"
     other = tmp_path / f".toy.b.{writer._host()}.{os.getpid()}"  # of the cache toy.b
     ended = subprocess.Popen(["true"])
-    os.waitid(
-        os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT
-    )  # as a container whose first process waits for none
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie, as in many containers
     zombie, its_old = (tmp_path / f".toy.{writer._host()}.{ended.pid}{tail}" for tail in ("", "-replaced"))
     theirs = tmp_path / f".toy.{writer._host()}.{os.getppid()}-replaced"
     for made in (dead, other, zombie, its_old, theirs):
