@@ -13,8 +13,8 @@ import pyarrow as pa
 import torch
 
 from storage import records
-from storage.spec import row_id
-from storage.verify import check_files, file_entry
+from storage.checksums import check_files, file_entry
+from storage.fingerprints import row_id
 
 ROWS, CLASSES, PT_ROWS = 40_000, 2, 1000
 

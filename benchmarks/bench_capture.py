@@ -17,39 +17,43 @@ import oracle
 import pyarrow as pa
 import torch
 
-from pipeline import asking, capture, config_teachers, hardware, teachers
-from pipeline.asking import Questions
-from pipeline.prompts import prompts
-from pipeline.tokens import Tokens
+from pipeline.capture.identity import capture_identity
+from pipeline.capture.shards import answer_and_write
+from pipeline.config.caches import CacheEntry
+from pipeline.data.tokenizer import Tokens
+from pipeline.engines.engine import EngineInputs
+from pipeline.engines.loading import convert_gguf, load_language_model
+from pipeline.engines.masking import make_prompts
+from pipeline.engines.registry import engine_for
+from pipeline.runtime import hardware
+from pipeline.teachers.record import RECORD
 from storage import compact
-from storage.spec import row_id
+from storage.fingerprints import row_id
 from storage.writer import Store
 
 DOCUMENTS, SHARD_ROWS, ROUNDS = 8, 4, 3
-ENTRY = config_teachers.CacheEntry.model_validate(
-    {"dataset": "prose", "teacher": "smollm", "targets": "threshold"}
-)
+ENTRY = CacheEntry.model_validate({"dataset": "prose", "teacher": "smollm", "targets": "threshold"})
 
 
-def questions() -> Questions:
+def questions() -> EngineInputs:
     """The teacher as the teacher stage makes it, and some of the oracle's documents."""
     teacher = oracle.WHERE / "teacher"
-    if not (teacher / teachers.RECORD).is_file():
+    if not (teacher / RECORD).is_file():
         teacher.mkdir(parents=True, exist_ok=True)
-        teachers.from_gguf(oracle.asset("smollm") / oracle.GGUF, teacher)
+        convert_gguf(oracle.asset("smollm") / oracle.GGUF, teacher)
         record = {"task": "causal-lm", "labels": [], "vocab_size": 49_152, "max_length": 256}
-        (teacher / teachers.RECORD).write_text(json.dumps(record | {"too_long": "error"}))
+        (teacher / RECORD).write_text(json.dumps(record | {"too_long": "error"}))
     documents = oracle.documents()[:DOCUMENTS]
     lengths = np.full(DOCUMENTS, documents.shape[1])
     tokens = Tokens(documents.reshape(-1).astype(np.int32), np.concatenate([[0], np.cumsum(lengths)]), 0)
     names = pa.array([row_id("bench", str(number)) for number in range(DOCUMENTS)])
-    spec = capture.identity(ENTRY, teacher).spec
-    return Questions(teacher, spec, prompts(spec.task, None, tokens, names, {}), names, 0)
+    spec = capture_identity(ENTRY, teacher).spec
+    return EngineInputs(teacher, spec, make_prompts(spec.task, None, tokens, names, {}), names, 0)
 
 
-def bare(known: Questions) -> None:
+def bare(known: EngineInputs) -> None:
     """Every logit of every batch, dropped."""
-    model = teachers.load_language(known.teacher, known.spec.precision)
+    model = load_language_model(known.teacher, known.spec.precision)
     rows = np.arange(DOCUMENTS)
 
     def step() -> None:
@@ -61,10 +65,10 @@ def bare(known: Questions) -> None:
     common.tell_alone(step, 2)
 
 
-def captured(known: Questions, directory: Path) -> None:
+def captured(known: EngineInputs, directory: Path) -> None:
     """What the cache stage does, without reading texts."""
-    who = capture.identity(ENTRY, known.teacher, "0" * 64)
-    teaching = asking.asker(known._replace(spec=who.spec))
+    who = capture_identity(ENTRY, known.teacher, "0" * 64)
+    teaching = engine_for(known._replace(spec=who.spec))
     ranks = np.arange(compact.MAX_RANKED)[: who.spec.num_outputs]
     teaching.load()
 
@@ -72,7 +76,7 @@ def captured(known: Questions, directory: Path) -> None:
         store = Store(directory / f"store-{time.monotonic_ns()}")
         rows = np.arange(DOCUMENTS)
         shards = [rows[start : start + SHARD_ROWS] for start in range(0, DOCUMENTS, SHARD_ROWS)]
-        capture.ask_and_write(teaching, shards, store, who, ranks)
+        answer_and_write(teaching, shards, store, who, ranks)
 
     common.tell_alone(step, 2)
 

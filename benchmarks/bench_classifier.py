@@ -13,10 +13,12 @@ import pyarrow as pa
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from pipeline import engine, hardware
-from pipeline.tokens import Tokens
+from pipeline.data.tokenizer import Tokens
+from pipeline.engines.classifier import TOKENS_PER_BATCH, batches_by_length, infer_rows
+from pipeline.runtime import hardware
 from storage import records
-from storage.spec import HiddenSpec, Identity, Spec, TeacherIdentity, TokenizerIdentity, input_hash, row_id
+from storage.fingerprints import input_hash, row_id
+from storage.spec import HiddenSpec, Identity, Spec, TeacherIdentity, TokenizerIdentity
 from storage.writer import Store
 
 ROWS, VOCAB, CLASSES = 512, 30_522, 2
@@ -40,7 +42,7 @@ def main() -> None:
     device = hardware.device()
     batches = [
         [torch.from_numpy(array).to(device) for array in tokens.padded(part, 0)]
-        for part in engine.by_length(tokens.lengths, engine.TOKENS_PER_BATCH[device.type])
+        for part in batches_by_length(tokens.lengths, TOKENS_PER_BATCH[device.type])
     ]
 
     def bare() -> None:
@@ -51,12 +53,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
 
         def captured() -> None:
-            said = engine.infer(model, tokens, rows, 0, "float32", HIDDEN, names)
+            said = infer_rows(model, tokens, rows, 0, "float32", HIDDEN, names)
             kept = records.LogitRows(pa.array(names), pa.array(hashes), lengths.astype(np.int32), said.logits)
             Store(Path(directory) / str(np.random.randint(2**60))).put(_identity(), kept, said.hidden, 0.0)
 
-        half = {"bfloat16": lambda: engine.infer(model, tokens, rows[:64], 0, "bfloat16"),
-                "float32": lambda: engine.infer(model, tokens, rows[:64], 0, "float32")}  # fmt: skip
+        half = {"bfloat16": lambda: infer_rows(model, tokens, rows[:64], 0, "bfloat16"),
+                "float32": lambda: infer_rows(model, tokens, rows[:64], 0, "float32")}  # fmt: skip
         seconds = common.medians({"bare": bare, "captured": captured}, rounds=5)
         precision = common.medians(half, rounds=3)
     print(f"bare forward   {ROWS / seconds['bare']:8,.0f} rows/s")

@@ -25,14 +25,18 @@ import peers
 import pyarrow as pa
 import torch
 
-from pipeline import draws, hardware
-from pipeline.losses import SparseTargets
-from pipeline.sparsify import Keys, rounding_noise, sparsify
+from pipeline.codecs.encoders import rounding_noise
+from pipeline.codecs.sparsify import sparsify
+from pipeline.data import counter_rng
+from pipeline.data.counter_rng import Keys
+from pipeline.losses.sparse import SparseTargets
+from pipeline.runtime import hardware
 from storage import compact, records
+from storage.checksums import check_files, file_entry
+from storage.codecs import Sample, SparseCodec, Threshold, TopK
 from storage.entries import Entries, concatenate, ends
+from storage.fingerprints import input_hash, row_id
 from storage.records import EntryRows
-from storage.spec import Sample, SparseCodec, Threshold, TopK, input_hash, row_id
-from storage.verify import check_files, file_entry
 
 CHUNK = 512
 TABLE = "0" * 64  # the ranks' fingerprint: not needed to read a file alone
@@ -178,7 +182,7 @@ def angle(one: torch.Tensor, other: torch.Tensor) -> float:
 def names(num: int) -> tuple[list[str], Keys]:
     """The row ids of the oracle's documents, and the keys of all positions."""
     rows = [row_id("oracle", str(number)) for number in range(num // oracle.LENGTH)]
-    words = np.repeat(draws.row_words(rows), oracle.LENGTH, axis=0)
+    words = np.repeat(counter_rng.row_words(rows), oracle.LENGTH, axis=0)
     return rows, Keys(words, np.tile(np.arange(oracle.LENGTH), len(rows)))
 
 

@@ -13,15 +13,19 @@ import common
 import numpy as np
 import torch
 
-from pipeline import export, hardware, kinds, metrics, students
-from pipeline.answering import FILES, Model
-from pipeline.tokens import Tokens
+from pipeline.config.students import BiLSTMStudent, FCStudent, Student, TinyBERTStudent
+from pipeline.data.tokenizer import Tokens
+from pipeline.evaluation.latency import latencies
+from pipeline.export.predictor import MODEL_FILES, OnnxModel
+from pipeline.export.to_onnx import as_answers, write_onnx
+from pipeline.runtime import hardware
+from pipeline.students.registry import build_student
 
 ROWS, VOCAB, CLASSES = 512, 30_522, 2
-STUDENTS: dict[str, kinds.Student] = {
-    "tinybert-4x312": kinds.TinyBERT(kind="tinybert", layers=4, width=312, heads=12),
-    "bilstm": kinds.BiLSTM(kind="bilstm", embedding=96, hidden=96),
-    "fc": kinds.FC(kind="fc", embedding=96, hidden=128),
+STUDENTS: dict[str, Student] = {
+    "tinybert-4x312": TinyBERTStudent(kind="tinybert", layers=4, width=312, heads=12),
+    "bilstm": BiLSTMStudent(kind="bilstm", embedding=96, hidden=96),
+    "fc": FCStudent(kind="fc", embedding=96, hidden=128),
 }
 
 
@@ -34,19 +38,19 @@ def main() -> None:
     result: dict[str, dict[str, float]] = {}
     for name, entry in STUDENTS.items():
         torch.manual_seed(0)
-        model = students.build(entry, VOCAB, CLASSES).eval()
+        model = build_student(entry, VOCAB, CLASSES).eval()
         parameters = sum(parameter.numel() for parameter in model.parameters())
         with tempfile.TemporaryDirectory() as directory:
-            export.write_models(model, Path(directory))
-            files = {form: Path(directory) / file for form, file in FILES.items()}
+            write_onnx(model, Path(directory))
+            files = {form: Path(directory) / file for form, file in MODEL_FILES.items()}
             sizes = {form: file.stat().st_size / 1e6 for form, file in files.items()}
-            forms = {"torch": model, **{form: export.told_by(Model(file)) for form, file in files.items()}}
+            forms = {"torch": model, **{form: as_answers(OnnxModel(file)) for form, file in files.items()}}
             for size in (1, 32):
-                times = metrics.latencies(forms, tokens, np.arange(ROWS), 0, size)
+                times = latencies(forms, tokens, np.arange(ROWS), 0, size)
                 print(
                     f"{name}, batch {size}: " + ", ".join(f"{form} {ms:.3f} ms" for form, ms in times.items())
                 )
-                for form in FILES:
+                for form in MODEL_FILES:
                     ratio = result.setdefault(f"{form}_over_torch_batch_{size}", {})
                     ratio[name] = times["torch"] / times[form]
         print(

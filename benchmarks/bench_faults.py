@@ -16,7 +16,7 @@ from unittest.mock import patch
 import common
 import torch
 
-from pipeline import hardware
+from pipeline.runtime import hardware
 from tests.pipeline import crew, mishaps
 from tests.pipeline.conftest import make
 

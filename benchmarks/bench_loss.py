@@ -12,9 +12,10 @@ from collections.abc import Callable
 import common
 import torch
 
-from pipeline import hardware
-from pipeline.head_loss import head_loss
-from pipeline.losses import SparseTargets, distillation_loss
+from pipeline.losses.divergences import distillation_loss
+from pipeline.losses.fused_linear import head_loss
+from pipeline.losses.sparse import SparseTargets
+from pipeline.runtime import hardware
 
 WIDTH, POSITIONS, ENTRIES, LENGTH = 192, 2048, 32, 256
 VOCABULARIES = (49_152, 262_144)

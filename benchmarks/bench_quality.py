@@ -25,11 +25,13 @@ import numpy.typing as npt
 import taught
 import torch
 
-from pipeline import hardware, kinds, students
-from pipeline.head_loss import head_loss
-from pipeline.losses import SparseTargets
-from pipeline.metrics import binned_error
-from pipeline.training import pace
+from pipeline.config.students import LlamaStudent
+from pipeline.losses.fused_linear import head_loss
+from pipeline.losses.sparse import SparseTargets
+from pipeline.objectives.base import binned_error
+from pipeline.runtime import hardware
+from pipeline.students.llama import Llama
+from pipeline.training.loop import learning_rate_factor
 from storage import order
 from storage.entries import Entries
 
@@ -43,7 +45,7 @@ ARMS = {  # arm -> the codec that its targets come from
     "threshold 7": "threshold 7",
 }
 HELD_OUT = 64  # pieces
-ENTRY = kinds.Llama(kind="llama", layers=4, width=128, heads=2, max_length=taught.LENGTH)
+ENTRY = LlamaStudent(kind="llama", layers=4, width=128, heads=2, max_length=taught.LENGTH)
 LEARNING_RATE, WARMUP, WEIGHT_DECAY = 2e-3, 0.05, 0.01
 CHUNK = 128
 
@@ -112,7 +114,9 @@ def train(known: taught.Taught, arm: str, seed: int, rows: int) -> dict[str, flo
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: pace(at, len(batches), WARMUP))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda at: learning_rate_factor(at, len(batches), WARMUP)
+    )
     for batch in batches:
         step(batch).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -124,10 +128,10 @@ def train(known: taught.Taught, arm: str, seed: int, rows: int) -> dict[str, flo
 
 def prepared(
     known: taught.Taught, arm: str, seed: int
-) -> tuple[students.Llama, Callable[[npt.NDArray[np.int64]], torch.Tensor]]:
+) -> tuple[Llama, Callable[[npt.NDArray[np.int64]], torch.Tensor]]:
     """(the student as it starts, the loss of a batch of pieces)."""
     torch.manual_seed(seed)
-    student = students.Llama(ENTRY, len(known.head_VD))
+    student = Llama(ENTRY, len(known.head_VD))
     with torch.no_grad():
         student.head.copy_(_principal(known.head_VD, ENTRY.width))
     codec = ARMS[arm]
@@ -200,7 +204,7 @@ def _principal(weight_VD: torch.Tensor, width: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def measure(known: taught.Taught, student: students.Llama) -> dict[str, float]:
+def measure(known: taught.Taught, student: Llama) -> dict[str, float]:
     """Loss of the next token, KL(teacher || student) over all ids, ECE, over the held-out pieces."""
     loss = kl = positions = 0.0
     sure, right = [], []

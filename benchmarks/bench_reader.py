@@ -25,10 +25,13 @@ import common
 import numpy as np
 import pyarrow as pa
 
+from storage.codecs import Threshold
 from storage.entries import Entries, ends
+from storage.fingerprints import row_id
 from storage.records import EntryRows
-from storage.spec import Identity, Threshold, row_id
-from storage.writer import Store, seal
+from storage.seal import seal
+from storage.spec import Identity
+from storage.writer import Store
 from tests.storage.conftest import IDENTITY
 
 SHARDS, SHARD_ROWS, VOCAB = 24, 512, 49_152

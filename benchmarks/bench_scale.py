@@ -21,12 +21,13 @@ import common
 import numpy as np
 import pyarrow as pa
 
-from pipeline import planning
+from pipeline.capture.plan import cut_into_shards, unfinished_shards
 from storage import Cache, manifest, order
+from storage.checksums import file_entry
+from storage.codecs import Threshold
 from storage.manifest import Manifest
 from storage.shard_table import Columns, ShardTable, file_names
-from storage.spec import Identity, Spec, TeacherIdentity, Threshold, TokenizerIdentity
-from storage.verify import file_entry
+from storage.spec import Identity, Spec, TeacherIdentity, TokenizerIdentity
 
 SHARDS, ROWS_A_SHARD, PER_WINDOW = 1_000_000, 2, 16
 LIMIT_SECONDS, LIMIT_BYTES = 2.0, 500e6
@@ -115,8 +116,8 @@ def planning_done(root: Path, num: int) -> Callable[[], object]:
     finished = np.fromfile(root / "finished", np.uint8).reshape(-1, 32)
 
     def step() -> None:
-        cut = planning.cut(IDENTITY, ids, inputs, ROWS_A_SHARD)
-        left = planning.unfinished(cut, finished)
+        cut = cut_into_shards(IDENTITY, ids, inputs, ROWS_A_SHARD)
+        left = unfinished_shards(cut, finished)
         assert left is not None
         assert len(left) == len(range(0, num, 10))
 
@@ -166,7 +167,7 @@ def tell(step: str, root: Path, num: int) -> None:
 def hashing() -> float:
     """Seconds to name the shards of 10^6 rows at 1,000 rows a shard: what more rows cost a plan."""
     ids, inputs = hexadecimal(10**6, 1), hexadecimal(10**6, 2)
-    return common.medians({"cut": lambda: planning.cut(IDENTITY, ids, inputs, 1000)}, rounds=3)["cut"]
+    return common.medians({"cut": lambda: cut_into_shards(IDENTITY, ids, inputs, 1000)}, rounds=3)["cut"]
 
 
 def looking() -> float:
@@ -196,7 +197,7 @@ def main() -> None:
         write(root / "many", num)
         write_list(root / "listed", few)
         ids, inputs = hexadecimal(num * ROWS_A_SHARD, 1), hexadecimal(num * ROWS_A_SHARD, 2)
-        keys = planning.cut(IDENTITY, ids, inputs, ROWS_A_SHARD).keys
+        keys = cut_into_shards(IDENTITY, ids, inputs, ROWS_A_SHARD).keys
         np.delete(keys, np.s_[::10], axis=0).tofile(root / "finished")
         del ids, inputs, keys
         table_bytes = (root / "many" / manifest.TABLE_NAME).stat().st_size

@@ -13,10 +13,12 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from pipeline import hardware, kinds, students
+from pipeline.config.students import BiLSTMStudent
+from pipeline.runtime import hardware
+from pipeline.students.registry import build_student
 
 VOCAB, BATCH, LENGTH = 30_522, 64, 26
-ENTRY = kinds.BiLSTM(kind="bilstm", embedding=128, hidden=128)
+ENTRY = BiLSTMStudent(kind="bilstm", embedding=128, hidden=128)
 
 
 class Packed(nn.Module):
@@ -59,7 +61,7 @@ def stepper(model: nn.Module, steps: int = 10):
 def work(threads: int, start) -> None:
     """Train for a while on so many threads, from the moment that `start` is set."""
     hardware.pin_threads(threads)
-    run = stepper(students.build(ENTRY, VOCAB, 2))
+    run = stepper(build_student(ENTRY, VOCAB, 2))
     run()
     start.wait()
     for _ in range(5):
@@ -83,7 +85,7 @@ def together(processes: int, threads: int) -> float:
 def main() -> None:
     hardware.pin_threads(1)
     torch.manual_seed(0)
-    ways = {"mirrored": stepper(students.build(ENTRY, VOCAB, 2)), "packed": stepper(Packed())}
+    ways = {"mirrored": stepper(build_student(ENTRY, VOCAB, 2)), "packed": stepper(Packed())}
     seconds = common.medians(ways)
     print(
         f"10 BiLSTM steps, one thread: mirrored {seconds['mirrored']:.3f} s, packed {seconds['packed']:.3f} s"

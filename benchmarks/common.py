@@ -47,6 +47,6 @@ def alone(file: str, *arguments: str) -> tuple[float, float]:
 
 def close(result: dict[str, Any]) -> None:
     """Print the result as the last line, with the machine's name."""
-    from pipeline import hardware
+    from pipeline.runtime import hardware
 
     print(json.dumps({**result, "machine": hardware.machine()}))

@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline import assets, config, hardware
+from pipeline.config.load import load_params
+from pipeline.data.assets import fetch_asset
+from pipeline.runtime import hardware
 
 WHERE = Path(".stillroom/oracle")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -115,5 +117,5 @@ def _make() -> None:
 def asset(name: str) -> Path:
     path = Path("assets") / name
     if not path.is_dir():
-        assets.fetch(name, config.load().assets[name], path)
+        fetch_asset(name, load_params().assets[name], path)
     return path

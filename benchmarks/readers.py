@@ -53,10 +53,13 @@ def ours(root: Path, workers: int) -> Epochs:
     sys.path.insert(0, str(Path(__file__).parent.parent))
     import pyarrow as pa
 
-    from pipeline.batches import Stream
-    from pipeline.data import Rows
-    from pipeline.documents import CachedDocuments
+    from pipeline.data.rows import Rows
+    from pipeline.streaming.batch import Stream
+    from pipeline.streaming.documents import CachedDocuments
     from storage import Cache
+    # MOVED
+    # MOVED
+    # MOVED
 
     cache = Cache.open(root / "cache")
     row_ids = cache.row_ids()

@@ -18,13 +18,17 @@ import oracle
 import pyarrow as pa
 import torch
 
-from pipeline import draws, hardware
-from pipeline.language import LanguageHead
-from pipeline.sparsify import Keys, rounding_noise, sparsify
+from pipeline.codecs.encoders import rounding_noise
+from pipeline.codecs.sparsify import sparsify
+from pipeline.data import counter_rng
+from pipeline.data.counter_rng import Keys
+from pipeline.engines.language_model import LanguageHead
+from pipeline.runtime import hardware
 from storage import compact, records
+from storage.codecs import Sample, SparseCodec, Threshold, TopK
 from storage.entries import Entries, concatenate
+from storage.fingerprints import input_hash, row_id
 from storage.records import EntryRows
-from storage.spec import Sample, SparseCodec, Threshold, TopK, input_hash, row_id
 
 WHERE = Path(".stillroom/quality")
 LENGTH = 128
@@ -145,7 +149,9 @@ def _kept(
 ) -> dict[str, tuple[Entries, int]]:
     """The entries of every codec as a reader gets them, and the size of their shard."""
     names = [row_id("taught", str(start + row)) for row in range(len(tokens))]
-    keys = Keys(np.repeat(draws.row_words(names), LENGTH, axis=0), np.tile(np.arange(LENGTH), len(tokens)))
+    keys = Keys(
+        np.repeat(counter_rng.row_words(names), LENGTH, axis=0), np.tile(np.arange(LENGTH), len(tokens))
+    )
     made: dict[str, list[Entries]] = {name: [] for name in CODECS}
     at = 0
     with torch.inference_mode():

@@ -2,15 +2,16 @@
 
 import json
 
-from pipeline import augment, config
-from pipeline.progress import log
+from pipeline.augment.views import augment_dataset
+from pipeline.config.load import load_params, pick_entry
+from pipeline.runtime.progress import log
 from stages import cli, paths
 
 
 def main(name: str) -> None:
     """Augment one dataset."""
-    entry = config.pick(config.load().augmented, "augmented", name)
-    summary = augment.augment(name, entry, paths.DATA / entry.dataset, paths.DATA / name)
+    entry = pick_entry(load_params().augmented, "augmented", name)
+    summary = augment_dataset(name, entry, paths.DATA / entry.dataset, paths.DATA / name)
     log(json.dumps(summary, ensure_ascii=False))
 
 

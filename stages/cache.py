@@ -3,29 +3,30 @@
 import json
 from functools import partial
 
-from pipeline import capture, config
+from pipeline.capture.capture import capture_cache, capture_summary
+from pipeline.config.load import load_params, pick_entry
 from stages import cli, paths
-from stages.elsewhere import refuse_if_done_elsewhere
+from stages.teacher_guard import check_not_done_elsewhere
 from storage.shared_store import open_store
 
 
 def main(name: str) -> None:
     """Capture one cache."""
-    params = config.load()
-    entry = config.pick(params.caches, "caches", name)
+    params = load_params()
+    entry = pick_entry(params.caches, "caches", name)
     teacher = paths.TEACHERS / entry.teacher
-    captured = capture.capture(
+    captured = capture_cache(
         name,
         entry,
         paths.DATA / entry.dataset,
         teacher,
         paths.CACHES / name,
         open_store(paths.STORE, params.workers.store),
-        before_teacher=partial(refuse_if_done_elsewhere, f"cache@{name}", name),
+        before_teacher=partial(check_not_done_elsewhere, f"cache@{name}", name),
         workers=params.workers,
     )
     paths.CAPTURE.mkdir(parents=True, exist_ok=True)
-    summary = capture.summary(name, entry, captured, teacher)
+    summary = capture_summary(name, entry, captured, teacher)
     (paths.CAPTURE / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 

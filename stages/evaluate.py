@@ -3,17 +3,19 @@
 Of a run of several tasks each task has a file of its own: results/eval/TASK.json.
 """
 
-from pipeline import config, evaluation, runs
+from pipeline.config.load import load_params, pick_entry
+from pipeline.evaluation.evaluate import evaluate_run
+from pipeline.runtime.files import write_json
 from stages import cli, paths
 
 
 def main(name: str) -> None:
     """Evaluate one run, or one of the tasks of a run."""
-    params = config.load()
-    run = config.pick(params.everything_trained, "runs", name)
+    params = load_params()
+    run = pick_entry(params.everything_trained, "runs", name)
     where = paths.of_run(name, run, params.workers)
-    result = evaluation.evaluate_run(name, run, params.students[run.student], where)
-    runs.write_json(result, paths.EVAL / f"{name}.json")
+    result = evaluate_run(name, run, params.students[run.student], where)
+    write_json(result, paths.EVAL / f"{name}.json")
 
 
 if __name__ == "__main__":

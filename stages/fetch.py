@@ -1,12 +1,13 @@
 """assets.NAME of params.yaml -> assets/NAME."""
 
-from pipeline import assets, config
+from pipeline.config.load import load_params, pick_entry
+from pipeline.data.assets import fetch_asset
 from stages import cli, paths
 
 
 def main(name: str) -> None:
     """Fetch one asset."""
-    assets.fetch(name, config.pick(config.load().assets, "assets", name), paths.ASSETS / name)
+    fetch_asset(name, pick_entry(load_params().assets, "assets", name), paths.ASSETS / name)
 
 
 if __name__ == "__main__":

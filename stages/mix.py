@@ -2,14 +2,15 @@
 
 import json
 
-from pipeline import config, mixing
+from pipeline.config.load import load_params, pick_entry
+from pipeline.streaming.verified import make_mixture
 from stages import cli, paths
 
 
 def main(name: str) -> None:
     """Mix two caches."""
-    entry = config.pick(config.load().mixtures, "mixtures", name)
-    record = mixing.make(name, entry, paths.CACHES, paths.VERIFIED)
+    entry = pick_entry(load_params().mixtures, "mixtures", name)
+    record = make_mixture(name, entry, paths.CACHES, paths.VERIFIED)
     (paths.VERIFIED / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.config import ChainedRun, Run, RunPaths, TaskRun, Workers
+from pipeline.config.params import ChainedRun, Run, RunInputs, TaskRun, Workers
 
 STORE = Path(".stillroom")
 ASSETS = Path("assets")
@@ -21,10 +21,10 @@ CURVES = Path("results/curves")
 REPORT = Path("report/index.html")
 
 
-def of_run(name: str, run: Run, workers: Workers | None = None) -> RunPaths:
+def of_run(name: str, run: Run, workers: Workers | None = None) -> RunInputs:
     """What a run reads and where it writes; `workers` say how much local disk it may take."""
     local_gb = workers.local_gb if workers else None
-    return RunPaths(
+    return RunInputs(
         cache=CACHES / run.cache,
         dataset=DATA / run.dataset,
         verified=VERIFIED / f"{run.cache}.json",

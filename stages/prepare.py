@@ -2,15 +2,16 @@
 
 import json
 
-from pipeline import config, data
-from pipeline.progress import log
+from pipeline.config.load import load_params, pick_entry
+from pipeline.data.prepare import prepare_dataset
+from pipeline.runtime.progress import log
 from stages import cli, paths
 
 
 def main(name: str) -> None:
     """Prepare one dataset."""
-    entry = config.pick(config.load().datasets, "datasets", name)
-    log(json.dumps(data.prepare(name, entry, paths.DATA / name), ensure_ascii=False))
+    entry = pick_entry(load_params().datasets, "datasets", name)
+    log(json.dumps(prepare_dataset(name, entry, paths.DATA / name), ensure_ascii=False))
 
 
 if __name__ == "__main__":

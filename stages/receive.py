@@ -2,14 +2,14 @@
 
 import json
 
-from pipeline import config
+from pipeline.config.load import load_params, pick_entry
 from stages import cli, paths
 from storage.received import receive
 
 
 def main(name: str) -> None:
     """Receive one cache."""
-    entry = config.pick(config.load().received, "received", name)
+    entry = pick_entry(load_params().received, "received", name)
     receive(paths.CACHES / name, entry.url, entry.manifest)
     paths.VERIFIED.mkdir(parents=True, exist_ok=True)
     record = {"cache": name, "manifest": entry.manifest, "url": entry.url}

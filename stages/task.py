@@ -2,16 +2,17 @@
 
 import json
 
-from pipeline import config, task_inputs
+from pipeline.config.load import load_params, pick_entry
+from pipeline.streaming.verified import pin_task_inputs
 from stages import cli, paths
 
 
 def main(name: str) -> None:
     """Pin what one task learns from."""
-    params = config.load()
-    run = config.pick(params.tasks, "tasks", name).run
+    params = load_params()
+    run = pick_entry(params.tasks, "tasks", name).run
     task = params.everything_trained[name]
-    pinned = task_inputs.pinned(name, task, params.recipes[task.recipe], paths.of_run(name, task))
+    pinned = pin_task_inputs(name, task, params.recipes[task.recipe], paths.of_run(name, task))
     out = paths.TASKS / run / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(pinned, indent=2) + "\n")

@@ -3,22 +3,25 @@
 `torchrun --nproc-per-node 2 -m stages.train RUN` trains it in two processes that share each batch.
 """
 
-from pipeline import config, hardware, runs
+from pipeline.config.load import load_params, pick_entry
+from pipeline.runtime import hardware
+from pipeline.training.job import write_curve
+from pipeline.training.run import train_run
 from stages import cli, paths
 
 
 def main(name: str) -> None:
     """Train one run."""
-    params = config.load()
-    run = config.pick(params.every_run, "runs", name)
+    params = load_params()
+    run = pick_entry(params.every_run, "runs", name)
     student, recipe = params.students[run.student], params.recipes[run.recipe]
     workers = params.workers
-    record = runs.train(
+    record = train_run(
         name, run, student, recipe, workers.seeds_at_once, paths.of_run(name, run, workers), workers.readers,
         workers.checkpoint_minutes,
     )  # fmt: skip
     if hardware.ranks()[0] == 0:
-        runs.write_curve(record, paths.CURVES / f"{name}.csv")
+        write_curve(record, paths.CURVES / f"{name}.csv")
 
 
 if __name__ == "__main__":

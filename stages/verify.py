@@ -2,16 +2,17 @@
 
 import json
 
-from pipeline import config, replay
+from pipeline.capture.verify import verify_cache
+from pipeline.config.load import load_params, pick_entry
 from stages import cli, paths
 from storage import Cache
 
 
 def main(name: str) -> None:
     """Verify one cache."""
-    entry = config.pick(config.load().caches, "caches", name)
+    entry = pick_entry(load_params().caches, "caches", name)
     cache = Cache.open(paths.CACHES / name)
-    record = replay.check(name, cache, entry, paths.DATA / entry.dataset, paths.TEACHERS / entry.teacher)
+    record = verify_cache(name, cache, entry, paths.DATA / entry.dataset, paths.TEACHERS / entry.teacher)
     paths.VERIFIED.mkdir(parents=True, exist_ok=True)
     (paths.VERIFIED / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
 

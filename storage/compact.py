@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from storage.codecs import Sample, SparseCodec, Threshold
 from storage.entries import Entries, ends, ranges
-from storage.spec import Sample, SparseCodec, Threshold
 
 HEAD_LEVELS = 63  # steps of a head code: the error it adds is a hundredth of the sampling's own variance
 TAIL_LEVELS = 65_535

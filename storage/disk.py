@@ -3,6 +3,10 @@
 import contextlib
 import errno
 import os
+import shutil
+import socket
+import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,3 +27,67 @@ def disk_full_explained(where: Path) -> Iterator[None]:
             f"no space left while writing below {where}: {os.strerror(error.errno or 0)}.\n"
             "Finished shards are kept. Free some space and run the same command again: it goes on from there."
         ) from error
+
+
+STALE_SECONDS = 24 * 3600
+REPLACED = "-replaced"  # ends the name of a cache that has made way for a new one
+
+
+def sweep_stale(aside: Path, host: str, pid: str) -> None:
+    """Remove what a writer of this host, a process that is gone, left behind; or anybody, a day ago.
+
+    Another sweep may be removing it too.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        found = aside.lstat()
+        stale = found.st_mtime < time.time() - STALE_SECONDS
+        if stale or (host == host_name() and not _lives(pid.removesuffix(REPLACED))):
+            if stat.S_ISDIR(found.st_mode):
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                aside.unlink()
+
+
+def _lives(pid: str) -> bool:
+    """Whether such a process of this host runs. One that has ended but is not waited for runs no more."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError, ValueError):
+        return True  # another user's, or no number: left to whoever comes after a day
+    with contextlib.suppress(OSError):  # there is no /proc outside Linux
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return True
+
+
+def link(source: str | Path, target: str | Path) -> None:
+    """One file under two names, without a second copy of its bytes where the file system can."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        shutil.copyfile(source, target)  # the store is on another file system, or links are not allowed there
+
+
+def host_name() -> str:
+    """This machine's name, without dots."""
+    return socket.gethostname().replace(".", "-") or "host"
+
+
+def fsync_tree(root: Path) -> None:
+    """Flush all files and directories below `root` to disk."""
+    for directory, _, names in os.walk(root):
+        for name in names:
+            fsync(Path(directory) / name)
+        fsync(Path(directory))
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or directory to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from storage.checksums import check_files
 from storage.errors import CacheError
 from storage.manifest import FileEntry
 from storage.nearby import Nearby
 from storage.remote import Objects
-from storage.verify import check_files
 
 
 class Files(Protocol):

@@ -24,7 +24,8 @@ from storage.errors import ShardCorrupt
 from storage.spec import HiddenSpec
 
 if TYPE_CHECKING:
-    import zarr  # half a second to import, and many caches have no hidden states
+    import zarr
+
 
 CHUNK_BYTES = 512 * 1024  # inner chunks: one read, one crc
 MAX_METADATA_BYTES = 2**16  # of a zarr.json

@@ -13,8 +13,10 @@ from pydantic import Field, PrivateAttr, StringConstraints, ValidationError, mod
 
 from storage.compact import MAX_RANKED
 from storage.errors import FormatTooNew, ManifestInvalid, NoManifest
+from storage.fingerprints import Count, Sha256, Strict, canonical_json, sha256_json
 from storage.location import Location, Url
-from storage.spec import ROW_COLUMNS, Count, Identity, Sha256, Strict, canonical_json, sha256_json
+from storage.spec import Identity
+from storage.tasks import ROW_COLUMNS
 
 FORMAT = "stillroom-cache"
 FORMAT_VERSION = 5  # the highest; each cache is written as the lowest that can hold it: needed_version

@@ -16,13 +16,16 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from storage import hidden, manifest, records
+from storage.checksums import check_files, file_entries
+from storage.disk import link
 from storage.entries import ends, ranges
 from storage.errors import ConfigError, Mismatch, SpecMismatch
+from storage.fingerprints import sha256_json
 from storage.manifest import Manifest, ShardEntry
 from storage.reader import Cache
-from storage.spec import Identity, sha256_json, shard_key
-from storage.verify import check_files
-from storage.writer import Store, StoredShard, Weights, file_entries, link, seal
+from storage.seal import CarriedWeights, seal
+from storage.spec import Identity, shard_key
+from storage.writer import Store, StoredShard
 
 MOST_SHOWN = 10  # fields that differ
 
@@ -226,8 +229,8 @@ def _tokenizer(cache: Cache) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.glob("*"))}
 
 
-def _weights(cache: Cache) -> Weights:
-    return Weights(
+def _weights(cache: Cache) -> CarriedWeights:
+    return CarriedWeights(
         cache.weights_layers,
         partial(_link_all, cache.weights_dir, names=("config.json", "model.safetensors")),
     )

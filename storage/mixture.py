@@ -22,17 +22,17 @@ import pyarrow.compute as pc
 from pydantic import Field, StringConstraints, model_validator
 
 from storage import manifest
+from storage.disk import link
 from storage.errors import ManifestInvalid, Mismatch, SpecMismatch
+from storage.fingerprints import Sha256, Strict, canonical_json, sha256_json
 from storage.location import Location
 from storage.reader import NEARBY, Cache
 from storage.received import RECEIVED_NAME, open_received
 from storage.records import LogitRows
-from storage.spec import Identity, Sha256, Strict, canonical_json, sha256_json
-from storage.writer import link
+from storage.spec import Identity
+from storage.tasks import AVERAGED
 
 MIXTURE_NAME = "mixture.json"
-# Tasks whose logits are those of one distribution over the classes.
-AVERAGED = ("sequence-classification", "image-classification")
 
 MAX_MIXTURE_BYTES = 2**16
 VERSION_1 = b'{"format":"stillroom-mixture","format_version":1,'

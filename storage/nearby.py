@@ -23,8 +23,8 @@ from pathlib import Path
 
 from storage.disk import disk_full_explained
 from storage.errors import ConfigError, StoreFull
+from storage.fingerprints import sha256_json
 from storage.manifest import FileEntry
-from storage.spec import sha256_json
 
 PART = ".part"
 TRY_SECONDS = 0.05  # between looks at what others hold

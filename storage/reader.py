@@ -12,17 +12,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from storage import hidden, manifest, records
+from storage.checksums import AGAIN, check_no_stray, check_sizes
+from storage.codecs import SparseCodec
 from storage.compact import Ranks
 from storage.errors import Mismatch, NoManifest, ShardCorrupt, SpecMismatch
 from storage.files import Files, LocalFiles, RemoteFiles
+from storage.fingerprints import content_fingerprint, sha256_json
 from storage.hidden import Basis
 from storage.location import Location, location
 from storage.manifest import FileEntry, Manifest, ShardEntry
 from storage.nearby import Nearby
 from storage.remote import Objects
 from storage.shard_table import ShardTable
-from storage.spec import Identity, SparseCodec, content_fingerprint, sha256_json
-from storage.verify import AGAIN, check_sizes, refuse_stray
+from storage.spec import Identity
 
 NEARBY = Path(".stillroom/nearby")
 
@@ -248,7 +250,7 @@ class Cache:
         """Where the files of a directory of the cache lie, for as long as this object lives; no others do."""
         if directory not in self._kept:
             if isinstance(self.path, Path):  # copies of remote files are made one by one
-                refuse_stray(self.path, {file.path for file in files}, directory)
+                check_no_stray(self.path, {file.path for file in files}, directory)
             self._kept[directory] = self._holding.enter_context(self.files.holding(files)) / directory
         return self._kept[directory]
 

@@ -15,13 +15,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, ValidationError
 
+from storage.checksums import check_files
 from storage.errors import ManifestInvalid, Mismatch, NoManifest, SpecMismatch
+from storage.fingerprints import Sha256, Strict, canonical_json
 from storage.location import Url
 from storage.manifest import MANIFEST_NAME
 from storage.reader import NEARBY, Cache
 from storage.remote import Objects
-from storage.spec import Sha256, Strict, canonical_json
-from storage.verify import check_files
 
 RECEIVED_NAME = "remote.json"
 MAX_BYTES = 2**16  # of a remote.json

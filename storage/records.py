@@ -22,10 +22,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from storage import compact, pages
+from storage.codecs import SparseCodec, Threshold, TopK
 from storage.compact import Columns, Ranks
 from storage.entries import Entries, ends, ranges
 from storage.errors import ShardCorrupt
-from storage.spec import SparseCodec, Spec, Threshold, TopK, canonical_json
+from storage.fingerprints import canonical_json
+from storage.spec import Spec
 
 ROW_GROUP_ROWS = 16_384  # about 1 MB encoded for a handful of classes; never read single rows
 ROW_GROUP_POSITIONS = 2**18  # 4 MB encoded at 15 bytes a position; of dense targets so many numbers

@@ -16,6 +16,7 @@ from pathlib import Path
 import fsspec
 from fsspec.callbacks import Callback
 
+from storage.checksums import file_entry
 from storage.disk import DISK_FULL
 from storage.errors import (
     ConfigError,
@@ -27,7 +28,6 @@ from storage.errors import (
 )
 from storage.location import Url
 from storage.manifest import FileEntry
-from storage.verify import file_entry
 
 AGAIN = "Upload the cache again; or, where it was replaced on purpose, open it again."
 

@@ -26,14 +26,16 @@ import numpy.typing as npt
 from pydantic import TypeAdapter, ValidationError
 
 from storage import hidden, records
+from storage.checksums import file_entries
 from storage.compact import MAX_RANKED, Columns
 from storage.disk import disk_full_explained
 from storage.errors import CacheError
+from storage.fingerprints import canonical_json, sha256_json
 from storage.location import Url, location
 from storage.manifest import FileEntry, ShardEntry
 from storage.remote import Objects
-from storage.spec import Identity, canonical_json, sha256_json
-from storage.writer import Store, StoredShard, file_entries
+from storage.spec import Identity
+from storage.writer import Store, StoredShard
 
 MAX_RECORD_BYTES = 2**24  # of a shard.json or a basis.json
 MAX_RANKS_BYTES = 16 * MAX_RANKED

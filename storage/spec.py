@@ -6,31 +6,14 @@ or reused. Labels' meaning, splits and timings are not in it: they never change 
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    StringConstraints,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0, le=2**53)]
-ROW_ID_CHARS = 32  # 128 bits in hex: 10^12 rows collide with probability 10^-15
-
-
-class Strict(BaseModel):
-    """Frozen, no unknown key, no silent conversion."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+from storage.codecs import SparseCodec
+from storage.fingerprints import Sha256, Strict, sha256_json
+from storage.tasks import LANGUAGE, PER_POSITION, ROW_COLUMNS, Task
 
 
 class TeacherIdentity(Strict):
@@ -119,34 +102,6 @@ def _group_files(arrays: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted([*own, "zarr.json"]))
 
 
-class _Sparse(Strict):
-    layout: Literal["plain", "compact"]
-    ranks: Sha256 | None = None  # of a compact layout: the fingerprint of the manifest's `ranks`
-
-
-class TopK(_Sparse):
-    """The `k` largest probabilities, and the log mass of all others."""
-
-    name: Literal["topk"] = "topk"
-    k: Annotated[int, Field(ge=1, le=65_535)]
-
-
-class Sample(_Sparse):
-    """`draws` draws with replacement, as counts (random sampling KD: Anshumann et al., ACL 2025)."""
-
-    name: Literal["sample"] = "sample"
-    draws: Annotated[int, Field(ge=1, le=65_535)]
-    seed: Annotated[int, Field(ge=0, lt=2**63)]
-
-
-class Threshold(_Sparse):
-    """Probabilities above about `tau` as they are; the others sampled, each sampled one worth about `tau`."""
-
-    name: Literal["threshold"] = "threshold"
-    tau: Annotated[float, Field(ge=2**-15, le=1, allow_inf_nan=False)]
-    seed: Annotated[int, Field(ge=0, lt=2**63)]
-
-
 class ImageSpec(Strict):
     """How images are read: `shape` (height, width, channels) of bytes b, each read as (b / 255 - mean) / std
     of its channel.
@@ -173,20 +128,6 @@ class EmbeddingSpec(Strict):
     width: Annotated[int, Field(ge=1, le=2**20)]
     pool: Literal["first", "mean"]
     normalised: bool
-
-
-SparseCodec = TopK | Sample | Threshold
-Task = Literal[
-    "sequence-classification", "token-classification", "causal-lm", "masked-lm",
-    "image-classification", "multi-label-classification", "regression", "sentence-embedding",
-]  # fmt: skip
-LANGUAGE: tuple[Task, ...] = ("causal-lm", "masked-lm")  # they speak of a vocabulary
-PER_POSITION: tuple[Task, ...] = ("token-classification", *LANGUAGE)  # a row's targets are of its tokens
-# Tasks of format 4, with the name of the column that holds the teacher's words.
-ROW_COLUMNS: dict[Task, str] = {
-    "image-classification": "logits", "multi-label-classification": "logits",
-    "regression": "values", "sentence-embedding": "embedding",
-}  # fmt: skip
 
 
 class Mask(Strict):
@@ -280,41 +221,6 @@ class Identity(Strict):
     def fingerprint(self) -> str:
         """sha256 hex of the canonical JSON of this identity."""
         return sha256_json(self.model_dump(mode="json"))
-
-
-def canonical_json(value: Any) -> bytes:
-    """The one way a value becomes bytes to be hashed: sorted keys, no spaces, UTF-8, no NaN."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.encode()
-
-
-def sha256_json(value: Any) -> str:
-    """sha256 hex of `canonical_json(value)`."""
-    return hashlib.sha256(canonical_json(value)).hexdigest()
-
-
-def row_id(source: str, content: str) -> str:
-    """The name of a row for ever: 32 hex characters of sha256 over where it comes from and what it says.
-
-    Labels and splits are left out on purpose, so that mending a label does not send anyone back to the
-    teacher.
-    """
-    return hashlib.sha256(f"{source}\x00{content}".encode()).hexdigest()[:ROW_ID_CHARS]
-
-
-def input_hash(token_ids: npt.ArrayLike) -> str:
-    """32 hex characters of sha256 over the row's token ids (little-endian int32, special ones too)."""
-    return hashlib.sha256(np.asarray(token_ids, "<i4").tobytes()).hexdigest()[:ROW_ID_CHARS]
-
-
-def pixels_hash(pixels: bytes) -> str:
-    """32 hex characters of sha256 over an image's pixels: the input hash of a row that is an image."""
-    return hashlib.sha256(pixels).hexdigest()[:ROW_ID_CHARS]
-
-
-def content_fingerprint(row_ids: Iterable[str]) -> str:
-    """sha256 hex of a set of rows: their distinct ids, sorted. Neither order nor repeats change it."""
-    return hashlib.sha256("".join(sorted(set(row_ids))).encode()).hexdigest()
 
 
 def shard_key(identity: Identity, row_ids: Sequence[str], input_hashes: Sequence[str]) -> str:

@@ -3,24 +3,20 @@
 `check_files` compares files with their entries; `verify` reads a whole cache and returns what it counted.
 """
 
-import hashlib
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from storage.errors import ShardCorrupt, ShardMissing, ShardTruncated, ShardUnexpected
-from storage.manifest import MANIFEST_NAME, FileEntry
-from storage.spec import content_fingerprint, input_hash
+from storage.checksums import AGAIN, check_no_stray
+from storage.errors import ShardCorrupt
+from storage.fingerprints import content_fingerprint, input_hash
+from storage.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from storage.reader import Cache
     from storage.records import EntryRows, LogitRows
-
-AGAIN = (
-    "Fetch it again (`dvc checkout --force`, `dvc pull`), or rebuild it: only damaged shards are made again."
-)
 
 
 class Counts(NamedTuple):
@@ -33,46 +29,6 @@ class Counts(NamedTuple):
     bytes: int
 
 
-def file_entry(root: Path, relative: str) -> FileEntry:
-    """The entry of one file as it is on disk now."""
-    path = root / relative
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileEntry(path=relative, bytes=path.stat().st_size, sha256=digest)
-
-
-def check_sizes(root: Path, files: Iterable[FileEntry]) -> None:
-    """Every file is there with the size that was sealed. Raises ShardMissing or ShardTruncated."""
-    for file in files:
-        path = root / file.path
-        if not path.is_file():
-            raise ShardMissing(
-                f"{path} is missing: the manifest lists it with {file.bytes:,} bytes.\n{AGAIN}"
-            )
-        size = path.stat().st_size
-        if size != file.bytes:
-            raise ShardTruncated(f"{path} has {size:,} bytes; {file.bytes:,} were sealed.\n{AGAIN}")
-
-
-def check_files(root: Path, files: Iterable[FileEntry]) -> None:
-    """Every byte is the one that was sealed. Raises ShardMissing, ShardTruncated or ShardCorrupt."""
-    for file in files:
-        check_sizes(root, [file])
-        found = file_entry(root, file.path)
-        if found.sha256 != file.sha256:
-            raise ShardCorrupt(
-                f"{root / file.path} is damaged.\n"
-                f"  sha256 found    {found.sha256}\n  sha256 expected {file.sha256}\n{AGAIN}"
-            )
-
-
-def refuse_stray(root: Path, listed: Set[str], below: str = "") -> None:
-    """Raise ShardUnexpected where a file below `root / below` is none of `listed` (relative to `root`)."""
-    present = {p.relative_to(root).as_posix() for p in (root / below).rglob("*") if not p.is_dir()}
-    if stray := sorted(present - listed):
-        raise ShardUnexpected(f"{root / stray[0]} is not part of this cache ({len(stray)} such): remove it.")
-
-
 def verify(cache: "Cache", on_shard: Callable[[int], None] = lambda rows: None) -> Counts:
     """Read all of `cache` and check it: digests, no stray file, rows unique and covered, every number finite,
     token ids those that the row's hash was made of.
@@ -81,7 +37,7 @@ def verify(cache: "Cache", on_shard: Callable[[int], None] = lambda rows: None) 
     names the first fault; returns what was counted otherwise.
     """
     if isinstance(cache.path, Path):  # nothing remote is ever listed
-        refuse_stray(cache.path, {file.path for file in cache.manifest.files} | {MANIFEST_NAME})
+        check_no_stray(cache.path, {file.path for file in cache.manifest.files} | {MANIFEST_NAME})
     with cache.files.holding(cache.manifest.tokenizer_files):
         pass
     if cache.manifest.weights is not None:

@@ -17,36 +17,30 @@ place.
 """
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
 import shutil
-import socket
-import stat
-import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from storage import hidden, manifest, records
+from storage.checksums import check_files, file_entries
 from storage.compact import Columns
-from storage.disk import DISK_FULL
 from storage.disk import disk_full_explained as _disk_full_explained
+from storage.disk import fsync, fsync_tree, host_name, sweep_stale
 from storage.errors import CacheError, ManifestInvalid
-from storage.manifest import FileEntry, Manifest, ShardEntry, WeightsEntry
-from storage.shard_table import ShardTable
-from storage.spec import Identity, canonical_json, content_fingerprint, sha256_json, shard_key
-from storage.verify import check_files, file_entry
+from storage.fingerprints import canonical_json, sha256_json
+from storage.manifest import ShardEntry
+from storage.spec import Identity, shard_key
 
-STALE_SECONDS = 24 * 3600
-REPLACED = "-replaced"  # ends the name of a cache that has made way for a new one
 RANKS_FORMAT = "stillroom-ranks"
 LOCK = "in-use"  # a file of the store: captures hold it together, a clean-up alone
 
@@ -61,13 +55,6 @@ class StoredShard(NamedTuple):
     def row_ids(self) -> pa.StringArray:
         """The ids of its rows, in order."""
         return records.read_columns(self.root / self.entry.logits_path, "row_id")[0]
-
-
-class Weights(NamedTuple):
-    """Weights of the teacher for a cache to carry."""
-
-    layers: tuple[int, ...]
-    write: Callable[[Path], None]  # puts config.json and model.safetensors into a directory
 
 
 class Store:
@@ -152,7 +139,7 @@ class Store:
             entry = write(aside)
             body = {"entry": entry.model_dump(mode="json"), "seconds": round(seconds, 3)}
             (aside / "shard.json").write_bytes(canonical_json(body))
-            _fsync_tree(aside)
+            fsync_tree(aside)
             final.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.rename(aside, final)
@@ -162,7 +149,7 @@ class Store:
                 ):  # else another worker finished the same shard first: its bytes are ours
                     raise
                 entry = ShardEntry.model_validate(json.loads((final / "shard.json").read_bytes())["entry"])
-            _fsync(final.parent)
+            fsync(final.parent)
         return StoredShard(final, entry, seconds)
 
     def bring(self, identity: Identity, keys: Iterable[str]) -> None:
@@ -191,7 +178,7 @@ class Store:
         with self._aside() as aside, _disk_full_explained(self.root):
             body = {"format": RANKS_FORMAT, "ranks": ranks.tolist()}
             (aside / path.name).write_bytes(manifest.seal(body))
-            _fsync(aside / path.name)
+            fsync(aside / path.name)
             os.replace(aside / path.name, path)
         kept = Store.ranks(self, identity)  # the one here, also of a store that shares its own elsewhere
         assert kept is not None
@@ -208,7 +195,7 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._aside() as aside, _disk_full_explained(self.root):
             hidden.write_bases(aside / "basis", bases)
-            _fsync_tree(aside)
+            fsync_tree(aside)
             try:
                 os.rename(aside / "basis", path)
             except OSError:
@@ -223,11 +210,11 @@ class Store:
         """Remove what killed writers left behind: their process is gone, or they are a day old."""
         for aside in self._tmp.glob("*"):
             host, pid, *_ = [*aside.name.split("."), ""]
-            _sweep(aside, host, pid)
+            sweep_stale(aside, host, pid)
 
     def aside_name(self) -> Path:
         """A path below tmp/ that is this process's own."""
-        return self._tmp / f"{_host()}.{os.getpid()}.{uuid.uuid4().hex}"
+        return self._tmp / f"{host_name()}.{os.getpid()}.{uuid.uuid4().hex}"
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[Path]:
@@ -240,158 +227,9 @@ class Store:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def seal(
-    cache: Path,
-    identity: Identity,
-    shards: Sequence[StoredShard],
-    tokenizer_files: Mapping[str, bytes],
-    provenance: Mapping[str, Any],
-    ranks: Sequence[int] | None = None,
-    weights: Weights | None = None,
-    basis: Path | None = None,
-) -> Manifest:
-    """Link finished shards into `cache`, in this order, and write its manifest. Replaces what was there.
-
-    `tokenizer_files` maps a file name to its content: a student that reads with the teacher's tokenizer finds
-    it in the cache; one that starts from the teacher's weights finds them there too. `basis` is the directory
-    of `Store.basis`, where hidden states are principal components. The result depends on the arguments alone:
-    no time, no path, no worker.
-    """
-    aside = cache.parent / f".{cache.name}.{_host()}.{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
-    for other in cache.parent.glob(f".{cache.name}.*.*"):
-        _sweep(other, *other.name.split(".")[-2:])
-    with _disk_full_explained(cache.parent):
-        (aside / "tokenizer").mkdir(parents=True)
-        for name, content in tokenizer_files.items():
-            (aside / "tokenizer" / name).write_bytes(content)
-        tokenizer = file_entries(aside)
-        carried = None
-        if weights is not None:
-            (aside / "weights").mkdir()
-            weights.write(aside / "weights")
-            carried = WeightsEntry(layers=weights.layers, files=file_entries(aside, "weights"))
-        based = None
-        if basis is not None:
-            for source in sorted(path for path in basis.rglob("*") if path.is_file()):
-                target = aside / manifest.BASIS_DIR / source.relative_to(basis)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                link(source, target)
-            based = file_entries(aside, manifest.BASIS_DIR)
-        row_ids: list[str] = []
-        for shard in shards:
-            row_ids.extend(shard.row_ids().to_pylist())
-            for file in shard.entry.files:
-                target = aside / file.path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                link(shard.root / file.path, target)
-        listed, table = tuple(shard.entry for shard in shards), None
-        if len(listed) > manifest.MOST_LISTED:
-            ShardTable.of(identity.spec, listed).write(aside / manifest.TABLE_NAME)
-            table, listed = file_entry(aside, manifest.TABLE_NAME), ()
-        sealed = Manifest(
-            format_version=manifest.needed_version(identity, carried, table),
-            identity=identity,
-            dataset=content_fingerprint(row_ids),
-            shards=listed,
-            shard_table=table,
-            tokenizer_files=tokenizer,
-            provenance=dict(provenance),
-            ranks=None if ranks is None else tuple(int(rank) for rank in ranks),
-            weights=carried,
-            hidden_basis=based,
-        )
-        if table is not None:
-            sealed = sealed.with_table(tuple(shard.entry for shard in shards))
-        (aside / manifest.MANIFEST_NAME).write_bytes(manifest.render(sealed))
-        _fsync_tree(aside)
-        _put_in_place(aside, cache)
-        _fsync(cache.parent)
-    return sealed
-
-
-def _put_in_place(aside: Path, cache: Path) -> None:
-    """Rename a finished directory over another one, whoever else does so now: the last one stays."""
-    old = aside.with_name(f"{aside.name}{REPLACED}")
-    while True:
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(cache, old)
-        shutil.rmtree(old, ignore_errors=True)  # another capture may be sweeping it
-        try:
-            os.rename(aside, cache)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        else:
-            return
-
-
 def _stored(root: Path) -> StoredShard:
     """A shard of a store, its files checked."""
     body = json.loads((root / "shard.json").read_bytes())
     shard = StoredShard(root, ShardEntry.model_validate(body["entry"]), float(body["seconds"]))
     check_files(shard.root, shard.entry.files)
     return shard
-
-
-def _sweep(aside: Path, host: str, pid: str) -> None:
-    """Remove what a writer of this host, a process that is gone, left behind; or anybody, a day ago.
-
-    Another sweep may be removing it too.
-    """
-    with contextlib.suppress(FileNotFoundError):
-        found = aside.lstat()
-        stale = found.st_mtime < time.time() - STALE_SECONDS
-        if stale or (host == _host() and not _lives(pid.removesuffix(REPLACED))):
-            if stat.S_ISDIR(found.st_mode):
-                shutil.rmtree(aside, ignore_errors=True)
-            else:
-                aside.unlink()
-
-
-def _lives(pid: str) -> bool:
-    """Whether such a process of this host runs. One that has ended but is not waited for runs no more."""
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError, ValueError):
-        return True  # another user's, or no number: left to whoever comes after a day
-    with contextlib.suppress(OSError):  # there is no /proc outside Linux
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return True
-
-
-def file_entries(root: Path, below: str = "") -> tuple[FileEntry, ...]:
-    """The entries of all files below `root / below`, relative to `root`."""
-    files = sorted(path for path in (root / below).rglob("*") if path.is_file())
-    return tuple(file_entry(root, path.relative_to(root).as_posix()) for path in files)
-
-
-def link(source: str | Path, target: str | Path) -> None:
-    """One file under two names, without a second copy of its bytes where the file system can."""
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            raise
-        shutil.copyfile(source, target)  # the store is on another file system, or links are not allowed there
-
-
-def _host() -> str:
-    return socket.gethostname().replace(".", "-") or "host"
-
-
-def _fsync_tree(root: Path) -> None:
-    for directory, _, names in os.walk(root):
-        for name in names:
-            _fsync(Path(directory) / name)
-        _fsync(Path(directory))
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -9,7 +9,7 @@ ROOMS = ("storage", "pipeline", "stages")
 
 def modules() -> dict[str, Path]:
     """Every module of the house by its dotted name."""
-    files = [path for room in ROOMS for path in sorted((ROOT / room).glob("*.py"))]
+    files = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
     return {_name(path): path for path in files}
 
 

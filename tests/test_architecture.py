@@ -10,32 +10,93 @@ import pytest
 
 from tests.imports import ROOT, closure, imported, modules
 
-MAY_IMPORT = {
-    "stages": {"stages", "pipeline", "storage"},
-    "pipeline": {"pipeline", "storage"},
-    "storage": {"storage"},
-}
-STAGE_HELPERS = {"stages", "stages.cli", "stages.paths", "stages.elsewhere"}
-COMMANDS = {"stages.gc", "stages.merge", "stages.predict", "stages.publish"}  # what stages.command gathers
+# The packages and, inside pipeline/, the rooms: each imports only those above it in its list.
+PACKAGES = ("storage", "pipeline", "stages")
+ROOMS = (
+    "runtime", "config", "data", "losses", "streaming", "objectives", "codecs", "students", "engines",
+    "training", "teachers", "augment", "capture", "evaluation", "export", "report",
+)  # fmt: skip
+STAGE_HELPERS = {"stages.cli", "stages.paths", "stages.teacher_guard"}
 STORAGE_LIBRARIES = {"fsspec", "numpy", "pyarrow", "zarr", "pydantic"}
+# Rooms and files of rooms that run without torch: whatever only reads, checks, plans or reports.
+TORCH_FREE = (
+    "pipeline.config", "pipeline.data", "pipeline.report", "pipeline.export.predictor",
+    "pipeline.training.run", "pipeline.training.job", "pipeline.training.processes", "pipeline.training.checks",
+)  # fmt: skip
 MOST_LINES = 400
+MOST_FUNCTION_LINES = 50
+MOST_PARAMETERS = 6
+
+
+def room(name: str) -> str:
+    """The room of a module of pipeline; empty for others."""
+    top, *inside = name.split(".")
+    return inside[0] if top == "pipeline" and len(inside) > 1 else ""
+
+
+def house_imports(name: str) -> set[str]:
+    """The modules of this project that a module imports, packages left out."""
+    known = modules()
+    return {m for m in imported(known[name]) if m in known and known[m].name != "__init__.py"} - {name}
 
 
 @pytest.mark.parametrize("name", modules())
 def test_imports_go_from_stages_to_pipeline_to_storage_and_never_back(name: str) -> None:
-    room = name.split(".")[0]
-    rooms = {other.split(".")[0] for other in imported(modules()[name])} & set(MAY_IMPORT)
-    assert rooms <= MAY_IMPORT[room], f"{name} may import {MAY_IMPORT[room]} only"
+    allowed = PACKAGES[: PACKAGES.index(name.split(".")[0]) + 1]
+    tops = {other.split(".")[0] for other in imported(modules()[name])} & set(PACKAGES)
+    assert tops <= set(allowed), f"{name} may import {allowed} only"
+
+
+def test_every_room_is_in_the_list_and_every_module_of_pipeline_is_in_a_room() -> None:
+    assert {path.name for path in (ROOT / "pipeline").iterdir() if (path / "__init__.py").is_file()} == {
+        *ROOMS
+    }
+    assert all(room(name) for name in modules() if name.startswith("pipeline.") and name.count(".") > 1)
+    assert [name for name in modules() if name.startswith("pipeline") and not room(name)] == [
+        "pipeline", *(f"pipeline.{name}" for name in sorted(ROOMS))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if room(name)])
+def test_a_room_imports_only_rooms_above_it(name: str) -> None:
+    below = set(ROOMS[ROOMS.index(room(name)) + 1 :])
+    assert not {m for m in house_imports(name) if room(m) in below}
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    left = {name: house_imports(name) for name in modules()}
+    while free := [name for name, needs in left.items() if not needs & set(left)]:
+        for name in free:
+            del left[name]
+    assert not left, f"these import each other: {sorted(left)}"
+
+
+def test_students_are_trained_without_the_teacher() -> None:
+    for name in modules():
+        if room(name) in {"training", "streaming", "students"}:
+            assert not {m for m in house_imports(name) if room(m) in {"engines", "teachers"}}, name
+
+
+def test_the_report_imports_no_other_room() -> None:
+    for name in modules():
+        if room(name) == "report":
+            assert {room(m) for m in house_imports(name)} <= {"report", ""}, name
+
+
+@pytest.mark.parametrize("package", TORCH_FREE)
+def test_what_reads_and_checks_never_imports_torch(package: str) -> None:
+    own = [n for n in modules() if n == package or n.startswith(f"{package}.")]
+    code = f"import sys, {', '.join(own)}; sys.exit(bool({{'torch', 'transformers'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_no_stage_imports_another_or_torch() -> None:
-    for name, path in modules().items():
+    for name in modules():
         if name.startswith("stages."):
-            found = imported(path)
-            sideways = {other for other in found if other.startswith("stages")} - STAGE_HELPERS
-            sideways -= {f"{c}.main" for c in COMMANDS} | COMMANDS if name == "stages.command" else set()
-            assert not {s for s in sideways if ".".join(s.split(".")[:2]) not in STAGE_HELPERS}, name
-            assert not {other for other in found if other.split(".")[0] in {"torch", "transformers"}}, name
+            sideways = {m for m in house_imports(name) if m.startswith("stages.")} - STAGE_HELPERS
+            assert not sideways or name == "stages.main", f"{name} imports {sideways}"
+            libraries = {other.split(".")[0] for other in imported(modules()[name])}
+            assert not libraries & {"torch", "transformers"}, name
 
 
 def test_storage_needs_five_libraries_and_one_file_knows_dask() -> None:
@@ -43,13 +104,15 @@ def test_storage_needs_five_libraries_and_one_file_knows_dask() -> None:
         libraries = {other.split(".")[0] for other in imported(path)} - set(sys.stdlib_module_names)
         if name.split(".")[0] == "storage":
             assert libraries <= STORAGE_LIBRARIES | {"storage"}, name
-        assert not libraries & {"dask", "distributed"} or name == "pipeline.cluster", name
+        assert not libraries & {"dask", "distributed"} or name == "pipeline.capture.dask_cluster", name
         assert "fsspec" not in libraries or name == "storage.remote", name
 
 
 def test_dask_is_imported_where_a_capture_is_not_inline_and_nowhere_else() -> None:
-    importers = {name for name, path in modules().items() if "pipeline.cluster" in imported(path)}
-    assert importers == {"pipeline.capture"}
+    importers = {
+        name for name, path in modules().items() if "pipeline.capture.dask_cluster" in imported(path)
+    }
+    assert importers == {"pipeline.capture.capture"}
     code = "import sys, stages.cache; sys.exit(bool({'dask', 'distributed'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
@@ -87,8 +150,8 @@ def test_every_model_that_transformers_loads_is_told_to_run_no_code() -> None:
 def test_an_install_for_the_command_alone_has_what_it_imports() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     installed = {*project["dependencies"], *project["optional-dependencies"]["predict"]}
-    libraries = {name.split(".")[0] for file in closure("stages.command") for name in imported(ROOT / file)}
-    assert libraries - set(sys.stdlib_module_names) - set(MAY_IMPORT) == {n.split(".")[0] for n in installed}
+    libraries = {name.split(".")[0] for file in closure("stages.main") for name in imported(ROOT / file)}
+    assert libraries - set(sys.stdlib_module_names) - set(PACKAGES) == {n.split(".")[0] for n in installed}
 
 
 def test_every_file_says_what_it_is_and_is_one_idea_long() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from storage.writer import Store, seal
+from storage.seal import seal
+from storage.writer import Store
 from tests.storage.conftest import IDENTITY, fill
 
 GOLDEN = Path(__file__).parent / "cache-v1"

@@ -16,7 +16,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline import capture, config_teachers, engine, teachers
+from pipeline.capture.identity import CAPTURE_VERSION, capture_identity
+from pipeline.config.caches import CacheEntry, Hidden
+from pipeline.engines.classifier import infer_rows
+from pipeline.engines.loading import load_classifier
+from pipeline.teachers.record import RECORD, teacher_reader
 from tests import toy
 
 GOLDEN = Path(__file__).parent / "capture.json"
@@ -36,23 +40,21 @@ def write_teacher(directory: Path) -> None:
     save_file(weights, path, metadata={"format": "pt"})
     record = {"task": "sequence-classification", "labels": ["negative", "positive"]}
     record |= {"max_length": 32, "too_long": "error"}
-    (directory / teachers.RECORD).write_text(json.dumps(record))
+    (directory / RECORD).write_text(json.dumps(record))
 
 
 def captured(directory: Path) -> dict[str, Any]:
     """Logits and pooled states of a few texts, rounded, and the fingerprints that name them."""
-    entry = config_teachers.CacheEntry(
-        dataset="toy", teacher="golden", hidden=config_teachers.Hidden(layers=(1, 2)), precision="float32"
-    )
-    who = capture.identity(entry, directory)
-    reader = teachers.reader(directory)
+    entry = CacheEntry(dataset="toy", teacher="golden", hidden=Hidden(layers=(1, 2)), precision="float32")
+    who = capture_identity(entry, directory)
+    reader = teacher_reader(directory)
     texts = toy.texts(6)
     tokens = reader.read(texts, texts)
-    said = engine.infer(
-        teachers.load(directory), tokens, np.arange(len(texts)), reader.pad_id, "float32", who.spec.hidden
+    said = infer_rows(
+        load_classifier(directory), tokens, np.arange(len(texts)), reader.pad_id, "float32", who.spec.hidden
     )
     return {
-        "capture_version": capture.CAPTURE_VERSION,
+        "capture_version": CAPTURE_VERSION,
         "teacher": who.teacher.model_dump(),
         "tokenizer": who.tokenizer.model_dump(),
         "input_hashes": tokens.hashes().to_pylist(),

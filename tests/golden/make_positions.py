@@ -16,15 +16,19 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.draws import row_words
-from pipeline.prompts import prompts
-from pipeline.sparsify import Keys, rounding_noise, sparsify
-from pipeline.tokens import Tokens
+from pipeline.codecs.encoders import rounding_noise
+from pipeline.codecs.sparsify import sparsify
+from pipeline.data.counter_rng import Keys, row_words
+from pipeline.data.tokenizer import Tokens
+from pipeline.engines.masking import make_prompts
 from storage import compact
+from storage.codecs import Threshold
 from storage.entries import Entries, concatenate, ends, ranges
+from storage.fingerprints import row_id, sha256_json
 from storage.records import EntryRows, LogitRows
-from storage.spec import Identity, Mask, Threshold, row_id, sha256_json
-from storage.writer import Store, seal
+from storage.seal import seal
+from storage.spec import Identity, Mask
+from storage.writer import Store
 from tests.storage.conftest import IDENTITY, LABELS
 
 GOLDEN = Path(__file__).parent / "positions-v3"
@@ -91,7 +95,7 @@ def write(out: Path) -> None:
     """Both golden caches, below `out`."""
     lengths, read = np.array(LENGTHS, np.int32), tokens()
     tags = LogitRows(IDS, read.hashes(), lengths, logits(len(LABELS)), read.ids)
-    hidden = prompts("masked-lm", MASK, read, IDS, SPECIAL)
+    hidden = make_prompts("masked-lm", MASK, read, IDS, SPECIAL)
     kept = entries(hidden.asked)
     entropies = np.where(hidden.asked, entropy(logits(VOCAB).astype(np.float64)), 0)
     a_row = np.add.reduceat(entropies, ends(LENGTHS)[:-1]).astype(np.float32)

@@ -14,9 +14,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import numpy as np
 import pyarrow as pa
 
+from storage.fingerprints import input_hash, row_id
 from storage.records import LogitRows
-from storage.spec import EmbeddingSpec, Identity, ImageSpec, Spec, input_hash, row_id
-from storage.writer import Store, seal
+from storage.seal import seal
+from storage.spec import EmbeddingSpec, Identity, ImageSpec, Spec
+from storage.writer import Store
 from tests.storage.conftest import IDENTITY
 
 GOLDEN = Path(__file__).parent / "rows-v4"

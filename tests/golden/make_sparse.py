@@ -15,12 +15,16 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.draws import row_words
-from pipeline.sparsify import Keys, rounding_noise, sparsify
+from pipeline.codecs.encoders import rounding_noise
+from pipeline.codecs.sparsify import sparsify
+from pipeline.data.counter_rng import Keys, row_words
 from storage import compact
+from storage.codecs import Sample, SparseCodec, Threshold, TopK
+from storage.fingerprints import input_hash, row_id, sha256_json
 from storage.records import EntryRows
-from storage.spec import Identity, Sample, SparseCodec, Threshold, TopK, input_hash, row_id, sha256_json
-from storage.writer import Store, seal
+from storage.seal import seal
+from storage.spec import Identity
+from storage.writer import Store
 from tests.storage.conftest import IDENTITY
 
 GOLDEN = Path(__file__).parent / "sparse-v2"

@@ -16,10 +16,12 @@ import numpy as np
 import pyarrow as pa
 
 from storage import hidden
+from storage.fingerprints import input_hash, row_id
 from storage.hidden import Basis
 from storage.records import LogitRows
-from storage.spec import HiddenSpec, Identity, input_hash, row_id
-from storage.writer import Store, seal
+from storage.seal import seal
+from storage.spec import HiddenSpec, Identity
+from storage.writer import Store
 from tests.storage.conftest import IDENTITY
 
 GOLDEN = Path(__file__).parent / "states-v4"

@@ -12,9 +12,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from safetensors.torch import save_file
 
-from pipeline import weights
-from pipeline.decoders import EMBEDDINGS, NORM, PARTS, tensor_name
-from storage.writer import Store, Weights, seal
+from pipeline.capture.teacher_weights import find_tensors, write_tensors
+from pipeline.students.llama_weights import FINAL_NORM, LAYER_PARTS, LLAMA_EMBEDDINGS, llama_tensor
+from storage.seal import CarriedWeights, seal
+from storage.writer import Store
 from tests.storage.conftest import IDENTITY, fill
 
 GOLDEN = Path(__file__).parent / "weights-v3"
@@ -27,8 +28,8 @@ SHAPES = {
 
 def write_teacher(directory: Path) -> None:
     """A Llama of three layers that is four wide, tied; its numbers are small whole ones."""
-    names = {EMBEDDINGS: (5, 4), NORM: (4,)}
-    names |= {tensor_name(layer, part): SHAPES.get(part, (4,)) for layer in range(3) for part in PARTS}
+    names = {LLAMA_EMBEDDINGS: (5, 4), FINAL_NORM: (4,)}
+    names |= {llama_tensor(layer, part): SHAPES.get(part, (4,)) for layer in range(3) for part in LAYER_PARTS}
     tensors = {
         name: (torch.arange(torch.Size(shape).numel()) % 7 + place % 5).reshape(shape).to(torch.bfloat16)
         for place, (name, shape) in enumerate(names.items())
@@ -45,8 +46,8 @@ def write(out: Path) -> None:
     with tempfile.TemporaryDirectory() as made:
         teacher = Path(made) / "teacher"
         write_teacher(teacher)
-        found = weights.find("golden", teacher, LAYERS)
-        carried = Weights(LAYERS, partial(weights.write, found, teacher))
+        found = find_tensors("golden", teacher, LAYERS)
+        carried = CarriedWeights(LAYERS, partial(write_tensors, found, teacher))
         shards = fill(Store(Path(made) / "store"), (3, 2))
         files = {"tokenizer.json": b"{}\n"}
         seal(out, IDENTITY, shards, files, {"teacher": "golden"}, weights=carried)

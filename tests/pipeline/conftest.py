@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 import pytest
 from accelerate.state import AcceleratorState
 
-from pipeline import capture, config, config_teachers, data, finetune, hardware, replay
+from pipeline.capture.capture import Captured, capture_cache
+from pipeline.capture.verify import verify_cache
+from pipeline.config.caches import CacheEntry
+from pipeline.config.load import load_params
+from pipeline.config.params import Params, RunInputs
+from pipeline.data.prepare import prepare_dataset
+from pipeline.data.rows import Rows, load_rows
+from pipeline.runtime import hardware
+from pipeline.teachers.prepare import prepare_teacher
 from storage import Cache
 from storage.writer import Store
 from tests import toy
@@ -25,8 +33,8 @@ class World(NamedTuple):
     root: Path
 
     @property
-    def params(self) -> config.Params:
-        return config.load(self.root / "params.yaml")
+    def params(self) -> Params:
+        return load_params(self.root / "params.yaml")
 
     @property
     def dataset(self) -> Path:
@@ -48,29 +56,27 @@ class World(NamedTuple):
     def verified(self) -> Path:
         return self.root / "verified.json"
 
-    def rows(self) -> data.Rows:
-        return data.load_rows(self.dataset)
+    def rows(self) -> Rows:
+        return load_rows(self.dataset)
 
     def prepare(self) -> dict[str, Any]:
-        return data.prepare("toy", self.params.datasets["toy"], self.dataset)
+        return prepare_dataset("toy", self.params.datasets["toy"], self.dataset)
 
     def make_teacher(self) -> dict[str, Any]:
-        return finetune.make_teacher("tiny", self.params.teachers["tiny"], self.dataset, self.teacher)
+        return prepare_teacher("tiny", self.params.teachers["tiny"], self.dataset, self.teacher)
 
-    def capture(self, **changes: Any) -> capture.Captured:
+    def capture(self, **changes: Any) -> Captured:
         """Seal the cache; `changes` are to its entry of params.yaml."""
-        return capture.capture(
-            "toy", self.entry(**changes), self.dataset, self.teacher, self.cache, self.store
-        )
+        return capture_cache("toy", self.entry(**changes), self.dataset, self.teacher, self.cache, self.store)
 
-    def entry(self, **changes: Any) -> config_teachers.CacheEntry:
+    def entry(self, **changes: Any) -> CacheEntry:
         return self.params.caches["toy"].model_copy(update={"precision": "float32", **changes})
 
     def check(self) -> dict[str, Any]:
-        return replay.check("toy", Cache.open(self.cache), self.entry(), self.dataset, self.teacher)
+        return verify_cache("toy", Cache.open(self.cache), self.entry(), self.dataset, self.teacher)
 
-    def run_paths(self, out: Path) -> config.RunPaths:
-        return config.RunPaths(self.cache, self.dataset, self.verified, out)
+    def run_paths(self, out: Path) -> RunInputs:
+        return RunInputs(self.cache, self.dataset, self.verified, out)
 
     def copy(self, to: Path) -> "World":
         """The same project somewhere else, to be changed."""

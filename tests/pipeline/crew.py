@@ -17,13 +17,14 @@ import dask
 import psutil
 from distributed.utils import get_mp_context
 
-from pipeline import capture, hardware
-from pipeline.config import Workers
+from pipeline.capture.capture import Captured, capture_cache
+from pipeline.config.params import Workers
+from pipeline.runtime import hardware
 from tests import toy
 from tests.pipeline.conftest import World
 
 SHARD_ROWS, SHARDS = 4, 45  # of the toy's 180 rows
-PRELOAD = ["distributed", "transformers", "transformers.models.bert.modeling_bert", "pipeline.assignment"]
+PRELOAD = ["distributed", "transformers", "transformers.models.bert.modeling_bert", "pipeline.capture.worker"]
 INLINE = Workers(threads=1)
 
 
@@ -42,10 +43,10 @@ def local(processes: int, **changes: Any) -> Workers:
     )
 
 
-def compute(world: World, workers: Workers = INLINE, **changes: Any) -> capture.Captured:
+def compute(world: World, workers: Workers = INLINE, **changes: Any) -> Captured:
     """Capture in many small shards."""
     entry = world.entry(**{"shard_rows": SHARD_ROWS} | changes)
-    return capture.capture(
+    return capture_cache(
         "toy", entry, world.dataset, world.teacher, world.cache, world.store, workers=workers
     )
 

@@ -3,15 +3,15 @@
 import os
 import signal
 
-from pipeline import assignment
+from pipeline.capture.worker import Indices, WorkerState
 
-_compute = assignment._Desk.compute
+_compute = WorkerState.compute
 
 
-def _deadly(self: assignment._Desk, key: str, rows: assignment.Indices) -> None:
+def _deadly(self: WorkerState, key: str, rows: Indices) -> None:
     if any("zebra" in text for text in self._rows.take(rows).texts.to_pylist()):
         os.kill(os.getpid(), signal.SIGKILL)
     _compute(self, key, rows)
 
 
-assignment._Desk.compute = _deadly  # type: ignore[method-assign]
+WorkerState.compute = _deadly  # type: ignore[method-assign]

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from pipeline import teachers
+from pipeline.teachers.record import RECORD
 from tests import toy
 
 EOS = "<|endoftext|>"
@@ -35,4 +35,4 @@ def write(directory: Path) -> None:
     model.save_pretrained(directory)
     record = {"task": "sequence-classification", "labels": ["negative", "positive"]}
     record |= {"max_length": 64, "too_long": "error"}
-    (directory / teachers.RECORD).write_text(json.dumps(record))
+    (directory / RECORD).write_text(json.dumps(record))

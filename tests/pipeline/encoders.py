@@ -8,9 +8,14 @@ import shutil
 from pathlib import Path
 from typing import Any, Self
 
-from pipeline import capture, data, finetune, replay
-from pipeline.config_data import Dataset
-from pipeline.config_teachers import CacheEntry, Teacher
+from pipeline.capture.capture import Captured, capture_cache
+from pipeline.capture.verify import verify_cache
+from pipeline.config.caches import CacheEntry
+from pipeline.config.datasets import Dataset
+from pipeline.config.teachers import Teacher
+from pipeline.data.prepare import prepare_dataset
+from pipeline.data.rows import Rows, load_rows
+from pipeline.teachers.prepare import prepare_teacher
 from storage import Cache
 from storage.writer import Store
 from tests import toy
@@ -86,11 +91,11 @@ class Project:
         entry: dict[str, Any] = {"task": self.task, "path": str(self.root / "rows.jsonl"), "split": SPLIT}
         if self.task == "token-classification":
             entry |= {"columns": {"text": "words", "label": "tags"}, "labels": list(TAGS)}
-        return data.prepare("toy", Dataset.model_validate(entry | changes), self.dataset)
+        return prepare_dataset("toy", Dataset.model_validate(entry | changes), self.dataset)
 
     def make_teacher(self, **changes: Any) -> dict[str, Any]:
         entry = {"model": str(self.root / "model"), "dataset": "toy", "max_length": MOST, **changes}
-        return finetune.make_teacher("tiny", Teacher.model_validate(entry), self.dataset, self.teacher)
+        return prepare_teacher("tiny", Teacher.model_validate(entry), self.dataset, self.teacher)
 
     def entry(self, **changes: Any) -> CacheEntry:
         entry = {"dataset": "toy", "teacher": "tiny", "precision": "float32", "shard_rows": 16}
@@ -98,14 +103,14 @@ class Project:
             entry["targets"] = {"codec": "threshold", "tau": 0.1}
         return CacheEntry.model_validate(entry | changes)
 
-    def capture(self, **changes: Any) -> capture.Captured:
+    def capture(self, **changes: Any) -> Captured:
         store = Store(self.root / "store")
         entry = self.entry(**changes)
-        return capture.capture("toy", entry, self.dataset, self.teacher, self.cache, store)
+        return capture_cache("toy", entry, self.dataset, self.teacher, self.cache, store)
 
     def check(self, **changes: Any) -> dict[str, Any]:
         entry = self.entry(**changes)
-        return replay.check("toy", Cache.open(self.cache), entry, self.dataset, self.teacher)
+        return verify_cache("toy", Cache.open(self.cache), entry, self.dataset, self.teacher)
 
-    def rows(self) -> data.Rows:
-        return data.load_rows(self.dataset)
+    def rows(self) -> Rows:
+        return load_rows(self.dataset)

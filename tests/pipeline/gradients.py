@@ -11,12 +11,17 @@ import torch
 from safetensors.torch import save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from pipeline import hardware, kinds, lessons, students, teachers
-from pipeline.batches import Stream
-from pipeline.config_recipes import Recipe
-from pipeline.data import load_rows
-from pipeline.training import Settings, Validation, fit
-from stages import train
+from pipeline.config.recipes import Recipe
+from pipeline.config.students import FCStudent, LlamaStudent
+from pipeline.data.rows import load_rows
+from pipeline.objectives.base import Validation
+from pipeline.runtime import hardware
+from pipeline.streaming.batch import Stream
+from pipeline.students.registry import build_student
+from pipeline.teachers.record import teacher_reader
+from pipeline.training.loop import TrainingSettings, fit
+from pipeline.training.workload import documents_workload, rows_workload
+from stages.train import main
 from storage import Cache
 
 STILL = 1e-30  # a learning rate that moves nothing
@@ -27,20 +32,20 @@ def measure(world: Path, prose: Path, out: Path) -> None:
     rank, ranks = hardware.ranks()
     hardware.pin_threads(1)
     stream = Stream(rank, ranks)
-    reader = teachers.reader(world / "teacher")
+    reader = teacher_reader(world / "teacher")
     rows, documents = load_rows(world / "data"), load_rows(prose / "data")
-    fc = kinds.FC(kind="fc", embedding=4, hidden=4, dropout=0.0)
+    fc = FCStudent(kind="fc", embedding=4, hidden=4, dropout=0.0)
     mixed = Recipe(alpha=0.3, temperature=2.0, pool=True, batch_rows=7, batch_tokens=40)
-    llama = kinds.Llama(kind="llama", layers=1, width=16, heads=2, max_length=9)
+    llama = LlamaStudent(kind="llama", layers=1, width=16, heads=2, max_length=9)
     taught = [
-        (fc, lessons.of_rows(fc, mixed, Cache.open(world / "cache"), rows, reader, 0, stream)),
-        (llama, lessons.of_documents(llama, mixed.model_copy(update={"pool": False}),
+        (fc, rows_workload(fc, mixed, Cache.open(world / "cache"), rows, reader, 0, stream)),
+        (llama, documents_workload(llama, mixed.model_copy(update={"pool": False}),
                                      Cache.open(prose / "cache"), documents, 0, stream)),
     ]  # fmt: skip
     for entry, lesson in taught:
         torch.manual_seed(0)
         num_ids = reader.num_ids if entry is fc else lesson.num_outputs
-        model = students.build(entry, num_ids, lesson.num_outputs)
+        model = build_student(entry, num_ids, lesson.num_outputs)
         seen: dict[str, torch.Tensor] = {}
 
         def look(
@@ -53,7 +58,7 @@ def measure(world: Path, prose: Path, out: Path) -> None:
             )
 
         handle = register_optimizer_step_pre_hook(look)
-        settings = Settings(1, lesson.steps, STILL, 0.0, 0.0, 1, 99)
+        settings = TrainingSettings(1, lesson.steps, STILL, 0.0, 0.0, 1, 99)
         done = fit(model, lesson.batches, lesson.loss, lambda _: Validation(0.5, 1.0), settings)
         handle.remove()
         seen["loss"] = torch.tensor([point["train_loss"] for point in done.curve])
@@ -64,5 +69,5 @@ def measure(world: Path, prose: Path, out: Path) -> None:
 if __name__ == "__main__":
     measure(*(Path(argument) for argument in sys.argv[1:4]))
     os.chdir(sys.argv[4])
-    train.main("long")
-    train.main("dropped")
+    main("long")
+    main("dropped")

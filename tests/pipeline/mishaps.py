@@ -19,10 +19,10 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from pipeline import cluster
-from pipeline.config import Workers
+from pipeline.capture import dask_cluster
+from pipeline.config.params import Workers
+from storage.disk import STALE_SECONDS
 from storage.errors import StoreFull, WorkersLost
-from storage.writer import STALE_SECONDS
 from tests import toy
 from tests.pipeline import crew
 from tests.pipeline.conftest import World
@@ -87,7 +87,7 @@ def stalled_worker(world: World, chance: random.Random) -> set[str]:
         return time.monotonic() + (Workers().shard_timeout if up.is_set() else 0)
 
     with pytest.MonkeyPatch.context() as patched, crew.meanwhile(stop):
-        patched.setattr(cluster, "monotonic", clock)
+        patched.setattr(dask_cluster, "monotonic", clock)
         crew.compute(world, crew.local(2))
     return kept
 

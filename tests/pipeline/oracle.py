@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.draws import row_words
-from pipeline.sparsify import Keys, sparsify
+from pipeline.codecs.sparsify import sparsify
+from pipeline.data.counter_rng import Keys, row_words
+from storage.codecs import SparseCodec
 from storage.entries import Entries
-from storage.spec import SparseCodec
 
 F64 = npt.NDArray[np.float64]
 

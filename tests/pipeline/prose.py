@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline import capture, data, finetune, replay
-from pipeline.config_data import Dataset
-from pipeline.config_teachers import CacheEntry, Teacher
-from pipeline.tokens import TextReader
+from pipeline.capture.capture import Captured, capture_cache
+from pipeline.capture.verify import verify_cache
+from pipeline.config.caches import CacheEntry
+from pipeline.config.datasets import Dataset
+from pipeline.config.teachers import Teacher
+from pipeline.data.prepare import prepare_dataset
+from pipeline.data.tokenizer import TextReader
+from pipeline.teachers.prepare import prepare_teacher
 from storage import Cache
 from storage.writer import Store
 from tests import toy
@@ -59,11 +63,11 @@ class Prose:
     def prepare(self) -> None:
         entry = {"task": "causal-lm", "path": str(self.root / "documents.jsonl")}
         entry |= {"split": {"train": 0.6, "validation": 0.2, "test": 0.2}}
-        data.prepare("prose", Dataset.model_validate(entry), self.dataset)
+        prepare_dataset("prose", Dataset.model_validate(entry), self.dataset)
 
     def make_teacher(self, **changes: Any) -> dict[str, Any]:
         entry = {"model": str(self.root / "model"), "dataset": "prose", "max_length": 128, **changes}
-        return finetune.make_teacher("tiny", Teacher.model_validate(entry), self.dataset, self.teacher)
+        return prepare_teacher("tiny", Teacher.model_validate(entry), self.dataset, self.teacher)
 
     def entry(self, **targets: Any) -> CacheEntry:
         chosen = targets or {"codec": "threshold", "tau": 0.1, "layout": "compact"}
@@ -77,10 +81,10 @@ class Prose:
             }
         )
 
-    def capture(self, **targets: Any) -> capture.Captured:
+    def capture(self, **targets: Any) -> Captured:
         store = Store(self.root / "store")
-        return capture.capture("prose", self.entry(**targets), self.dataset, self.teacher, self.cache, store)
+        return capture_cache("prose", self.entry(**targets), self.dataset, self.teacher, self.cache, store)
 
     def check(self, **targets: Any) -> dict[str, Any]:
         entry = self.entry(**targets)
-        return replay.check("prose", Cache.open(self.cache), entry, self.dataset, self.teacher)
+        return verify_cache("prose", Cache.open(self.cache), entry, self.dataset, self.teacher)

@@ -7,9 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import capture, config, data, finetune, replay
-from pipeline.config_data import Dataset
-from pipeline.config_teachers import CacheEntry, Teacher
+from pipeline.capture.capture import Captured, capture_cache
+from pipeline.capture.verify import verify_cache
+from pipeline.config.caches import CacheEntry
+from pipeline.config.datasets import Dataset
+from pipeline.config.params import RunInputs
+from pipeline.config.teachers import Teacher
+from pipeline.data.prepare import prepare_dataset
+from pipeline.teachers.prepare import prepare_teacher
 from storage import Cache
 from storage.writer import Store
 from tests import toy
@@ -48,23 +53,23 @@ class World:
         self.entry = Dataset.model_validate({"split": SPLIT, **dataset})
 
     def prepare(self) -> dict[str, Any]:
-        return data.prepare("toy", self.entry, self.dataset)
+        return prepare_dataset("toy", self.entry, self.dataset)
 
     def make_teacher(self, **changes: Any) -> dict[str, Any]:
         entry = Teacher.model_validate({**self.teaching, **changes})
-        return finetune.make_teacher("tiny", entry, self.dataset, self.teacher)
+        return prepare_teacher("tiny", entry, self.dataset, self.teacher)
 
     def caching(self) -> CacheEntry:
         entry = {"dataset": "toy", "teacher": "tiny", "precision": "float32", "shard_rows": 32}
         return CacheEntry.model_validate(entry)
 
-    def capture(self) -> capture.Captured:
+    def capture(self) -> Captured:
         store = Store(self.root / "store")
-        return capture.capture("toy", self.caching(), self.dataset, self.teacher, self.cache, store)
+        return capture_cache("toy", self.caching(), self.dataset, self.teacher, self.cache, store)
 
     def check(self) -> dict[str, Any]:
         """Verify it, and keep the record where runs look for it."""
-        found = replay.check("toy", Cache.open(self.cache), self.caching(), self.dataset, self.teacher)
+        found = verify_cache("toy", Cache.open(self.cache), self.caching(), self.dataset, self.teacher)
         (self.root / "verified.json").write_text(json.dumps(found))
         return found
 
@@ -75,8 +80,8 @@ class World:
         self.check()
         return self
 
-    def paths(self, out: Path) -> config.RunPaths:
-        return config.RunPaths(self.cache, self.dataset, self.root / "verified.json", out)
+    def paths(self, out: Path) -> RunInputs:
+        return RunInputs(self.cache, self.dataset, self.root / "verified.json", out)
 
 
 def images(root: Path) -> World:

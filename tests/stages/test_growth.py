@@ -62,7 +62,7 @@ def test_gc_shows_and_removes_what_a_changed_spec_left_behind(project: Project) 
     project.repro("cache@toy")
     for path in old:
         os.utime(path, (time.time() - 10**6,) * 2)
-    command = ["python", "-m", "stages.command", "gc"]
+    command = ["python", "-m", "stages.main", "gc"]
     shown = project.run(*command).stdout
     assert f"{len(old)} of no use: 180 rows, " in shown
     assert "remove them with --yes" in shown
@@ -87,7 +87,7 @@ def test_merged_caches_are_one_cache_that_the_next_capture_goes_on_from(
     project: Project, tmp_path: Path
 ) -> None:
     shutil.copytree(project.root / "caches" / "toy", tmp_path / "elsewhere")
-    command = ["python", "-m", "stages.command", "merge", str(tmp_path / "elsewhere"), "caches/toy"]
+    command = ["python", "-m", "stages.main", "merge", str(tmp_path / "elsewhere"), "caches/toy"]
     shutil.rmtree(project.root / ".stillroom")
     project.params(workers={"store": str(tmp_path / "nfs")})  # what merging makes goes where captures look
     said = project.run(*command, "--into", str(tmp_path / "both")).stdout

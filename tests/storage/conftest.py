@@ -8,8 +8,10 @@ import pyarrow as pa
 import pytest
 
 from storage import Cache, records
-from storage.spec import HiddenSpec, Identity, Spec, TeacherIdentity, TokenizerIdentity, input_hash, row_id
-from storage.writer import Store, StoredShard, seal
+from storage.fingerprints import input_hash, row_id
+from storage.seal import seal
+from storage.spec import HiddenSpec, Identity, Spec, TeacherIdentity, TokenizerIdentity
+from storage.writer import Store, StoredShard
 
 LABELS = ("bad", "fair", "good")
 HIDDEN = HiddenSpec(layers=(1, 2), pool="mean", width=4, dtype="float16")

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage import compact
+from storage.codecs import Sample, SparseCodec, Threshold, TopK
 from storage.compact import HEAD_LEVELS, Ranks
 from storage.entries import Entries, ends
-from storage.spec import Sample, SparseCodec, Threshold, TopK
 
 TABLE = "0" * 64
 VOCABULARIES = [2, 257, 65_536, 131_073, 262_144, 2**31 - 1]

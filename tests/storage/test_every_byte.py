@@ -16,9 +16,9 @@ import pytest
 from storage import Cache
 from storage.errors import CacheError, ManifestInvalid, ShardCorrupt, ShardMissing, ShardTruncated
 from storage.files import LocalFiles
+from storage.fingerprints import canonical_json, sha256_json
 from storage.manifest import BASIS_DIR, MANIFEST_NAME, TABLE_NAME, ShardEntry
 from storage.mixture import MIXTURE_NAME, Mixture, mix, open_cache
-from storage.spec import canonical_json, sha256_json
 from storage.verify import verify
 from storage.writer import Store
 from tests.storage.conftest import IDENTITY, make_cache

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage import Cache, errors, manifest, order, records
-from storage.spec import Mask, content_fingerprint, input_hash, row_id, shard_key
+from storage.fingerprints import content_fingerprint, input_hash, row_id
+from storage.spec import Mask, shard_key
 from storage.verify import verify
 from tests.golden import make_cache
 from tests.golden import make_rows as make_rows_golden

@@ -12,8 +12,9 @@ from storage.errors import ManifestInvalid, NoManifest, StoreInUse
 from storage.garbage import alone, remove, unused
 from storage.manifest import MANIFEST_NAME
 from storage.mixture import mix
+from storage.seal import seal
 from storage.verify import verify
-from storage.writer import Store, StoredShard, seal
+from storage.writer import Store, StoredShard
 from tests.storage.conftest import IDENTITY, fill
 
 DAY = 24 * 3600.0

@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage import Cache, compact, hidden, manifest, pages, records
+from storage.checksums import file_entry
 from storage.errors import CacheError, FormatTooNew, ManifestInvalid, ShardCorrupt, ShardUnexpected
+from storage.fingerprints import canonical_json, sha256_json
 from storage.manifest import MANIFEST_NAME
-from storage.spec import canonical_json, sha256_json
-from storage.verify import file_entry
 from tests.storage.conftest import LABELS, make_rows
 from tests.storage.test_refusals import rewrite
 

@@ -11,8 +11,9 @@ from storage import Cache, hidden, records
 from storage.errors import ConfigError, ShardCorrupt, SpecMismatch
 from storage.manifest import MANIFEST_NAME
 from storage.merging import merge, unpinned
+from storage.seal import seal
 from storage.verify import verify
-from storage.writer import Store, seal
+from storage.writer import Store
 from tests.golden import make_states
 from tests.storage.conftest import IDENTITY, make_rows
 from tests.storage.conftest import make_states as states_of
@@ -100,14 +101,14 @@ def test_components_of_tokens_are_merged_row_by_row_with_their_basis(tmp_path: P
     assert [s.key for s in some.manifest.shards] == [s.key for s in cache.shards]
     assert store.basis(unpinned(cache.identity)) is not None
     # The same rows in other shards: the last row of the first shard stands in one of its own.
-    from storage import merging
+    from storage.merging import _take, _tokenizer
 
-    last = merging._take(store, cache, shard, np.array([shard.rows - 1]))
+    last = _take(store, cache, shard, np.array([shard.rows - 1]))
     seal(
         tmp_path / "last",
         cache.identity,
         [last],
-        merging._tokenizer(cache),
+        _tokenizer(cache),
         {},
         None,
         None,

@@ -15,7 +15,7 @@ import pytest
 from storage import nearby
 from storage.errors import ShardMissing, StoreFull
 from storage.manifest import FileEntry
-from storage.nearby import Nearby
+from storage.nearby import Fetch, Nearby
 
 SIZE = 1000
 
@@ -41,7 +41,7 @@ def fail(file: FileEntry, root: Path) -> None:
     raise AssertionError(f"{file.path} is fetched again")
 
 
-def read(copies: Nearby, number: int, how: nearby.Fetch = fetch) -> bytes:
+def read(copies: Nearby, number: int, how: Fetch = fetch) -> bytes:
     with copies.holding(piece(number), how) as root:
         return (root / f"logits/{number}").read_bytes()
 

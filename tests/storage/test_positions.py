@@ -11,11 +11,14 @@ import pytest
 from pydantic import ValidationError
 
 from storage import Cache, records
+from storage.codecs import TopK
 from storage.errors import ManifestInvalid, ShardCorrupt
+from storage.fingerprints import input_hash, row_id
 from storage.records import LogitRows
-from storage.spec import Identity, Mask, Spec, TopK, input_hash, row_id
+from storage.seal import seal
+from storage.spec import Identity, Mask, Spec
 from storage.verify import verify
-from storage.writer import Store, seal
+from storage.writer import Store
 from tests.storage.conftest import IDENTITY, LABELS
 from tests.storage.test_refusals import rewrite
 

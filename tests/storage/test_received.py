@@ -6,12 +6,13 @@ import pytest
 
 from storage import Cache
 from storage.errors import ManifestInvalid, ShardCorrupt, SpecMismatch
+from storage.fingerprints import canonical_json
 from storage.location import Url
 from storage.mixture import open_cache
 from storage.received import RECEIVED_NAME, open_received, publish, receive
-from storage.spec import canonical_json
+from storage.seal import seal
 from storage.verify import verify
-from storage.writer import Store, seal
+from storage.writer import Store
 from tests import s3 as server
 from tests.s3 import Server
 from tests.storage.conftest import IDENTITY, fill

@@ -20,8 +20,8 @@ from storage.errors import (
     ShardUnexpected,
     SpecMismatch,
 )
+from storage.fingerprints import canonical_json, row_id, sha256_json
 from storage.manifest import MANIFEST_NAME
-from storage.spec import canonical_json, row_id, sha256_json
 from storage.verify import verify
 from tests.storage.conftest import IDENTITY, LABELS
 

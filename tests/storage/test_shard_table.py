@@ -10,10 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from storage import Cache, manifest
+from storage.checksums import file_entry
 from storage.errors import ManifestInvalid, ShardCorrupt, ShardMissing, ShardTruncated
+from storage.seal import seal
 from storage.shard_table import Columns, ShardTable, file_names
-from storage.verify import file_entry, verify
-from storage.writer import Store, seal
+from storage.verify import verify
+from storage.writer import Store
 from tests import s3 as server
 from tests.golden import make_table
 from tests.s3 import Server

@@ -14,10 +14,11 @@ import pytest
 
 from storage import hidden, records
 from storage.errors import StoreUnreachable
+from storage.fingerprints import canonical_json, sha256_json
 from storage.location import Url
+from storage.seal import seal
 from storage.shared_store import SharedStore, open_store
-from storage.spec import canonical_json, sha256_json
-from storage.writer import Store, StoredShard, seal
+from storage.writer import Store, StoredShard
 from tests import s3 as server
 from tests.s3 import Server
 from tests.storage.conftest import IDENTITY, fill, make_rows, make_states

@@ -15,9 +15,10 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from pydantic import ValidationError
 
 from storage import Cache, hidden
+from storage.checksums import file_entry
 from storage.errors import ManifestInvalid, ShardCorrupt, ShardMissing
 from storage.spec import HiddenSpec
-from storage.verify import file_entry, verify
+from storage.verify import verify
 from tests.golden import make_states
 from tests.golden.make_states import BASES, GOLDEN, SHARDS, SMALL, states
 from tests.storage.conftest import HIDDEN

@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage import Cache, writer
+from storage import Cache
+from storage.disk import STALE_SECONDS, host_name, sweep_stale
 from storage.errors import StoreFull
+from storage.seal import seal
 from storage.verify import verify
-from storage.writer import Store, seal
+from storage.writer import Store
 from tests.storage.conftest import HIDDEN, IDENTITY, fill, make_rows, make_states
 
 ROOT = Path(__file__).parents[2]
@@ -87,10 +89,10 @@ def test_sweeping_takes_whatever_is_a_day_old_and_minds_nothing_that_is_gone(tmp
     store.sweep()
     assert len(list(temporary.iterdir())) == 3, "machines elsewhere may still be writing"
     for path in temporary.iterdir():
-        os.utime(path, (0, time.time() - writer.STALE_SECONDS - 60))
+        os.utime(path, (0, time.time() - STALE_SECONDS - 60))
     store.sweep()
     assert not list(temporary.iterdir())
-    writer._sweep(temporary / "elsewhere.3.x", "elsewhere", "3")
+    sweep_stale(temporary / "elsewhere.3.x", "elsewhere", "3")
 
 
 KILL = """
@@ -198,12 +200,12 @@ def test_several_processes_may_seal_one_cache_at_once(tmp_path: Path) -> None:
 
 def test_sealing_sweeps_what_a_dead_process_left_and_not_what_a_living_one_makes(tmp_path: Path) -> None:
     shards = fill(Store(tmp_path / "store"))
-    dead = tmp_path / f".toy.{writer._host()}.999999999"
-    other = tmp_path / f".toy.b.{writer._host()}.{os.getpid()}"  # of the cache toy.b
+    dead = tmp_path / f".toy.{host_name()}.999999999"
+    other = tmp_path / f".toy.b.{host_name()}.{os.getpid()}"  # of the cache toy.b
     ended = subprocess.Popen(["true"])
     os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie, as in many containers
-    zombie, its_old = (tmp_path / f".toy.{writer._host()}.{ended.pid}{tail}" for tail in ("", "-replaced"))
-    theirs = tmp_path / f".toy.{writer._host()}.{os.getppid()}-replaced"
+    zombie, its_old = (tmp_path / f".toy.{host_name()}.{ended.pid}{tail}" for tail in ("", "-replaced"))
+    theirs = tmp_path / f".toy.{host_name()}.{os.getppid()}-replaced"
     for made in (dead, other, zombie, its_old, theirs):
         (made / "logits").mkdir(parents=True)
     seal(tmp_path / "toy", IDENTITY, shards, {}, {})

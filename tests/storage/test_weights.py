@@ -9,8 +9,9 @@ import pytest
 
 from storage import Cache
 from storage.errors import ManifestInvalid, ShardCorrupt, ShardMissing, ShardUnexpected, SpecMismatch
+from storage.seal import CarriedWeights, seal
 from storage.verify import verify
-from storage.writer import Store, Weights, seal
+from storage.writer import Store
 from tests.storage.conftest import IDENTITY, fill
 from tests.storage.test_refusals import read_all, rewrite
 
@@ -23,7 +24,14 @@ def write(directory: Path) -> None:
 @pytest.fixture
 def carrying(tmp_path: Path) -> Cache:
     shards = fill(Store(tmp_path / "store"))
-    seal(tmp_path / "toy", IDENTITY, shards, {"tokenizer.json": b"{}"}, {}, weights=Weights((3, 0), write))
+    seal(
+        tmp_path / "toy",
+        IDENTITY,
+        shards,
+        {"tokenizer.json": b"{}"},
+        {},
+        weights=CarriedWeights((3, 0), write),
+    )
     return Cache.open(tmp_path / "toy")
 
 

@@ -1,0 +1,1 @@
+"""Views of training rows: words exchanged, left out or moved."""

@@ -1,0 +1,1 @@
+"""The cache stage: plan the missing shards, answer them with the teacher, seal the cache; and verify."""

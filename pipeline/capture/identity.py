@@ -1,0 +1,86 @@
+"""The identity of a capture: which teacher, tokenizer and spec, read from files alone."""
+
+import json
+from pathlib import Path
+
+from pipeline.config.caches import CacheEntry, Hidden, codec_spec, mask_spec
+from pipeline.engines.model_files import teacher_identity
+from pipeline.runtime import hardware
+from pipeline.teachers.record import reading_spec, teacher_reader, teacher_record
+from storage.errors import TeacherError
+from storage.fingerprints import Sha256
+from storage.spec import EmbeddingSpec, HiddenSpec, Identity, ImageSpec, Spec
+
+CAPTURE_VERSION = int((Path(__file__).parents[1] / "CAPTURE_VERSION").read_text())
+
+LAYERS_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+WIDTH_KEYS = ("hidden_size", "dim", "n_embd", "d_model")
+
+
+def capture_identity(
+    entry: CacheEntry,
+    teacher: Path,
+    ranks: Sha256 | None = None,
+    basis: Sha256 | None = None,
+) -> Identity:
+    """Who will be asked, and what will be kept. Reads the teacher's files, loads no model.
+
+    `ranks` is the fingerprint of a compact layout's table of frequent ids, `basis` that of the axes of hidden
+    states as principal components.
+    """
+    record = teacher_record(teacher)
+    reader, how = teacher_reader(teacher), reading_spec(teacher)
+    spec = Spec(
+        task=record["task"],
+        labels=tuple(record["labels"]),
+        vocab_size=record.get("vocab_size"),
+        codec=codec_spec(entry.targets, ranks),
+        max_length=reader.max_length,
+        too_long=record["too_long"],
+        precision=hardware.precision(entry.precision),
+        hidden=_hidden_spec(entry.hidden, teacher, basis),
+        mask=mask_spec(record["task"], entry.mask),
+        image=how if isinstance(how, ImageSpec) else None,
+        embedding=how if isinstance(how, EmbeddingSpec) else None,
+    )
+    return Identity(
+        capture_version=CAPTURE_VERSION,
+        teacher=teacher_identity(teacher),
+        tokenizer=reader.identity(),
+        spec=spec,
+    )
+
+
+def _hidden_spec(entry: Hidden | None, teacher: Path, basis: Sha256 | None) -> HiddenSpec | None:
+    if entry is None:
+        return None
+    task = teacher_record(teacher)["task"]
+    if task != "sequence-classification" and entry.pool != "none":
+        raise TeacherError(
+            f"hidden.pool: {task} has a target a token, and hidden states are kept like targets; "
+            f"write pool: none, not {entry.pool}."
+        )
+    model = json.loads((teacher / "config.json").read_text())
+    layers = next((model[key] for key in LAYERS_KEYS if model.get(key)), None)
+    width = next((model[key] for key in WIDTH_KEYS if model.get(key)), None)
+    if layers is None or width is None:
+        raise TeacherError(
+            f"hidden: {teacher}/config.json does not say how many layers it has, or how wide.\n"
+            f"Expected one of {LAYERS_KEYS} and one of {WIDTH_KEYS}. Leave `hidden` out to keep logits alone."
+        )
+    if wrong := [layer for layer in entry.layers if layer > layers]:
+        raise TeacherError(
+            f"hidden.layers: the teacher in {teacher} has layers 0 (embeddings) to {layers}, not {wrong}."
+        )
+    if wrong := [block for block in entry.qkv if block > layers]:
+        raise TeacherError(
+            f"hidden.qkv: the teacher in {teacher} has attention blocks 1 to {layers}, not {wrong}."
+        )
+    if entry.pca is not None and entry.pca > width:
+        raise TeacherError(
+            f"hidden.pca: states of the teacher in {teacher} have {width} numbers: no {entry.pca} components."
+        )
+    return HiddenSpec(
+        layers=entry.layers, pool=entry.pool, width=width, dtype=entry.dtype, qkv=entry.qkv, pca=entry.pca,
+        basis=basis,
+    )  # fmt: skip

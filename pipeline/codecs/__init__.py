@@ -1,0 +1,1 @@
+"""Dense logits to sparse entries: top-k, random sampling, threshold sampling."""

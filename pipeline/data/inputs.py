@@ -1,0 +1,81 @@
+"""What models read of rows: the token ids of their texts, or their pixels, asked for in one way.
+
+Both are batched by `padded`, as numbers [B, L] and a mask of those that count; models know what theirs mean.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline.config.students import MLPStudent, Student
+from pipeline.data.rows import Rows
+from pipeline.data.tokenizer import TextReader, Tokens
+from storage.fingerprints import pixels_hash
+
+PATCH = 256  # numbers of an image that cost about what a token does: a patch of 16 x 16
+
+
+class Pixels(NamedTuple):
+    """N images, one byte a number: row after row of the image, channels last."""
+
+    values: npt.NDArray[np.uint8]  # N x numbers of an image
+    num_cut: int = 0  # none is ever cut
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """1 for each image: it is read as one."""
+        return np.ones(len(self.values), np.int64)
+
+    @property
+    def costs(self) -> npt.NDArray[np.int64]:
+        """What each costs in a batch, in tokens, roughly."""
+        return np.full(len(self.values), -(-self.values.shape[1] // PATCH))
+
+    def hashes(self, rows: npt.NDArray[np.int64] | None = None) -> pa.StringArray:
+        """storage.spec.pixels_hash of these rows, or of all."""
+        chosen = self.values if rows is None else self.values[rows]
+        return pa.array([pixels_hash(image.tobytes()) for image in chosen], pa.string())
+
+    def padded(
+        self, rows: npt.NDArray[np.int64], pad_id: int
+    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+        """Pixels [B, numbers of an image] of these rows, which need no padding, and the mask [B, 1] of it."""
+        return self.values[rows], np.ones((len(rows), 1), bool)
+
+
+Inputs = Tokens | Pixels
+
+
+class PixelReader(NamedTuple):
+    """Reads prepared images. It is to pixels what a TextReader is to text."""
+
+    num_ids: int  # numbers of an image: so many inputs a model has
+    max_length: int = 1
+    pad_id: int = 0
+
+    def identity(self) -> None:
+        """Images are read without a tokenizer."""
+
+
+Reader = TextReader | PixelReader
+
+
+def read_inputs(reader: Reader, rows: Rows, words: bool = False) -> Inputs:
+    """What a model reads of these rows; of text with `words` also the word of each token.
+
+    Raises DataError for rows that are too long.
+    """
+    if isinstance(reader, TextReader):
+        return reader.read(rows.texts.to_pylist(), rows.row_ids, words)
+    assert rows.pixels is not None  # a cache of images is made of rows of images
+    return Pixels(rows.pixels)
+
+
+def student_reader(student: Student, rows: Rows, tokenizer: Path) -> Reader:
+    """What this student reads with; longer rows are cut."""
+    if rows.pixels is not None or isinstance(student, MLPStudent):
+        return PixelReader(int(np.prod(rows.shape)))
+    return TextReader(tokenizer, student.max_length, "truncate")

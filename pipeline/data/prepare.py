@@ -1,0 +1,230 @@
+"""Raw dataset -> prepared rows: read, cut, split, name.
+
+A prepared dataset is a directory with two files:
+    rows.parquet   row_id, text, label (position in `labels`, -1 for none), split (one of SPLITS, or POOL);
+                   for token classification also tags (positions in `labels`, one a word; none in the pool);
+                   for several labels or numbers a row values (one for each of `labels`: 1 where a row has the
+                   label and 0 where not, or the number; null in the pool); for images pixels instead of text;
+                   of an augmented dataset (augment.py) also view, and the split VIEWS
+    summary.json   label names, counts of what was kept, cut, dropped or repeated, the content's fingerprint;
+                   the task, where it is neither of the two that labels tell apart; the shape of images
+Tokens are not in it: every teacher and student reads the same rows with a tokenizer of its own.
+"""
+
+import hashlib
+import json
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config.datasets import Dataset, Pool, Split
+from pipeline.data.chunking import SENTENCE_END, chunk_documents
+from pipeline.data.images import image_names, read_images
+from pipeline.data.labels import join_words, label_positions, row_values, word_tags
+from pipeline.data.rows import NO_LABEL, POOL, SPLITS
+from pipeline.data.sources import read_raw
+from pipeline.runtime.progress import tracked
+from storage.errors import DataError
+from storage.fingerprints import content_fingerprint, row_id
+
+MARKUP = re.compile(r"<[^>]+>")
+
+
+def prepare_dataset(name: str, config: Dataset, out: Path) -> dict[str, Any]:
+    """Read, check, cut and split the dataset `name`; write rows.parquet and summary.json; return the summary.
+
+    Raises DataError for a missing path or column, an unknown label, an empty split, or rows without text.
+    """
+    content, label_columns = config.content_column, config.label_columns
+    needed = [*([content] if content else []), *label_columns]
+    needed += [config.split] if isinstance(config.split, str) else []
+    raw = read_raw(name, config, name, config.files, config.where, needed, others=content is None)
+    counts: Counter[str] = Counter()
+    columns: dict[str, list[Any]] = {"row_id": [], "text": [], "label": [], "split": [], "tags": []}
+
+    def keep(source: str, text: str, label: int, split: str, own: list[int]) -> None:
+        values = (row_id(source, text), text, label, split, own)
+        for column, value in zip(columns.values(), values, strict=True):
+            column.append(value)
+
+    images, column = None, raw.columns.get(content or "", [])
+    if config.images is not None:
+        images = read_images(name, config, raw.columns, needed, counts)
+        column = image_names(images, config.images.shape)
+    label_column = label_columns[0] if label_columns else ""
+    names = raw.class_names.get(label_column)
+    labels, tagged = [NO_LABEL] * len(column), [list[int]()] * len(column)
+    if config.task == "token-classification":
+        column = join_words(name, column)
+        tagged = word_tags(name, config, column, raw.columns[label_column], names)
+    texts = _texts(name, config, column, counts)
+    numbers = row_values(name, config, raw.columns, names)
+    if config.task in ("sequence-classification", "image-classification"):
+        labels = label_positions(name, config, raw.columns[label_column], names)
+    if config.rows is not None:
+        texts = sorted(sorted(texts, key=lambda row: row_id(name, row[1]))[: config.rows])
+    splits = [
+        split_of(text, config.split) if isinstance(config.split, Split)
+        else _named_split(name, raw.columns[config.split], index)
+        for index, text in texts
+    ]  # fmt: skip
+    if config.blocks is None:
+        for split, (index, text) in zip(splits, texts, strict=True):
+            keep(name, text, labels[index], split, tagged[index])
+    else:
+        for split, text in chunk_documents(
+            zip(splits, (text for _, text in texts), strict=True), config.blocks
+        ):
+            keep(name, text, NO_LABEL, split, [])
+        counts["repeated blocks"] = len(columns["text"]) - len(set(columns["text"]))
+    if config.pool is not None:
+        known = {*columns["text"], *(text for _, text in texts)}
+        for text in _pool(name, config, config.pool, known, counts):
+            keep(f"{name}/{POOL}", text, NO_LABEL, POOL, [])
+    at, num_pool = [index for index, _ in texts], columns["split"].count(POOL)
+    if numbers is not None:
+        columns["values"] = [*numbers[at].tolist(), *[None] * num_pool]
+    if images is not None:
+        del columns["text"]
+        columns["pixels"] = pa.FixedSizeListArray.from_arrays(images[at].reshape(-1), images.shape[1])
+    return _write(name, config, columns, counts, len(texts), out)
+
+
+def split_of(text: str, split: Split) -> str:
+    """The split of a text by a stable hash: the same text has the same split in any dataset, order or run."""
+    at = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    if at < split.train:
+        return "train"
+    return "validation" if at < split.train + split.validation else "test"
+
+
+def sentences(text: str) -> Iterator[str]:
+    """The sentences of a text, without markup, white space folded. A plain rule, no parser: . ! ? end one."""
+    for sentence in SENTENCE_END.split(MARKUP.sub(" ", text)):
+        if folded := " ".join(sentence.split()):
+            yield folded
+
+
+def _folded(text: str) -> str:
+    return " ".join(MARKUP.sub(" ", text).split())
+
+
+def _texts(name: str, config: Dataset, column: list[Any], counts: Counter[str]) -> list[tuple[int, str]]:
+    """(position, text) of the rows with text: white space stripped, Unicode in NFC."""
+    kept, empty, seen = [], [], set()
+    for index, value in enumerate(column):
+        text = unicodedata.normalize("NFC", str(value)).strip() if value is not None else ""
+        if not text:
+            empty.append(index)
+            continue
+        counts["repeated"] += text in seen
+        seen.add(text)
+        kept.append((index, text))
+    counts["empty"] = len(empty)
+    if empty and config.empty == "error":
+        raise DataError(
+            f"datasets.{name}: {len(empty):,} of {len(column):,} rows have no text "
+            f"(the first is row {empty[0]}).\n"
+            f"Mend them, or write datasets.{name}.empty: drop to leave them out (the summary counts them)."
+        )
+    return kept
+
+
+def _named_split(name: str, column: list[Any], index: int) -> str:
+    if column[index] not in SPLITS:
+        raise DataError(
+            f"datasets.{name}: row {index} has split {column[index]!r}, expected one of {list(SPLITS)}."
+        )
+    return str(column[index])
+
+
+def _pool(name: str, config: Dataset, pool: Pool, labelled: set[str], counts: Counter[str]) -> list[str]:
+    """The unlabelled texts, chosen by hash so that order does not matter: distinct, none of them labelled.
+
+    A text is held to be a labelled one whatever its markup and white space.
+    """
+    column = config.columns.text
+    raw = read_raw(name, config, f"{name}.pool", pool.files or config.files, pool.where, [column])
+    known = {_folded(text) for text in labelled}
+    texts: dict[str, None] = {}
+    found = raw.columns[column]
+    if config.task == "token-classification":
+        found = join_words(f"{name}.pool", found)
+    for value in tracked(f"reading the pool of {name}", found, "texts"):
+        whole = unicodedata.normalize("NFC", str(value or ""))
+        for text in sentences(whole) if pool.cut == "sentences" else [whole.strip()]:
+            words = len(text.split())
+            outside = not pool.words[0] <= words <= pool.words[1]
+            counts["pool outside the word limits"] += outside
+            if outside:
+                continue
+            is_labelled = _folded(text) in known
+            counts["pool repeated or labelled"] += text in texts or is_labelled
+            if not is_labelled:
+                texts[text] = None
+    chosen = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())[: pool.rows]
+    if pool.rows is not None and len(chosen) < pool.rows:
+        raise DataError(
+            f"datasets.{name}.pool.rows: found {len(chosen):,} rows, expected {pool.rows:,}.\n"
+            "Lower rows, widen words, or write null to take what there is."
+        )
+    return chosen
+
+
+def _write(
+    name: str,
+    config: Dataset,
+    columns: dict[str, list[Any]],
+    counts: Counter[str],
+    num_documents: int,
+    out: Path,
+) -> dict[str, Any]:
+    rows = Counter(columns["split"])
+    if empty := [split for split in SPLITS if not rows[split]]:
+        raise DataError(
+            f"datasets.{name}: the split {empty[0]!r} is empty (rows: {dict(rows)}).\n"
+            f"Give it a share under datasets.{name}.split (a few rows may hash past a small share), or, "
+            "where that names a column, rows that say so."
+        )
+    tagged, several = config.task == "token-classification", config.task == "multi-label-classification"
+    classes = Counter(zip(columns["split"], columns["label"], strict=True))
+    if tagged:
+        pairs = zip(columns["split"], columns["tags"], strict=True)
+        classes = Counter((split, tag) for split, own in pairs for tag in own)
+    else:
+        del columns["tags"]
+    if several:
+        owned = zip(columns["split"], columns["values"], strict=True)
+        classes = Counter((split, i) for split, own in owned for i, v in enumerate(own or ()) if v)
+    per_label = {s: {n: classes[s, i] for i, n in enumerate(config.labels)} for s in SPLITS}
+    summary: dict[str, Any] = {
+        "labels": list(config.labels),
+        "rows": {split: rows[split] for split in (*SPLITS, POOL)},
+        "words_per_label" if tagged else "rows_per_label": per_label,
+        "left_out_or_repeated": dict(sorted(counts.items())),
+        "content": content_fingerprint(columns["row_id"]),
+    }
+    if config.blocks is not None:
+        summary |= {"documents": num_documents, "blocks": sum(rows[split] for split in SPLITS)}
+    if config.task not in ("sequence-classification", "causal-lm"):
+        summary["task"] = config.task
+    if config.images is not None:
+        summary["shape"] = list(config.images.shape)
+    out.mkdir(parents=True, exist_ok=True)
+    kinds = {"row_id": pa.string(), "text": pa.string(), "label": pa.int32(), "split": pa.string()}
+    kinds |= {"tags": pa.list_(pa.int32()), "values": pa.list_(pa.float32())}
+    if config.images is not None:
+        kinds["pixels"] = pa.list_(pa.uint8(), math.prod(config.images.shape))
+    schema = pa.schema([(column, kinds[column]) for column in columns])
+    pq.write_table(
+        pa.table(columns, schema=schema), out / "rows.parquet", compression="zstd", write_page_checksum=True
+    )
+    (out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    return summary

@@ -1,0 +1,1 @@
+"""Teachers at inference: rows in, cached targets out."""

@@ -1,0 +1,177 @@
+"""What a teacher thinks on its way to an answer: hidden states, and queries, keys and values of attention.
+
+They are overheard: hooks take them aside while the model answers as it always does, so whoever asks it need
+not know. Where the projections of an architecture lie is said in PLACES; one that has them nowhere there is
+refused before it is asked anything.
+
+Shape letters: N rows, P positions of all rows, B batch, L tokens, W width, M components.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from storage.entries import ends, ranges
+from storage.errors import TeacherError
+from storage.hidden import Basis
+from storage.spec import HiddenSpec
+
+Indices = npt.NDArray[np.int64]
+# Called with the places of a batch's rows and the mask of its true tokens [B, L], around the model's call.
+Record = Callable[[Indices, torch.Tensor], AbstractContextManager[None]]
+
+# Where the projections of attention block n lie (counted from 0), and what they are called, in order.
+PLACES = (
+    ("encoder.layer.{}.attention.self", ("query", "key", "value")),  # BERT and its kin
+    ("transformer.layer.{}.attention", ("q_lin", "k_lin", "v_lin")),  # DistilBERT
+    ("layers.{}.self_attn", ("q_proj", "k_proj", "v_proj")),  # Llama and its kin: before rotary embeddings
+    ("h.{}.attn", ("c_attn",)),  # GPT-2: one projection makes all three
+)
+
+
+def no_recording(batch: Indices, mask_BL: torch.Tensor) -> AbstractContextManager[None]:
+    """Nothing is wanted but the answer."""
+    return contextlib.nullcontext()
+
+
+class HiddenStateRecorder:
+    """The vectors of some rows that `spec` names, gathered a batch at a time into `found`.
+
+    Raises TeacherError where the model has no such projections, and where a vector is not finite: that one
+    names the row.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        spec: HiddenSpec,
+        lengths: Indices,
+        rows: Indices,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        self.found: dict[str, npt.NDArray[np.float32]] = {}  # name -> N x W pooled, P x W row after row
+        self._model, self._spec = model, spec
+        self._projections = {f"qkv.{block}": projections(model, block, spec.width) for block in spec.qkv}
+        self._lengths, self._rows, self._names = lengths, rows, names
+        self._first = ends(lengths)
+
+    @contextlib.contextmanager
+    def hear(self, batch: Indices, mask_BL: torch.Tensor) -> Iterator[None]:
+        """Take aside what the model thinks while it is called once, within, on these rows."""
+        with self._hooks() as heard:
+            yield
+        for name in self._spec.names:
+            states_BLW = torch.cat(heard[name], -1).float()
+            if self._spec.pool == "none":
+                values, lengths = states_BLW[mask_BL], self._lengths[batch]
+                places, owners = ranges(self._first[batch], lengths), np.repeat(batch, lengths)
+            else:
+                values, places, owners = _pool(states_BLW, mask_BL, self._spec.pool), batch, batch
+            kept = values.cpu().numpy()
+            check_finite(kept, f"hidden state {name}", self._rows[owners], self._names)
+            if name not in self.found:
+                total = int(self._first[-1]) if self._spec.pool == "none" else len(self._lengths)
+                self.found[name] = np.empty((total, kept.shape[1]), np.float32)
+            self.found[name][places] = kept
+
+    @contextlib.contextmanager
+    def _hooks(self) -> Iterator[dict[str, list[torch.Tensor]]]:
+        heard: dict[str, list[torch.Tensor]] = {name: [] for name in self._spec.names}
+
+        def ask_for_states(
+            _: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return args, {**options, "output_hidden_states": True}
+
+        def keep_states(_: torch.nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            for layer in self._spec.layers:
+                heard[f"layer.{layer}"].append(out.hidden_states[layer])
+
+        with contextlib.ExitStack() as hooks:
+            handles = [
+                module.register_forward_hook(_keep_into(heard[name]))
+                for name, modules in self._projections.items()
+                for module in modules
+            ]
+            if self._spec.layers:
+                handles.append(self._model.register_forward_pre_hook(ask_for_states, with_kwargs=True))
+                handles.append(self._model.register_forward_hook(keep_states))
+            for handle in handles:
+                hooks.callback(handle.remove)
+            yield heard
+
+
+def projections(model: torch.nn.Module, block: int, width: int) -> list[torch.nn.Module]:
+    """The modules whose outputs, laid side by side, are queries, keys and values [B, L, 3 x width] of an
+    attention block (1 is the first).
+
+    Raises TeacherError where there are none that are known, more than one such block, or others than `width`
+    wide (grouped queries share narrower keys and values).
+    """
+    modules, kind = dict(model.named_modules()), type(model).__name__
+    for place, parts in PLACES:
+        behind = [f".{place.format(block - 1)}.{part}" for part in parts]
+        found = [module for end in behind for name, module in modules.items() if f".{name}".endswith(end)]
+        if len(found) != len(parts):
+            continue
+        widths = [getattr(module, "out_features", None) or module.nf for module in found]
+        if widths != [3 * width // len(parts)] * len(parts):
+            raise TeacherError(
+                f"hidden.qkv: {kind} projects its states of {width} numbers to {widths} numbers in block "
+                f"{block}.\nExpected queries, keys and values of the width of the states (grouped queries "
+                "share keys and values). Keep hidden.layers of this teacher, or take one without."
+            )
+        return found
+    raise TeacherError(
+        f"hidden.qkv: {kind} has its queries, keys and values of block {block} nowhere that is known.\n"
+        "Known are those of BERT, DistilBERT, Llama and GPT-2, and what is built like them. Keep "
+        "hidden.layers of this teacher, or take another."
+    )
+
+
+def principal_components(states_NW: npt.NDArray[np.float32], num: int) -> Basis:
+    """The mean and the `num` axes along which these states vary most: what they lose is least.
+
+    The mean squared distance of a state from mean + components @ axes is the sum of the eigenvalues of the
+    covariance that are left out. An axis points where its largest number is positive.
+    """
+    exact = states_NW.astype(np.float64)
+    mean = exact.mean(axis=0)
+    apart = exact - mean
+    axes = np.linalg.eigh(apart.T @ apart / len(apart)).eigenvectors[:, ::-1][:, :num].T
+    largest = np.take_along_axis(axes, np.abs(axes).argmax(axis=1)[:, None], axis=1)
+    return Basis(mean.astype(np.float32), np.ascontiguousarray(axes * np.sign(largest), np.float32))
+
+
+def check_finite(
+    answer: npt.NDArray[np.float32], what: str, rows: Indices, names: Sequence[str] | None
+) -> None:
+    """Raise TeacherError where an answer [N, ...] is no number: it names the first such row of `rows` [N]."""
+    finite = np.isfinite(answer).all(axis=1)
+    if finite.all():
+        return
+    row = rows[int(np.flatnonzero(~finite)[0])]
+    raise TeacherError(
+        f"the teacher's {what} for row {names[row] if names is not None else row} are not finite "
+        f"({len(np.unique(rows[~finite]))} of the {len(np.unique(rows))} rows in its batch).\n"
+        "Finished shards are kept. Look at that row; if the arithmetic overflows, set precision: float32."
+    )
+
+
+def _keep_into(heard: list[torch.Tensor]) -> Callable[[torch.nn.Module, Any, torch.Tensor], None]:
+    def keep(_: torch.nn.Module, args: Any, out: torch.Tensor) -> None:
+        heard.append(out)
+
+    return keep
+
+
+def _pool(states_BLW: torch.Tensor, mask_BL: torch.Tensor, pool: str) -> torch.Tensor:
+    if pool == "first":
+        return states_BLW[:, 0]
+    weight_BL1 = mask_BL[..., None].float()
+    return (states_BLW * weight_BL1).sum(1) / weight_BL1.sum(1)

@@ -1,0 +1,77 @@
+"""Sentence embeddings: how a model makes a vector of a row, and the model that does it.
+
+Shape letters: B batch, L tokens, W width of a vector.
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch.nn.functional import normalize
+
+from pipeline.config.teachers import Embedding
+from storage.errors import TeacherError
+from storage.spec import EmbeddingSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+MODULES = "modules.json"  # of sentence-transformers: the steps that a model is made of
+STEPS = ("Transformer", "Pooling", "Normalize")
+
+
+def embedding_spec(name: str, directory: Path, embedding: Embedding | None, width: int) -> EmbeddingSpec:
+    """How the model in `directory` makes its vectors: as the entry says, or as its modules.json does.
+
+    Raises TeacherError where neither says it, and for steps of sentence-transformers that are not done here.
+    """
+    if embedding is not None:
+        return EmbeddingSpec(width=width, pool=embedding.pool, normalised=embedding.normalised)
+    if not (directory / MODULES).is_file():
+        raise TeacherError(
+            f"teachers.{name}: {directory} has no {MODULES} that says how a row becomes one vector.\n"
+            f"Write it: teachers.{name}.embedding: {{pool: mean, normalised: true}} (or pool: first)."
+        )
+    steps = json.loads((directory / MODULES).read_text())
+    kinds = [step["type"].rsplit(".", 1)[-1] for step in steps]
+    if kinds not in (list(STEPS[:2]), list(STEPS)):
+        raise _not_done(name, directory, f"the steps {kinds}", f"{list(STEPS)}, the last or not")
+    found = json.loads((directory / steps[1]["path"] / "config.json").read_text())
+    modes = [key for key, on in found.items() if key.startswith("pooling_mode") and on is True]
+    pools: dict[str, Literal["first", "mean"]] = {
+        "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first"
+    }  # fmt: skip
+    if len(modes) != 1 or modes[0] not in pools:
+        raise _not_done(name, directory, f"the pooling {modes}", f"one of {list(pools)}")
+    return EmbeddingSpec(width=width, pool=pools[modes[0]], normalised=len(steps) == len(STEPS))
+
+
+class SentenceEncoder(torch.nn.Module):
+    """A transformer whose answer to a row is one vector."""
+
+    def __init__(self, model: "PreTrainedModel", how: EmbeddingSpec) -> None:
+        super().__init__()
+        self.model, self.config, self._how = model, model.config, how
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, output_hidden_states: bool = False
+    ) -> SimpleNamespace:
+        """`logits`: vectors [B, W]."""
+        out = self.model(input_ids=input_ids, attention_mask=attention_mask)
+        states_BLW = out.last_hidden_state.float()
+        vectors_BW = states_BLW[:, 0]
+        if self._how.pool == "mean":
+            weight_BL1 = attention_mask[..., None].float()
+            vectors_BW = (states_BLW * weight_BL1).sum(1) / weight_BL1.sum(1)
+        return SimpleNamespace(logits=normalize(vectors_BW) if self._how.normalised else vectors_BW)
+
+
+def _not_done(name: str, directory: Path, found: str, expected: str) -> TeacherError:
+    return TeacherError(
+        f"teachers.{name}: {directory / MODULES} makes vectors in a way that is not done here.\n"
+        f"  found    {found}\n  expected {expected}\n"
+        f"Where the model can be used otherwise, say how: teachers.{name}.embedding."
+    )

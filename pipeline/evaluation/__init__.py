@@ -1,0 +1,1 @@
+"""Metrics of trained students and teachers on the test split."""

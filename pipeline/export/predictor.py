@@ -1,0 +1,108 @@
+"""An exported student and its answers: needs onnxruntime and the tokenizers library, never torch.
+
+exported/RUN explains itself: model.onnx (float32), model.int8.onnx, the tokenizer's files, and export.json:
+the labels in order, the most tokens that it reads, and which run and seed it was. export.json is written
+last, after the models were compared with the student; a run that cannot be exported has it alone, with the
+reason.
+
+Shape letters: B batch, L tokens, C classes.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from onnxruntime import InferenceSession, SessionOptions
+
+from pipeline.config.base import did_you_mean
+from pipeline.data.tokenizer import TextReader
+from storage.errors import AssetError, ConfigError, DataError, ExportError
+
+FACTS = "export.json"
+NOT_EXPORTED = "not_exported"
+MODEL_INPUTS = ("ids", "mask")
+MODEL_FILES = {"float32": "model.onnx", "int8": "model.int8.onnx"}
+
+Precision = Literal["float32", "int8"]
+
+
+class Prediction(NamedTuple):
+    """What a student says of a text."""
+
+    text: str
+    label: str
+    probabilities: dict[str, float]  # of every label, in their order
+
+
+class OnnxModel:
+    """An ONNX model of a student, on one thread."""
+
+    def __init__(self, path: Path) -> None:
+        options = SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        self._session = InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def __call__(
+        self, ids_BL: npt.NDArray[np.int64], mask_BL: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.float32]:
+        """Logits [B, C]."""
+        logits_BC: npt.NDArray[np.float32] = self._session.run(
+            None, dict(zip(MODEL_INPUTS, (ids_BL, mask_BL), strict=True))
+        )[0]
+        return logits_BC
+
+
+class Predictor:
+    """A directory of the export stage. Raises AssetError where it is not whole, ExportError where its run has
+    no export.
+    """
+
+    def __init__(self, directory: Path, precision: Precision) -> None:
+        facts: dict[str, Any] = json.loads((directory / FACTS).read_text())
+        if NOT_EXPORTED in facts:
+            raise ExportError(f"runs.{facts['run']} has no export: {facts[NOT_EXPORTED]}")
+        path = directory / MODEL_FILES[precision]
+        if not path.is_file():
+            raise AssetError(
+                f"{path} is missing: fetch it with `dvc pull {directory}`, or make it with "
+                f"`dvc repro export@{facts['run']}`."
+            )
+        self.labels: list[str] = facts["labels"]
+        self._model = OnnxModel(path)
+        self._reader = TextReader(directory, facts["max_length"], "truncate")
+
+    def answer(self, text: str) -> Prediction:
+        """What the student says of one text; one at a time, so that its company never changes an answer.
+
+        Raises DataError for a text of white space alone.
+        """
+        if not text.strip():
+            raise DataError("there is an empty text among those to answer: remove it.")
+        tokens = self._reader.read([text], ["the text"])
+        logits_C = self._model(*tokens.padded(np.array([0]), self._reader.pad_id))[0].astype(np.float64)
+        odds_C = np.exp(logits_C - logits_C.max())
+        shares = (odds_C / odds_C.sum()).tolist()
+        return Prediction(
+            text, self.labels[int(logits_C.argmax())], dict(zip(self.labels, shares, strict=True))
+        )
+
+
+def find_export(name: str, exported: Path, runs: Callable[[], Iterable[str]]) -> Path:
+    """The directory of the run's export, or `name` itself where that is one.
+
+    `runs` gives those of params.yaml: AssetError for one of them, ConfigError for a name that nobody knows.
+    """
+    for directory in (Path(name), exported / name):
+        if (directory / FACTS).is_file():
+            return directory
+    known = list(runs())
+    if name in known:
+        raise AssetError(
+            f"runs.{name} is not exported yet: make it with `dvc repro export@{name}`, or fetch it with "
+            f"`dvc pull {exported / name}`."
+        )
+    there = sorted({*known, *(path.parent.name for path in exported.glob(f"*/{FACTS}"))})
+    raise ConfigError(f"no run and no exported directory is called {name!r}{did_you_mean(name, there)}")

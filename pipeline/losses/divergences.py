@@ -1,0 +1,107 @@
+"""Losses: pure functions of tensors, in nats, averaged over the positions (or rows) of a batch.
+
+    loss = alpha CE + (1 - alpha) soft,    soft = T^2 KL(teacher_T || student_T) on dense targets
+
+CE counts labelled positions only and divides by their number; soft losses count every position and divide by
+the number of positions, never by the number of classes. T^2 (Hinton et al. 2015, section 2) keeps the size of
+the soft gradient independent of T; it is applied in `tempered_kl` and nowhere else.
+
+On sparse targets a divergence must not read the student where the teacher was not kept. Two can be had:
+`bucket_kl` (top-k: the rest is one bucket) and `sampled_kl` (sampled: unbiased). Others are refused, see
+targets.refuse_truncated.
+
+Shape letters: P positions, V vocabulary or classes, E entries of all positions.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch.nn.functional import kl_div, log_softmax
+
+Divergence = Literal["forward", "reverse", "jsd", "skewed"]
+
+
+class MixedTargets(NamedTuple):
+    """What M teachers say of P positions: their logits at temperature 1, and how much each counts."""
+
+    logits: torch.Tensor  # M x P x V
+    weights: torch.Tensor  # M, their sum is 1
+
+    def at(self, temperature: float | torch.Tensor) -> torch.Tensor:
+        """Logits [P, V] that stand for the mean of the teachers' probabilities at this temperature.
+
+            softmax(at(T) / T) = sum over m of w_m softmax(logits_m / T)
+
+        Probabilities are averaged, not logits, after tempering: the arithmetic mean of an ensemble (Hinton
+        et al. 2015), to which the forward KL is, up to a constant, the mean of the KLs to each teacher. T is
+        one number, or one a position [P, 1].
+        """
+        logs = log_softmax(self.logits / temperature, dim=-1) + self.weights.log()[:, None, None]
+        mean: torch.Tensor = temperature * logs.logsumexp(0)
+        return mean
+
+    def to(self, device: torch.device | str) -> "MixedTargets":
+        """The same targets on another device."""
+        return MixedTargets(*(tensor.to(device) for tensor in self))
+
+
+def tempered_kl(
+    student: torch.Tensor, teacher: torch.Tensor, temperature: float | torch.Tensor
+) -> torch.Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)) of each position [P], over the last dimension.
+
+    Arguments are logits or log-probabilities: a constant a position changes nothing. T is one number, or one
+    a position [P, 1].
+    """
+    said = log_softmax(student / temperature, dim=-1)
+    wanted = log_softmax(teacher / temperature, dim=-1)
+    return (temperature**2 * kl_div(said, wanted, log_target=True, reduction="none").sum(-1, True)).squeeze(
+        -1
+    )
+
+
+def confidence_temperature(teacher_PC: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """A temperature a position [P, 1], higher where the teacher is surer: logits in, at T = 1.
+
+        T = low + (high - low) (c - 1/C) / (1 - 1/C),    c = the teacher's largest probability, C classes
+
+    So `low` where all classes are equally likely and `high` where one is certain: what a sure teacher says of
+    the other classes is softened most. After dynamic temperature distillation (Wen, Lai and Qian 2019,
+    arXiv:1911.07471; TextBrewer's flsw and cwsm), which looks at the student and at the rest of the batch
+    too; here a row has its temperature from the teacher alone, the same at every step.
+    """
+    even = 1 / teacher_PC.shape[-1]
+    sure = (teacher_PC.softmax(-1).amax(-1, keepdim=True) - even) / (1 - even)
+    return low + (high - low) * sure
+
+
+def distillation_loss(
+    student_PV: torch.Tensor,
+    teacher_PV: torch.Tensor,
+    temperature: float | torch.Tensor = 1.0,
+    divergence: Divergence = "forward",
+    skew: float = 0.1,
+) -> torch.Tensor:
+    """The divergence of student from teacher on dense targets, in nats, mean over positions.
+
+    With t the teacher and p the student, both at temperature T, times T^2:
+    forward: KL(t || p). reverse: KL(p || t) (Gu et al. 2024, MiniLLM). jsd: (KL(t || m) + KL(p || m)) / 2
+    with m = (t + p) / 2 (Agarwal et al. 2024, GKD). skewed: KL(t || skew t + (1 - skew) p) (Ko et al. 2024,
+    DistiLLM). Arguments are logits; T is one number, or one a position [P, 1].
+    """
+    if divergence == "forward":
+        return tempered_kl(student_PV, teacher_PV, temperature).mean()
+    if divergence == "reverse":
+        return tempered_kl(teacher_PV, student_PV, temperature).mean()
+    said, wanted = log_softmax(student_PV / temperature, -1), log_softmax(teacher_PV / temperature, -1)
+    part = 0.5 if divergence == "jsd" else skew
+    mixed = torch.logaddexp(wanted + _log(part), said + _log(1 - part))
+    loss = kl_div(mixed, wanted, log_target=True, reduction="none").sum(-1, True)
+    if divergence == "jsd":
+        loss = (loss + kl_div(mixed, said, log_target=True, reduction="none").sum(-1, True)) / 2
+    return (temperature**2 * loss).mean()
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf

@@ -1,0 +1,1 @@
+"""Results to one HTML page. Reads JSON; imports no other room."""

@@ -1,0 +1,1 @@
+"""The machine and the terminal: threads, devices and precision, progress bars, files written whole."""

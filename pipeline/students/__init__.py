@@ -1,0 +1,1 @@
+"""Student architectures, their first weights and their files."""

@@ -1,0 +1,108 @@
+"""Fine-tunes a teacher on labelled rows, by the loop that trains students."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipeline.config.tasks import PROBLEM_TYPES
+from pipeline.config.teachers import TeacherTraining
+from pipeline.data.inputs import Inputs
+from pipeline.data.rows import Rows
+from pipeline.engines.classifier import infer_rows
+from pipeline.engines.loading import ReadingSpec, load_classifier
+from pipeline.objectives.base import Validation
+from pipeline.objectives.registry import objective_of
+from pipeline.runtime import hardware
+from pipeline.runtime.progress import bar
+from pipeline.streaming.batch import BUCKET_BATCHES, DistillBatch
+from pipeline.teachers.adapters import merge_adapters, with_adapters
+from pipeline.teachers.scoring import try_extremes
+from pipeline.training.job import Fit
+from pipeline.training.loop import TrainingSettings, fit
+from storage import order
+from storage.errors import TeacherError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def fine_tune(
+    name: str, train: TeacherTraining, source: Path, rows: Rows, tokens: Inputs, pad_id: int,
+    how: ReadingSpec | None,
+) -> "tuple[PreTrainedModel, Fit]":  # fmt: skip
+    """The fine-tuned model, and what training did."""
+    torch.manual_seed(train.seed)
+    task = objective_of(rows.task)
+    changes: dict[str, Any] = {} if train.dropout is None else {
+        "hidden_dropout_prob": train.dropout, "attention_probs_dropout_prob": train.dropout
+    }  # fmt: skip
+    changes["id2label"] = dict(enumerate(rows.label_names))
+    changes["label2id"] = {n: i for i, n in enumerate(rows.label_names)}
+    if rows.task in PROBLEM_TYPES:
+        changes["problem_type"] = PROBLEM_TYPES[rows.task]
+    model = load_classifier(source, len(rows.label_names), rows.task, how, pad_token_id=pad_id, **changes)
+    try_extremes(model, tokens, pad_id)
+    if train.frozen_layers is not None:
+        _freeze(name, model, train.frozen_layers)
+    learner = with_adapters(name, model, train.lora) if train.lora else model
+    chosen, truth = rows.select("train"), rows.truth
+
+    def batches(epoch: int) -> Iterator[DistillBatch]:
+        for part in order.batches(
+            tokens.lengths[chosen], train.batch_rows, BUCKET_BATCHES, train.seed, epoch
+        ):
+            ids, mask = (torch.from_numpy(array) for array in tokens.padded(chosen[part], pad_id))
+            labels = torch.from_numpy(truth[chosen[part]])
+            yield DistillBatch(ids, mask, labels, torch.zeros(len(part), 0))
+
+    settings = TrainingSettings(
+        epochs=train.epochs,
+        steps=train.epochs * -(-len(chosen) // train.batch_rows),
+        learning_rate=train.learning_rate,
+        warmup=train.warmup,
+        weight_decay=train.weight_decay,
+        evaluations_per_epoch=train.evaluations_per_epoch,
+        patience=train.patience,
+        bfloat16=hardware.precision(train.precision) == "bfloat16",
+        by_loss=task.by_loss,
+    )
+    with bar(f"fine-tuning {name}", train.epochs * len(chosen), "rows") as advance:
+        done = fit(
+            _Classifier(learner), batches,
+            lambda net, batch, _: task.label_loss(net(batch.ids_BL, batch.mask_BL), batch.labels_T),
+            lambda _: _validate(model, rows, tokens, pad_id), settings, advance,
+        )  # fmt: skip
+    return (merge_adapters(learner) if train.lora else model), done
+
+
+def _freeze(name: str, model: "PreTrainedModel", num_layers: int) -> None:
+    """Take the embeddings and the first layers out of training."""
+    stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
+    layers = next((s for s in stacks if len(s) == getattr(model.config, "num_hidden_layers", None)), None)
+    if layers is None or num_layers > len(layers):
+        raise TeacherError(
+            f"teachers.{name}.train.frozen_layers: {num_layers} layers cannot be frozen, "
+            f"{'the model has ' + str(len(layers)) if layers else 'its layers are not found'}."
+        )
+    for module in (model.get_input_embeddings(), *layers[:num_layers]):
+        module.requires_grad_(False)
+
+
+class _Classifier(torch.nn.Module):
+    """A transformers classifier with the students' signature."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        logits_BC: torch.Tensor = self.model(input_ids=ids_BL, attention_mask=mask_BL.long()).logits
+        return logits_BC
+
+
+def _validate(model: "PreTrainedModel", rows: Rows, tokens: Inputs, pad_id: int) -> Validation:
+    chosen = rows.select("validation")
+    said = torch.from_numpy(infer_rows(model, tokens, chosen, pad_id, "float32").logits)
+    return objective_of(rows.task).look(said, torch.from_numpy(rows.truth[chosen]), None)

@@ -1,0 +1,206 @@
+"""Checks before the first step: caches, rows, recipes and students that do not fit each other."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pipeline.config.recipes import Recipe
+from pipeline.config.schedules import ByConfidence, Schedule, bounds
+from pipeline.config.students import (
+    BiLSTMStudent,
+    FCStudent,
+    LlamaStudent,
+    MLPStudent,
+    Student,
+    TinyBERTStudent,
+    TransformersStudent,
+)
+from pipeline.config.tasks import CLASS_DIVERGENCES, DIVERGENCES, STUDENT_TASKS
+from pipeline.data.rows import POOL, SPLITS, VIEWS, Rows
+from pipeline.data.tokenizer import TextReader
+from pipeline.streaming.verified import check_verified
+from pipeline.students.bert_weights import check_bert_start
+from pipeline.students.hf_config import student_config
+from pipeline.students.llama_weights import check_llama_start
+from pipeline.training.job import training_record
+from pipeline.training.layer_maps import resolve_layers
+from storage import Cache
+from storage.codecs import Sample, SparseCodec, Threshold
+from storage.errors import ConfigError, DataError, Mismatch, SpecMismatch
+from storage.tasks import Task
+
+
+def check_task(what: str, task: Task, kind: str) -> None:
+    """Raise SpecMismatch where students of this kind cannot be trained on a cache of this task."""
+    if task not in STUDENT_TASKS[kind]:
+        others = [other for other, known in STUDENT_TASKS.items() if task in known]
+        advice = f"Students that learn from a {task} cache: {', '.join(others)}." if others else (
+            f"No student learns from a {task} cache yet: it can be captured, verified and read."
+        )  # fmt: skip
+        raise SpecMismatch(
+            f"the cache does not fit the student of {what} ({kind})",
+            [Mismatch("spec.task", task, " or ".join(STUDENT_TASKS[kind]))],
+            advice,
+        )
+
+
+def check_recipe(what: str, task: Task, recipe: "Recipe") -> None:
+    """Raise SpecMismatch where a recipe names a loss that this task has not, or labels where it has none."""
+    known = DIVERGENCES.get(task, CLASS_DIVERGENCES)
+    faults = []
+    soft, one_class = min(bounds(recipe.alpha)) < 1, task not in DIVERGENCES
+    if soft and recipe.divergence not in known:
+        faults.append(Mismatch("recipe.divergence", recipe.divergence, " or ".join(known)))
+    tempered = any(end != 1 for end in bounds(recipe.temperature))
+    if soft and task in ("regression", "sentence-embedding") and tempered:
+        faults.append(Mismatch("recipe.temperature", recipe.temperature, 1))
+    elif soft and not one_class and isinstance(recipe.temperature, ByConfidence):
+        faults.append(Mismatch("recipe.temperature", recipe.temperature, "a number, or a schedule"))
+    if any(end != 0 for end in bounds(recipe.alpha)) and task == "sentence-embedding":
+        faults.append(Mismatch("recipe.alpha", recipe.alpha, 0))
+    if recipe.pseudo_labels and not one_class:
+        faults.append(Mismatch("recipe.pseudo_labels", True, "false: a row has no first choice"))
+    if faults:
+        advice = f"{task} has a loss of its own: write what is expected in a recipe for such runs."
+        raise SpecMismatch(f"the recipe does not fit {what}", faults, advice)
+
+
+def check_truncated(
+    what: str,
+    codec: Literal["dense"] | SparseCodec,
+    divergence: str,
+    temperature: float | Schedule | ByConfidence,
+) -> None:
+    """Raise SpecMismatch where a soft loss cannot be had from targets of this codec, with the reason."""
+    if codec == "dense":
+        return
+    faults, reasons = [], []
+    if divergence != "forward":
+        faults.append(Mismatch("recipe.divergence", codec.name, f"dense (for {divergence})"))
+        reasons.append(
+            f"{divergence} weighs ids by the student's own probability; on truncated targets it is ruled by "
+            "ids that the cache does not hold."
+        )
+    if isinstance(temperature, ByConfidence):
+        faults.append(Mismatch("recipe.temperature", codec.name, f"dense (for {temperature})"))
+        reasons.append("How sure the teacher is of a row is known where all its classes are kept.")
+    elif isinstance(codec, Sample | Threshold) and any(end != 1 for end in bounds(temperature)):
+        faults.append(Mismatch("recipe.temperature", f"{codec.name} (temperature 1)", temperature))
+        reasons.append(
+            "A sampled weight is unbiased for the probability, not for a power of it: at another temperature "
+            "the loss would be biased."
+        )
+    if faults:
+        advice = " ".join(reasons) + " Use divergence: forward and temperature: 1, or a dense or topk cache."
+        raise SpecMismatch(f"the cache does not fit {what}", faults, advice)
+
+
+def check_run(name: str, cache: Cache, rows: Rows, student: Student, recipe: Recipe, verified: Path) -> None:
+    """Raise ConfigError, DataError or SpecMismatch where this cache cannot teach the student so."""
+    check_verified(cache, verified)
+    check_task(f"runs.{name}", cache.identity.spec.task, student.kind)
+    check_recipe(f"runs.{name}", cache.identity.spec.task, recipe)
+    if student.kind == "llama" and student.tokenizer != "teacher":
+        raise ConfigError(
+            f"the student of runs.{name} has a tokenizer of its own ({student.tokenizer} entries), but "
+            "learns to expect the teacher's tokens.\nWrite tokenizer: teacher."
+        )
+    if recipe.pseudo_labels and cache.identity.spec.per_position:
+        raise ConfigError(
+            f"runs.{name}: its recipe gives the pool pseudo-labels, and text that is to be continued has "
+            "labels of its own, the next tokens.\nWrite pseudo_labels: false."
+        )
+    if recipe.pool and not len(rows.select(POOL)):
+        raise DataError(
+            f"runs.{name}: its recipe trains on the pool, and the dataset has none.\n"
+            "Add a pool under datasets, or choose a recipe with pool: false."
+        )
+    if recipe.match:
+        resolve_layers(f"runs.{name}", recipe.match, student, cache.identity.spec.hidden)
+    for one in [recipe.chosen(values) for values in recipe.grid] or [recipe]:
+        if not one.predicts or min(bounds(one.alpha)) == 1:
+            continue
+        check_truncated(f"runs.{name}", cache.codec, one.divergence, one.temperature)
+        if cache.identity.spec.per_position and any(end != 1 for end in bounds(one.temperature)):
+            raise SpecMismatch(
+                f"the cache does not fit runs.{name}",
+                [Mismatch("recipe.temperature", one.temperature, 1)],
+                "The loss of a language model's head has no temperature. Write temperature: 1.",
+            )
+    if not len(rows.select("train")):
+        raise DataError(
+            f"runs.{name}: no row to train on is in all caches of {cache.path.parent}.\n"
+            "Mix caches of the same dataset: row ids are made of a dataset's name and its texts."
+        )
+    there = 0 if rows.views is None else int(rows.views.max())
+    if recipe.views > there:
+        raise DataError(
+            f"runs.{name}: its recipe trains on {recipe.views} views of each training row, and the dataset "
+            f"has {there}.\nMake more of them (augmented.NAME.views), or lower the recipe's views."
+        )
+    rows = rows.with_views(recipe.views, recipe.view_labels)
+    wanted = rows.row_ids.take(rows.select(*SPLITS, VIEWS, *((POOL,) if recipe.pool else ())))
+    cache.check(f"runs.{name}", labels=rows.label_names, row_ids=wanted)
+
+
+def check_start(name: str, cache: Cache, student: Student, init: Path | None) -> None:
+    """Raise ConfigError or SpecMismatch where the student cannot start from what it is to start from."""
+    if isinstance(student, TransformersStudent):
+        student_config(student, 2, len(cache.labels))
+    if init:
+        _refuse_other_run(name, cache, student, init)
+    elif (
+        isinstance(student, FCStudent | BiLSTMStudent | TinyBERTStudent)
+        and student.init
+        and student.init.from_teacher
+    ):
+        what, held = f"the student of runs.{name}", cache.weights_dir
+        check_bert_start(what, student, held, cache.weights_layers)
+    elif isinstance(student, LlamaStudent) and student.init:
+        check_llama_start(f"the student of runs.{name}", student, cache.weights_dir, cache.weights_layers)
+
+
+def _refuse_other_run(name: str, cache: Cache, student: Student, init: Path) -> None:
+    """Raise SpecMismatch where the students of the run before are not those that this run trains on."""
+    first = training_record(init)["seeds"][0]["seed"]
+    facts = json.loads((init / f"seed-{first}" / "student.json").read_text())
+    sizes = {"student": student.model_dump(mode="json"), "num_labels": cache.identity.spec.num_outputs}
+    wrong = [Mismatch(key, facts[key], wanted) for key, wanted in sizes.items() if facts[key] != wanted]
+    known = cache.identity.tokenizer
+    if known is not None and not isinstance(student, MLPStudent) and student.tokenizer == "teacher":
+        reads = TextReader(init / "tokenizer", student.max_length, "truncate").identity().content
+        if reads != known.content:
+            wrong.append(Mismatch("tokenizer.content", reads, known.content))
+    if wrong:
+        raise SpecMismatch(
+            f"the students of {init} are no start for chained.{name}", wrong,
+            "Chain runs of one student, over caches of one tokenizer and as many classes.",
+        )  # fmt: skip
+
+
+def check_ranks(name: str, recipe: Recipe, num_ranks: int) -> None:
+    """Raise ConfigError where a recipe's loss is no sum over rows, so that parts of a batch have none."""
+    if recipe.match:
+        raise ConfigError(
+            f"runs.{name}: its recipe matches inner states, found {num_ranks} processes, expected one.\n"
+            f"Train it in one: python -m stages.train {name}"
+        )
+
+
+def check_same_tokenizer(name: str, caches: Mapping[str, Cache], student: Student) -> None:
+    """Raise SpecMismatch where the student reads with the teachers' tokenizer, and they have several."""
+    known = {task: cache.identity.tokenizer for task, cache in caches.items()}
+    contents = {task: tokenizer.content for task, tokenizer in known.items() if tokenizer is not None}
+    first = next(iter(contents.values()))
+    if isinstance(student, MLPStudent) or student.tokenizer != "teacher" or {*contents.values()} == {first}:
+        return
+    raise SpecMismatch(
+        f"the caches of multitask.{name} come from different tokenizers",
+        [
+            Mismatch(f"tasks.{task}: tokenizer.content", content, first)
+            for task, content in contents.items()
+            if content != first
+        ],
+        "Give the student one of its own, learned from the text of all tasks: tokenizer: 8000.",
+    )

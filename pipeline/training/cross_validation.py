@@ -1,0 +1,84 @@
+"""Choosing a recipe's numbers by cross-validation, from one cache: folds, candidates, and which one is best.
+
+The training rows are cut into folds by a hash of their row_id. Each candidate is trained once a fold on all
+the others, with the run's first seed, and judged on the fold that it has not seen; pool rows are learned from
+every time and judged on never, the validation and test splits stay untouched. It is the training of a run in
+every other respect: early stopping looks at the fold where it would look at validation.
+"""
+
+import hashlib
+import statistics
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline.config.recipes import Recipe
+from pipeline.data.rows import POOL, Rows
+from storage.errors import DataError
+
+CandidateValues = dict[str, Any]  # of the recipe's fields that were given as lists
+
+
+class FoldScores(NamedTuple):
+    """What a candidate reached on each fold, in their order."""
+
+    accuracy: list[float]
+    loss: list[float]  # nats
+
+
+class Trial(NamedTuple):
+    """One training that judges a candidate."""
+
+    values: CandidateValues
+    fold: int  # that it does not see
+    folds: int
+
+    def __str__(self) -> str:
+        """As a person would say it."""
+        return f"{describe_values(self.values)}, fold {self.fold + 1} of {self.folds}"
+
+
+def describe_values(values: CandidateValues) -> str:
+    """The numbers of a candidate as a person would say them."""
+    return ", ".join(f"{field} {value}" for field, value in values.items())
+
+
+def fold_of(row_id: str, folds: int) -> int:
+    """The fold of a training row: a function of its id alone, so that new rows move none."""
+    return int.from_bytes(hashlib.sha256(f"fold/{row_id}".encode()).digest()[:8], "little") % folds
+
+
+def hold_out_fold(rows: Rows, fold: int, folds: int) -> Rows:
+    """The training and pool rows, those of this fold as the validation split.
+
+    Raises DataError where a side of the cut would be empty.
+    """
+    rows = rows.only("train", POOL)
+    training = rows.splits == "train"
+    own = np.array([fold_of(row_id, folds) == fold for row_id in rows.row_ids.to_pylist()]) & training
+    num_own, num_training = own.sum(), training.sum()
+    if num_own in (0, num_training):
+        raise DataError(
+            f"fold {fold + 1} of {folds} has {num_own} of {num_training} training rows: nothing to judge.\n"
+            "Set folds lower, or choose the number by hand."
+        )
+    return rows._replace(splits=np.where(own, "validation", rows.splits))
+
+
+def all_trials(recipe: Recipe) -> list[Trial]:
+    """All trainings of a choice: the folds of the first candidate, then those of the next."""
+    return [Trial(values, fold, recipe.folds) for values in recipe.grid for fold in range(recipe.folds)]
+
+
+def best_candidate(scores: Sequence[FoldScores], by_loss: bool) -> int:
+    """The place of the best mean over the folds: by accuracy (ties: the lower loss), or the other way round.
+
+    Of candidates that are equal in both the first is taken.
+    """
+
+    def rank(place: int) -> tuple[float, float]:
+        accuracy, loss = statistics.fmean(scores[place].accuracy), statistics.fmean(scores[place].loss)
+        return (-loss, accuracy) if by_loss else (accuracy, -loss)
+
+    return max(range(len(scores)), key=rank)

@@ -1,0 +1,86 @@
+"""The train-tasks stage: a run of several tasks is one student on several caches, over several seeds.
+
+Its directory is that of any run; training.json has besides `tasks`: for each its recipe's family, its
+weight, and a record of its seeds like that of a run of its own. torch is imported by the processes of the
+seeds alone.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.params import Multitask, Workers
+from pipeline.config.students import Student
+from pipeline.runtime import hardware
+from pipeline.runtime.files import write_json
+from pipeline.streaming.verified import open_inputs
+from pipeline.training.checks import check_run, check_same_tokenizer
+from pipeline.training.job import RECORD, Job, TaskPart, seed_record
+from pipeline.training.processes import start_importing, train_side_by_side
+from pipeline.training.run import log_results, write_student_tokenizer
+from storage.errors import ConfigError
+
+SEVERAL = ", several tasks"  # what is learned beside others is a family of its own
+
+
+def train_multitask(
+    name: str,
+    entry: Multitask,
+    student: Student,
+    parts: dict[str, TaskPart],
+    workers: Workers,
+    out: Path,
+) -> dict[str, Any]:
+    """Train every seed of a run of several tasks and write its directory; return the content of
+    training.json.
+
+    `parts` are its tasks by name. Refuses caches that were not verified or do not fit, before the first step.
+    A killed one goes on from its checkpoints, as in runs.train.
+    """
+    if (num_ranks := hardware.ranks()[1]) > 1:
+        raise ConfigError(
+            f"multitask.{name}: found {num_ranks} processes, expected one: several tasks train in one.\n"
+            f"Run python -m stages.train_tasks {name}"
+        )
+    start_importing()
+    opened = {task: open_inputs(part.paths) for task, part in parts.items()}
+    for task, (cache, rows) in opened.items():
+        part = parts[task]
+        check_run(task, cache, rows, student, part.recipe, part.paths.verified)
+    check_same_tokenizer(name, {task: cache for task, (cache, _) in opened.items()}, student)
+    shutil.rmtree(out, ignore_errors=True)
+    (cache, rows), *others = opened.values()
+    write_student_tokenizer(student, cache, rows, out / "tokenizer", others=[rows for _, rows in others])
+    first = next(iter(parts.values()))
+    jobs = [
+        Job(
+            seed,
+            1,
+            student,
+            first.recipe,
+            first.paths,
+            None,
+            workers.readers,
+            workers.checkpoint_minutes,
+            parts,
+        )
+        for seed in entry.seeds
+    ]  # fmt: skip
+    trained = train_side_by_side(name, jobs, workers.seeds_at_once)
+    log_results(name, trained)
+    seeds = [seed_record(job, done) for job, done in zip(jobs, trained, strict=True)]
+    record: dict[str, Any] = {"tasks": {}, "seeds": seeds}
+    own = [seed.pop("tasks") for seed in seeds]
+    for task, part in parts.items():
+        record["tasks"][task] = {
+            "family": part.recipe.family + SEVERAL,
+            "weight": part.weight,
+            "seeds": [
+                {"seed": seed["seed"], "seconds": seed["seconds"], **tasks[task]}
+                for seed, tasks in zip(seeds, own, strict=True)
+            ],
+        }
+    write_json(record, out / RECORD)
+    if first.paths.checkpoints:
+        shutil.rmtree(first.paths.checkpoints, ignore_errors=True)
+    return record

@@ -1,0 +1,41 @@
+"""`stillroom predict RUN TEXT`: answers from the exported model alone, on a machine without torch."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from pipeline.config.load import load_params
+from pipeline.config.params import PARAMS
+from pipeline.export.predictor import Predictor, find_export
+from stages import cli, paths
+from storage.errors import ConfigError
+
+
+def main(
+    run: Annotated[str, typer.Argument(help="Name of a run, or the directory of an export.")],
+    texts: Annotated[list[str] | None, typer.Argument(help="None: lines of standard input.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a text.")] = False,
+    float32: Annotated[bool, typer.Option("--float32", help="The exact model; the default is int8.")] = False,
+) -> None:
+    """Label texts with an exported student."""
+    if not texts and sys.stdin.isatty():
+        raise ConfigError(
+            f"there is no text: write `stillroom predict {run} TEXT`, or pipe in lines of text."
+        )
+    directory = find_export(
+        run, paths.EXPORTED, lambda: load_params().everything_trained if PARAMS.is_file() else ()
+    )
+    model = Predictor(directory, "float32" if float32 else "int8")
+    for text in texts or (line.rstrip("\n") for line in sys.stdin):
+        answer = model.answer(text)
+        if as_json:
+            print(json.dumps(answer._asdict(), ensure_ascii=False), flush=True)
+        else:
+            shares = "  ".join(f"{label} {share:.1%}" for label, share in answer.probabilities.items())
+            print(f"{answer.label}\t{shares}", flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)

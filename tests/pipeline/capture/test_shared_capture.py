@@ -1,0 +1,28 @@
+"""Two machines capture one cache through a bucket: what one asked, the other never asks."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.capture.capture import Captured, capture_cache
+from pipeline.engines import loading
+from storage.location import Url
+from storage.shared_store import SharedStore
+from tests.pipeline.capture.test_capture import content, no_teacher
+from tests.pipeline.conftest import World
+from tests.s3 import BUCKET, Server
+
+
+def test_a_second_machine_seals_the_same_cache_without_the_teacher(
+    world: World, s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = Url(f"s3://{BUCKET}/{tmp_path.name}")
+
+    def seal(machine: str) -> Captured:
+        store, out = SharedStore(tmp_path / machine, url), tmp_path / f"cache-{machine}"
+        return capture_cache("toy", world.entry(), world.dataset, world.teacher, out, store)
+
+    assert seal("one").computed_rows == 180
+    monkeypatch.setattr(loading, "load_classifier", no_teacher)
+    assert seal("two").computed_rows == 0
+    assert content(tmp_path / "cache-one") == content(tmp_path / "cache-two") == content(world.cache)
