@@ -55,7 +55,7 @@ def main() -> None:
     for name, rate in rates.items():
         print(f"{name:6} {sizes[name]:8,.1f} bytes a row  {rate:12,.0f} rows/s")
     best = max(rates["jsonl"], rates["pt"])
-    common.close(
+    common.print_result(
         {"bytes_a_row": sizes, "read_over_best": rates["shard"] / best, "rows_per_s": rates["shard"]}
     )
 

@@ -35,8 +35,8 @@ DOCUMENTS, SHARD_ROWS, ROUNDS = 8, 4, 3
 ENTRY = CacheEntry.model_validate({"dataset": "prose", "teacher": "smollm", "targets": "threshold"})
 
 
-def questions() -> EngineInputs:
-    """The teacher as the teacher stage makes it, and some of the oracle's documents."""
+def prepare_inputs() -> EngineInputs:
+    """The teacher as the teacher stage writes it, and some of the oracle's documents."""
     teacher = oracle.WHERE / "teacher"
     if not (teacher / RECORD).is_file():
         teacher.mkdir(parents=True, exist_ok=True)
@@ -51,50 +51,50 @@ def questions() -> EngineInputs:
     return EngineInputs(teacher, spec, make_prompts(spec.task, None, tokens, names, {}), names, 0)
 
 
-def bare(known: EngineInputs) -> None:
-    """Every logit of every batch, dropped."""
-    model = load_language_model(known.teacher, known.spec.precision)
+def bare(inputs: EngineInputs) -> None:
+    """Computes every logit of every batch and drops them."""
+    model = load_language_model(inputs.teacher, inputs.spec.precision)
     rows = np.arange(DOCUMENTS)
 
     def step() -> None:
         with torch.inference_mode():
             for start in range(0, DOCUMENTS, 4):
-                ids, _ = known.tokens.padded(rows[start : start + 4], 0)
+                ids, _ = inputs.tokens.padded(rows[start : start + 4], 0)
                 model(torch.from_numpy(ids))
 
-    common.tell_alone(step, 2)
+    common.measure_alone(step, 2)
 
 
-def captured(known: EngineInputs, directory: Path) -> None:
-    """What the cache stage does, without reading texts."""
-    who = capture_identity(ENTRY, known.teacher, "0" * 64)
-    teaching = engine_for(known._replace(spec=who.spec))
-    ranks = np.arange(compact.MAX_RANKED)[: who.spec.num_outputs]
-    teaching.load()
+def captured(inputs: EngineInputs, directory: Path) -> None:
+    """Does the work of the cache stage, without reading texts."""
+    identity = capture_identity(ENTRY, inputs.teacher, "0" * 64)
+    engine = engine_for(inputs._replace(spec=identity.spec))
+    ranks = np.arange(compact.MAX_RANKED)[: identity.spec.num_outputs]
+    engine.load()
 
     def step() -> None:
         store = Store(directory / f"store-{time.monotonic_ns()}")
         rows = np.arange(DOCUMENTS)
         shards = [rows[start : start + SHARD_ROWS] for start in range(0, DOCUMENTS, SHARD_ROWS)]
-        answer_and_write(teaching, shards, store, who, ranks)
+        answer_and_write(engine, shards, store, identity, ranks)
 
-    common.tell_alone(step, 2)
+    common.measure_alone(step, 2)
 
 
 def main() -> None:
-    questions()
+    prepare_inputs()
     seconds: dict[str, list[float]] = {"bare": [], "captured": []}
     peaks: dict[str, float] = {}
-    for _ in range(ROUNDS):  # in turn, so that a slow minute of the machine hits both
+    for _ in range(ROUNDS):  # in turn, so that a slow minute of the machine affects both
         for way, times in seconds.items():
-            spent, peak = common.alone(__file__, way)
+            spent, peak = common.run_alone(__file__, way)
             times.append(spent)
             peaks[way] = max(peaks.get(way, 0), peak)
     positions = DOCUMENTS * (oracle.LENGTH - 1)
     middle = {way: sorted(times)[ROUNDS // 2] for way, times in seconds.items()}
     for way, spent in middle.items():
         print(f"{way:9} {positions / spent:8,.0f} positions/s  {peaks[way] / 1e6:8,.0f} MB at the peak")
-    common.close(
+    common.print_result(
         {
             "ratio": middle["bare"] / middle["captured"],
             "peak_memory_ratio": peaks["captured"] / peaks["bare"],
@@ -107,6 +107,6 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         hardware.pin_threads(hardware.num_cores())
         with TemporaryDirectory() as place:
-            bare(questions()) if sys.argv[1] == "bare" else captured(questions(), Path(place))
+            bare(prepare_inputs()) if sys.argv[1] == "bare" else captured(prepare_inputs(), Path(place))
     else:
         main()

@@ -1,4 +1,4 @@
-"""Capture against the bare forward pass of the same batches: what batching, checking and writing cost on top.
+"""Capture against the bare forward pass of the same batches: the cost of batching, checking and writing.
 
 The model has MiniLM's shape (6 layers, 384 wide, 22.7 M parameters) and random weights; rows have the lengths
 of the reviews. Also: emulated or native bfloat16 against float32. Last line: JSON with the ratios.
@@ -53,9 +53,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
 
         def captured() -> None:
-            said = infer_rows(model, tokens, rows, 0, "float32", HIDDEN, names)
-            kept = records.LogitRows(pa.array(names), pa.array(hashes), lengths.astype(np.int32), said.logits)
-            Store(Path(directory) / str(np.random.randint(2**60))).put(_identity(), kept, said.hidden, 0.0)
+            outputs = infer_rows(model, tokens, rows, 0, "float32", HIDDEN, names)
+            kept = records.LogitRows(
+                pa.array(names), pa.array(hashes), lengths.astype(np.int32), outputs.logits
+            )
+            Store(Path(directory) / str(np.random.randint(2**60))).put(_identity(), kept, outputs.hidden, 0.0)
 
         half = {"bfloat16": lambda: infer_rows(model, tokens, rows[:64], 0, "bfloat16"),
                 "float32": lambda: infer_rows(model, tokens, rows[:64], 0, "float32")}  # fmt: skip
@@ -63,7 +65,7 @@ def main() -> None:
         precision = common.medians(half, rounds=3)
     print(f"bare forward   {ROWS / seconds['bare']:8,.0f} rows/s")
     print(f"capture        {ROWS / seconds['captured']:8,.0f} rows/s, with states of 2 layers and writing")
-    common.close(
+    common.print_result(
         {
             "ratio": seconds["bare"] / seconds["captured"],
             "bfloat16_over_float32": precision["float32"] / precision["bfloat16"],

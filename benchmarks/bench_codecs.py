@@ -1,10 +1,10 @@
 """Every codec at several settings, and peers' layouts, on the dense oracle: bytes, noise, gradients, speed.
 
-A row of the table is one way to keep a position:
+A row of the table is one codec or layout:
     entries        kept (id, weight) pairs
-    bytes          a position, on disk, whole file (rank table of compact layouts apart: it is one a cache)
+    bytes          a position, on disk, whole file (without the rank table of compact layouts: one a cache)
     variance       mean of |w - t|^2: trace variance of an unbiased codec, squared bias of a biased one
-    kl             KL(best target || teacher), nats: what the best student of these targets is told wrong
+    kl             KL(best target || teacher), nats: the error of the best student of these targets
     angle          degrees between the gradient of a linear student's head and that of the full teacher, over
                    all positions: untrained and trained student
     encode/decode  positions a second on one core: logits to columns; file to tensors with every check
@@ -45,7 +45,7 @@ STEPS, BATCH = 60, 1024  # of the trained student
 
 
 class Row(NamedTuple):
-    """One line of the table."""
+    """One row of the table; columns as in the docstring above."""
 
     entries: float
     bytes: float
@@ -58,13 +58,13 @@ class Row(NamedTuple):
 
 
 class Student(NamedTuple):
-    """A linear student's probabilities, as far as gradients need them."""
+    """A linear student: its head, and the gradient of the full KL."""
 
     head_VH: torch.Tensor
-    full_VH: torch.Tensor  # gradient of the full KL
+    full_VH: torch.Tensor
 
 
-def ours() -> dict[str, SparseCodec]:
+def stillroom_codecs() -> dict[str, SparseCodec]:
     found: dict[str, SparseCodec] = {}
     for tau in (0.1, 0.085, 0.07, 0.035):
         found[f"threshold {tau}"] = Threshold(tau=tau, seed=0, layout="compact", ranks=TABLE)
@@ -87,10 +87,10 @@ def main() -> None:
     hardware.pin_threads(hardware.num_cores())
     print(f"{num:,} positions, {vocab:,} ids; forward pass {forward * 1e6:,.0f} us a position and core")
     states_PH = torch.from_numpy(known.states_PH)
-    taught_VH = sum(softmax(known, part).T @ states_PH[part] for part in parts(num))
+    teacher_VH = sum(softmax(known, part).T @ states_PH[part] for part in parts(num))
     students = [untrained(vocab), trained(known, states_PH)]
     students = [
-        student._replace(full_VH=full_gradient(student, states_PH, taught_VH)) for student in students
+        student._replace(full_VH=full_gradient(student, states_PH, teacher_VH)) for student in students
     ]
     hardware.pin_threads(1)
     pa.set_cpu_count(1)
@@ -98,24 +98,24 @@ def main() -> None:
     ranks = compact.Ranks(compact.rank_by(mass.double().numpy()), vocab)
     table: dict[str, Row] = {}
     with TemporaryDirectory() as directory:
-        for name, codec in ours().items():
+        for name, codec in stillroom_codecs().items():
             table[name] = measure(
                 known,
                 codec,
                 ranks,
                 students,
-                taught_VH,
+                teacher_VH,
                 Path(directory) / (name.replace(" ", "-") + ".parquet"),
             )
             show(name, table[name])
-        for name, row in peer_rows(known, Path(directory), students, taught_VH).items():
+        for name, row in peer_rows(known, Path(directory), students, teacher_VH).items():
             table[name] = row
             show(name, row)
     if options.plot:
         plot(table, Path("docs/codecs.svg"))
     best = table["threshold 0.07"]
     lists = table["distillkit exact 64"].decode_per_s
-    common.close(
+    common.print_result(
         {
             "codecs": {
                 name: {
@@ -157,19 +157,22 @@ def trained(known: oracle.Oracle, states_PH: torch.Tensor) -> Student:
     for step in range(STEPS):
         start = step * BATCH % len(states_PH)
         part = slice(start, start + BATCH)
-        wanted, said = softmax(known, part), torch.softmax(states_PH[part] @ head.detach().T, -1)
-        head.grad = (said - wanted).T @ states_PH[part] / BATCH
+        teacher_probs = softmax(known, part)
+        student_probs = torch.softmax(states_PH[part] @ head.detach().T, -1)
+        head.grad = (student_probs - teacher_probs).T @ states_PH[part] / BATCH
         optimizer.step()
     return Student(head.detach(), torch.zeros(0))
 
 
-def said_by(student: Student, states_NH: torch.Tensor) -> torch.Tensor:
+def student_probs_of(student: Student, states_NH: torch.Tensor) -> torch.Tensor:
     return torch.softmax(states_NH @ student.head_VH.T, -1)
 
 
-def full_gradient(student: Student, states_PH: torch.Tensor, taught_VH: torch.Tensor) -> torch.Tensor:
-    own = sum(said_by(student, states_PH[part]).T @ states_PH[part] for part in parts(len(states_PH)))
-    return own - taught_VH
+def full_gradient(student: Student, states_PH: torch.Tensor, teacher_VH: torch.Tensor) -> torch.Tensor:
+    own = sum(
+        student_probs_of(student, states_PH[part]).T @ states_PH[part] for part in parts(len(states_PH))
+    )
+    return own - teacher_VH
 
 
 def angle(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -188,7 +191,7 @@ def names(num: int) -> tuple[list[str], Keys]:
 
 def measure(
     known: oracle.Oracle, codec: SparseCodec, ranks: compact.Ranks, students: list[Student],
-    taught_VH: torch.Tensor, path: Path,
+    teacher_VH: torch.Tensor, path: Path,
 ) -> Row:  # fmt: skip
     num = len(known.logits_PV)
     rows, keys = names(num)
@@ -215,7 +218,7 @@ def measure(
         return SparseTargets.of(records.read_sparse(path, codec, ranks).entries)
 
     back = records.read_sparse(path, codec, ranks).entries
-    quality = compare(known, back, students, taught_VH)
+    quality = compare(known, back, students, teacher_VH)
     return Row(
         float(entries.counts.mean()), entry.bytes / num, *quality, num / seconds,
         num / common.medians({"decode": decode}, rounds=5)["decode"],
@@ -223,18 +226,18 @@ def measure(
 
 
 def compare(
-    known: oracle.Oracle, kept: Entries, students: list[Student], taught_VH: torch.Tensor
+    known: oracle.Oracle, kept: Entries, students: list[Student], teacher_VH: torch.Tensor
 ) -> tuple[float, float, float, float]:
     """(variance, kl, angle of the untrained student, of the trained one) of these targets.
 
-    Where a tail is told, the bucket loss gives the gradient, and the best target has the tail spread evenly.
+    Targets with a tail get the gradient of the bucket loss, and their best target spreads the tail evenly.
     """
     num, vocab = known.logits_PV.shape
     states_PH = torch.from_numpy(known.states_PH)
     bucket = bool(np.isfinite(kept.log_tail).any())
     variance = kl = 0.0
-    wanted_VH = torch.zeros_like(taught_VH)
-    gradients = [torch.zeros_like(taught_VH) for _ in students]
+    target_VH = torch.zeros_like(teacher_VH)
+    gradients = [torch.zeros_like(teacher_VH) for _ in students]
     for part in parts(num):
         probs, states = softmax(known, part), states_PH[part]
         targets = SparseTargets.of(kept.take(np.arange(part.start, part.stop)))
@@ -255,7 +258,7 @@ def compare(
             kl += float((tail * (even.log() - log_rest / others)).sum())
             variance += float((tail**2 / others).sum() - 2 * (even * (1 - mass)).sum())
             for student, total in zip(students, gradients, strict=True):
-                p = said_by(student, states)
+                p = student_probs_of(student, states)
                 b = torch.zeros(len(p)).index_add(0, at[0], p[at])
                 a = 1 - tail.float()
                 c = (a - b) / (1 - b).clamp(min=1e-6)
@@ -263,22 +266,22 @@ def compare(
                 extra = (1 - c[at[0]]) * p[at] - targets.weights
                 total.index_add_(0, at[1], extra[:, None] * states[at[0]])
         else:
-            wanted_VH.index_add_(0, at[1], targets.weights[:, None] * states[at[0]])
+            target_VH.index_add_(0, at[1], targets.weights[:, None] * states[at[0]])
     if not bucket:
-        gradients = [student.full_VH + taught_VH - wanted_VH for student in students]
+        gradients = [student.full_VH + teacher_VH - target_VH for student in students]
     angles = [angle(gradient, student.full_VH) for gradient, student in zip(gradients, students, strict=True)]
     return variance / num, kl / num, angles[0], angles[1]
 
 
 def peer_rows(
-    known: oracle.Oracle, directory: Path, students: list[Student], taught_VH: torch.Tensor
+    known: oracle.Oracle, directory: Path, students: list[Student], teacher_VH: torch.Tensor
 ) -> dict[str, Row]:
     """Peers' layouts on the same positions; top-k is renormalised, as their losses do by default."""
     num, vocab = known.logits_PV.shape
     found = {}
     for k in (12, 64, 128):
         top = top_of(known, k)
-        quality = compare(known, renormalised(top), students, taught_VH)
+        quality = compare(known, renormalised(top), students, teacher_VH)
         ways: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {
             f"distillkit exact {k}": (
                 lambda path, top=top: peers.distillkit_write(path, top),
@@ -310,7 +313,7 @@ def peer_rows(
         directory / "rskd", float(entries.counts.mean()), num,
         lambda path: peers.rskd_write(path, entries.ids.astype(np.int64), counts, entries.counts),
         lambda path: peers.rskd_read(path, codec.draws),
-        compare(known, entries, students, taught_VH),
+        compare(known, entries, students, teacher_VH),
     )  # fmt: skip
     return found
 
@@ -374,12 +377,12 @@ def plot(table: dict[str, Row], path: Path) -> None:
         figure = Figure(figsize=(9.6, 4.2), layout="constrained")
         noise, angles = figure.subplots(1, 2)
         for kind, rows in kinds.items():
-            look = {"marker": style[kind], "color": colours[kind], "label": kind}
+            line_style = {"marker": style[kind], "color": colours[kind], "label": kind}
             rows = sorted(rows, key=lambda row: row.bytes)
             sizes = [row.bytes for row in rows]
             if kind in ("threshold", "sample", "rs-kd 24 bit"):
-                noise.plot(sizes, [row.variance for row in rows], **look)
-            angles.plot(sizes, [row.angle_trained for row in rows], **look)
+                noise.plot(sizes, [row.variance for row in rows], **line_style)
+            angles.plot(sizes, [row.angle_trained for row in rows], **line_style)
         noise.set_ylabel("variance of the target (unbiased codecs)")
         noise.set_ylim(bottom=0)
         noise.set_xlim(left=0)

@@ -1,9 +1,9 @@
 """Exported students against torch: int8 ONNX, float32 ONNX and torch in turns, batch 1 and 32, one thread.
 
-Students have random weights (latency does not read them) and rows have the lengths of the reviews: a BERT of
-4 layers x 312 (TinyBERT's shape), a BiLSTM and an FC over MiniLM's vocabulary. What int8 costs in accuracy
-is measured on trained students, by the export stage. Last line: JSON with the ratios (above 1: faster than
-torch).
+Students have random weights (latency does not depend on them) and rows have the lengths of the reviews: a
+BERT of 4 layers x 312 (TinyBERT's shape), a BiLSTM and an FC over MiniLM's vocabulary. The accuracy that int8
+costs is measured on trained students, by the export stage. Last line: JSON with the ratios (above 1: faster
+than torch).
 """
 
 import tempfile
@@ -57,7 +57,7 @@ def main() -> None:
             f"{name}: {4e-6 * parameters:.1f} MB in torch, "
             + ", ".join(f"{f} {m:.1f}" for f, m in sizes.items())
         )
-    common.close(result)
+    common.print_result(result)
 
 
 if __name__ == "__main__":

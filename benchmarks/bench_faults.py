@@ -1,9 +1,9 @@
-"""Captures by worker processes while these are killed, stopped and starved, again and again.
+"""Captures by worker processes that are killed, stopped and starved of disk space, several times.
 
 Each mishap of tests/pipeline/mishaps.py happens ROUNDS times to a capture of a toy teacher, 45 shards, at
-another moment each time; one more fills a small file system, where one may be mounted. A capture survives
-where the sealed bytes are those of an undisturbed one and no finished shard is gone. Last line: JSON, all
-faults counted.
+another moment each time; one more fills a small file system, if the process may mount one. A capture
+survives if the sealed bytes are those of an undisturbed one and no finished shard is missing. Last line:
+JSON, all faults counted.
 """
 
 import random
@@ -27,7 +27,8 @@ def main() -> None:
     torch.set_num_threads(1)
     faults = survived = rows_lost = 0
     equal = True
-    one_core = patch.object(hardware, "num_cores", lambda: 1)  # as crew.py's processes have it; caches say so
+    # As in the processes of crew.py: the provenance of caches records the number.
+    one_core = patch.object(hardware, "num_cores", lambda: 1)
     with tempfile.TemporaryDirectory() as directory, crew.quick_processes(), one_core:
         whole = make(Path(directory, "whole"))
         crew.forget(whole)
@@ -55,7 +56,9 @@ def main() -> None:
                     flush=True,
                 )
                 shutil.rmtree(world.root)
-    common.close({"faults": faults, "survived": survived, "rows_lost": rows_lost, "bytes_equal": equal})
+    common.print_result(
+        {"faults": faults, "survived": survived, "rows_lost": rows_lost, "bytes_equal": equal}
+    )
 
 
 if __name__ == "__main__":

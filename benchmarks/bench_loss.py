@@ -1,8 +1,8 @@
-"""The chunked head loss against the dense one: seconds and peak memory of a training step's head.
+"""The chunked head loss against the dense one: seconds and peak memory of the head in a training step.
 
 d = 192, 2,048 positions, 32 entries each (1 for labels), vocabularies of 49,152 and 262,144. The trunk is a
-Llama of 4 layers, forwards and backwards. Every way runs in a process of its own, so that its peak is its
-own. Last line: JSON for the smaller vocabulary.
+Llama of 4 layers, forward and backward. Every way runs in a process of its own, so that its peak memory is
+its own. Last line: JSON for the smaller vocabulary.
 """
 
 import json
@@ -37,18 +37,18 @@ def head_step(way: str, vocab: int) -> Callable[[], object]:
     states = torch.randn(POSITIONS, WIDTH, requires_grad=True)
     head = torch.nn.Parameter(0.02 * torch.randn(vocab, WIDTH))
     if way == "dense":
-        wanted = torch.randn(POSITIONS, vocab)
+        teacher_logits = torch.randn(POSITIONS, vocab)
 
         def dense() -> None:
             states.grad = head.grad = None
-            distillation_loss(states @ head.T, wanted).backward()
+            distillation_loss(states @ head.T, teacher_logits).backward()
 
         return dense
-    known = targets(vocab, 1 if way == "labels" else ENTRIES)
+    sparse = targets(vocab, 1 if way == "labels" else ENTRIES)
 
     def chunked() -> None:
         states.grad = head.grad = None
-        (head_loss(states, head, known) / POSITIONS).backward()
+        (head_loss(states, head, sparse) / POSITIONS).backward()
 
     return chunked
 
@@ -71,17 +71,17 @@ def trunk_step() -> Callable[[], object]:
 
 
 def run(way: str, vocab: int) -> None:
-    """In a process of its own."""
+    """Measures one way, in a process of its own."""
     hardware.pin_threads(hardware.num_cores())
-    common.tell_alone(trunk_step() if way == "trunk" else head_step(way, vocab), ROUNDS)
+    common.measure_alone(trunk_step() if way == "trunk" else head_step(way, vocab), ROUNDS)
 
 
 def main() -> None:
-    trunk, _ = common.alone(__file__, "trunk", "0")
+    trunk, _ = common.run_alone(__file__, "trunk", "0")
     print(f"trunk alone: {trunk:.3f} s for {POSITIONS:,} positions")
     found = {}
     for vocab in VOCABULARIES:
-        ways = {way: common.alone(__file__, way, str(vocab)) for way in ("dense", "labels", "entries")}
+        ways = {way: common.run_alone(__file__, way, str(vocab)) for way in ("dense", "labels", "entries")}
         for way, (seconds, peak) in ways.items():
             print(f"V = {vocab:7,}  {way:8} {seconds:7.3f} s  {peak / 1e6:8,.0f} MB at the peak")
         dense, labels, entries = (ways[way] for way in ("dense", "labels", "entries"))
@@ -93,7 +93,7 @@ def main() -> None:
             "step_over_trunk": (trunk + entries[0]) / trunk,
         }
         print(json.dumps({"vocabulary": vocab, **found[vocab]}))
-    common.close(found[VOCABULARIES[0]])
+    common.print_result(found[VOCABULARIES[0]])
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Does a cache teach what the full teacher teaches? One student, several targets, the same data and steps.
+"""Students trained on cached targets against students of all logits: the same data, start and steps.
 
-Arms: labels alone (ce); all of the teacher's logits, made again from its states at every step (full); the
+Arms: labels alone (ce); all of the teacher's logits, recomputed from its states at every step (full); the
 twelve largest, renormalised, and with a bucket for the rest; 22 draws (12 ids); threshold, 12 and 7 entries.
 The student is a Llama of 4 layers, 128 wide, whose embeddings start as the teacher's on their first 128
 principal components. Every arm starts from the same weights for a seed and sees the same batches in the same
 order. Held-out: loss of the next token, KL to the teacher (all logits), ECE. `--plot` draws docs/quality.svg.
 Last line: JSON, means and spreads (standard deviations over seeds).
 
-Trainings run on one thread each, side by side; finished ones are kept in .stillroom/quality: remove it to
-start again. An hour and a half on two busy cores.
+Trainings run on one thread each, in parallel; finished ones are kept in .stillroom/quality: remove it to
+start again. It takes an hour and a half on two busy cores.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 import common
 import numpy as np
 import numpy.typing as npt
-import taught
+import teacher_data
 import torch
 
 from pipeline.config.students import LlamaStudent
@@ -35,7 +35,7 @@ from pipeline.training.loop import learning_rate_factor
 from storage import order
 from storage.entries import Entries
 
-ARMS = {  # arm -> the codec that its targets come from
+ARMS = {  # arm -> the codec of its targets
     "ce": None,
     "full": None,
     "topk 12": "topk 12",
@@ -45,26 +45,26 @@ ARMS = {  # arm -> the codec that its targets come from
     "threshold 7": "threshold 7",
 }
 HELD_OUT = 64  # pieces
-ENTRY = LlamaStudent(kind="llama", layers=4, width=128, heads=2, max_length=taught.LENGTH)
+ENTRY = LlamaStudent(kind="llama", layers=4, width=128, heads=2, max_length=teacher_data.LENGTH)
 LEARNING_RATE, WARMUP, WEIGHT_DECAY = 2e-3, 0.05, 0.01
 CHUNK = 128
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser(description=__doc__)
-    asked.add_argument("--positions", type=int, default=196_608)
-    asked.add_argument("--rows", type=int, default=4, help="pieces of 128 tokens a step")
-    asked.add_argument("--seeds", type=int, default=2)
-    asked.add_argument("--plot", action="store_true")
-    chosen = asked.parse_args()
-    pieces = HELD_OUT + chosen.positions // taught.LENGTH
-    taught.make(pieces)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--positions", type=int, default=196_608)
+    parser.add_argument("--rows", type=int, default=4, help="pieces of 128 tokens a step")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--plot", action="store_true")
+    options = parser.parse_args()
+    pieces = HELD_OUT + options.positions // teacher_data.LENGTH
+    teacher_data.make(pieces)
     found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(hardware.num_cores(), mp_context=context) as pool:
         trained = {
-            (arm, seed): pool.submit(trained_alone, pieces, arm, seed, chosen.rows)
-            for seed in range(chosen.seeds)
+            (arm, seed): pool.submit(trained_alone, pieces, arm, seed, options.rows)
+            for seed in range(options.seeds)
             for arm in ARMS
         }
         for (arm, seed), future in trained.items():
@@ -73,8 +73,8 @@ def main() -> None:
                 f"seed {seed}  {arm:15} " + "  ".join(f"{k} {v:.4f}" for k, v in result.items()), flush=True
             )
     hardware.pin_threads(1)
-    known = taught.load(pieces)
-    seconds = step_seconds(known, chosen.rows)
+    known = teacher_data.load(pieces)
+    seconds = step_seconds(known, options.rows)
     arms = {}
     for arm, results in found.items():
         codec = ARMS[arm]
@@ -89,28 +89,27 @@ def main() -> None:
             f"kl {arms[arm]['kl']['mean']:.4f} ± {arms[arm]['kl']['std']:.4f}  "
             f"ece {arms[arm]['ece']['mean']:.4f}  {arms[arm]['bytes']:.1f} B  {seconds[arm]:.2f} s a step"
         )
-    teacher = known.teacher_seconds * chosen.rows * taught.LENGTH
-    print(
-        f"the teacher's own forward pass, which `full` would need at every step too: {teacher:.2f} s a step"
-    )
-    if chosen.plot:
+    teacher = known.teacher_seconds * options.rows * teacher_data.LENGTH
+    print(f"the teacher's own forward pass, which `full` also needs at every step: {teacher:.2f} s a step")
+    if options.plot:
         plot(arms, Path("docs/quality.svg"))
-    common.close({"arms": arms, "positions": chosen.positions, "seeds": chosen.seeds,
+    common.print_result({"arms": arms, "positions": options.positions, "seeds": options.seeds,
                   "teacher_s_per_step": teacher})  # fmt: skip
 
 
 def trained_alone(pieces: int, arm: str, seed: int, rows: int) -> dict[str, float]:
-    """In a process of one thread: the result of one training, from disk where it is done."""
+    """The result of one training, in a process of one thread; read from disk if it is finished."""
     hardware.pin_threads(1)
     name = f"{arm}-{seed}-{pieces}-{rows}"
-    return taught.remember(name) or taught.remember(name, train(taught.load(pieces), arm, seed, rows))
+    finished = teacher_data.remember(name)
+    return finished or teacher_data.remember(name, train(teacher_data.load(pieces), arm, seed, rows))
 
 
-def train(known: taught.Taught, arm: str, seed: int, rows: int) -> dict[str, float]:
-    """Train one student once over all pieces, and measure it on the held-out ones."""
+def train(known: teacher_data.TeacherData, arm: str, seed: int, rows: int) -> dict[str, float]:
+    """Trains one student once over all pieces, and measures it on the held-out ones."""
     student, step = prepared(known, arm, seed)
     pieces = HELD_OUT + order.permutation(len(known.tokens_NL) - HELD_OUT, seed)
-    batches = list(taught.steps(pieces, rows))
+    batches = list(teacher_data.steps(pieces, rows))
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
     )
@@ -127,9 +126,9 @@ def train(known: taught.Taught, arm: str, seed: int, rows: int) -> dict[str, flo
 
 
 def prepared(
-    known: taught.Taught, arm: str, seed: int
+    known: teacher_data.TeacherData, arm: str, seed: int
 ) -> tuple[Llama, Callable[[npt.NDArray[np.int64]], torch.Tensor]]:
-    """(the student as it starts, the loss of a batch of pieces)."""
+    """(the student with its first weights, the loss of a batch of pieces)."""
     torch.manual_seed(seed)
     student = Llama(ENTRY, len(known.head_VD))
     with torch.no_grad():
@@ -141,12 +140,12 @@ def prepared(
         states = student(ids, torch.ones_like(ids).bool())[:, :-1].flatten(0, 1)
         head = student.head
         if arm == "full":
-            wanted = torch.from_numpy(known.states_NLD[pieces][:, :-1]).flatten(0, 1)
-            return _Full.apply(states, head, wanted, known.head_VD) / len(states)
+            teacher_states = torch.from_numpy(known.states_NLD[pieces][:, :-1]).flatten(0, 1)
+            return _Full.apply(states, head, teacher_states, known.head_VD) / len(states)
         if codec is None:
             targets = _labels(ids[:, 1:].flatten())
         else:
-            places = (pieces[:, None] * taught.LENGTH + np.arange(taught.LENGTH - 1)).ravel()
+            places = (pieces[:, None] * teacher_data.LENGTH + np.arange(teacher_data.LENGTH - 1)).ravel()
             targets = _weights(known.entries[codec].take(places), arm)
         return head_loss(states, head, targets, chunk=CHUNK, bucket=arm.endswith("bucket")) / len(states)
 
@@ -174,17 +173,17 @@ class _Full(torch.autograd.Function):
         ctx: Any,
         states_PD: torch.Tensor,
         head_VD: torch.Tensor,
-        taught_PT: torch.Tensor,
-        taught_VT: torch.Tensor,
+        teacher_PT: torch.Tensor,
+        teacher_VT: torch.Tensor,
     ) -> torch.Tensor:
         grad_states, grad_head, total = torch.empty_like(states_PD), torch.zeros_like(head_VD), 0.0
         for at in range(0, len(states_PD), CHUNK):
             part = slice(at, at + CHUNK)
-            wanted = torch.softmax(taught_PT[part] @ taught_VT.T, -1)
+            probs = torch.softmax(teacher_PT[part] @ teacher_VT.T, -1)
             logits = states_PD[part] @ head_VD.T
             sums = logits.logsumexp(1)
-            total += float(sums.sum() - torch.vdot(wanted.flatten(), logits.flatten()))
-            grad = logits.sub_(sums[:, None]).exp_().sub_(wanted)
+            total += float(sums.sum() - torch.vdot(probs.flatten(), logits.flatten()))
+            grad = logits.sub_(sums[:, None]).exp_().sub_(probs)
             grad_states[part] = grad @ head_VD
             grad_head += grad.T @ states_PD[part]
         ctx.save_for_backward(grad_states, grad_head)
@@ -204,29 +203,29 @@ def _principal(weight_VD: torch.Tensor, width: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def measure(known: taught.Taught, student: Llama) -> dict[str, float]:
+def measure(known: teacher_data.TeacherData, student: Llama) -> dict[str, float]:
     """Loss of the next token, KL(teacher || student) over all ids, ECE, over the held-out pieces."""
     loss = kl = positions = 0.0
-    sure, right = [], []
+    confidences, hits = [], []
     for start in range(0, HELD_OUT, 2):
         ids = torch.from_numpy(known.tokens_NL[start : start + 2])
         states = student(ids, torch.ones_like(ids).bool())[:, :-1].flatten(0, 1)
-        said = (states @ student.head.T).log_softmax(-1)
-        told = torch.from_numpy(known.states_NLD[start : start + 2][:, :-1]).flatten(0, 1)
-        wanted = (told @ known.head_VD.T).log_softmax(-1)
+        student_logs = (states @ student.head.T).log_softmax(-1)
+        teacher_states = torch.from_numpy(known.states_NLD[start : start + 2][:, :-1]).flatten(0, 1)
+        teacher_logs = (teacher_states @ known.head_VD.T).log_softmax(-1)
         following = ids[:, 1:].flatten()
-        loss += float(torch.nn.functional.nll_loss(said, following, reduction="sum"))
-        kl += float((wanted.exp() * (wanted - said)).sum())
-        best = said.max(-1)
-        sure.append(best.values.exp())
-        right.append(best.indices == following)
+        loss += float(torch.nn.functional.nll_loss(student_logs, following, reduction="sum"))
+        kl += float((teacher_logs.exp() * (teacher_logs - student_logs)).sum())
+        best = student_logs.max(-1)
+        confidences.append(best.values.exp())
+        hits.append(best.indices == following)
         positions += len(following)
-    confidence, correct = torch.cat(sure).numpy(), torch.cat(right).numpy()
+    confidence, correct = torch.cat(confidences).numpy(), torch.cat(hits).numpy()
     return {"lm_loss": loss / positions, "kl": kl / positions, "ece": binned_error(confidence, correct),
             "accuracy": float(correct.mean())}  # fmt: skip
 
 
-def step_seconds(known: taught.Taught, rows: int) -> dict[str, float]:
+def step_seconds(known: teacher_data.TeacherData, rows: int) -> dict[str, float]:
     """Median seconds of a step of each arm, taken in turns."""
     ways = {}
     batch = np.arange(HELD_OUT, HELD_OUT + rows)

@@ -1,13 +1,13 @@
-"""A training's batches from a cache, against the stream readers that people use: targets/s, memory, start.
+"""Training batches from a cache, against common stream readers: targets/s, memory, time to the first batch.
 
 A synthetic cache of a language model: rows of 100 to 300 tokens, 4 to 16 entries a token, plain layout, so
 that `datasets` reads the same Parquet; webdataset and litdata hold the same records in their formats. Each
 reader runs in a process of its own, cold (its files dropped from the page cache) and then warm, without help
-and with two helpers (worker processes; reading threads of ours), and the better counts. Peers are installed
-without their dependencies beside this environment, into benchmarks/.peers. Then ours over a cache of smaller
-shards, and over 20 times as many of them: what its memory grows by.
+and with two helpers (worker processes; reading threads of ours), and the better result counts. Peers are
+installed without their dependencies into benchmarks/.peers. Then our reader over a cache of smaller shards,
+and over 20 times as many of them: the growth of its memory.
 
-Last line: JSON with targets/s of ours over those of the best peer (warm), theirs, and that growth.
+Last line: JSON with our targets/s over those of the best peer (warm), the peers', and that growth.
 """
 
 import json
@@ -36,7 +36,7 @@ from tests.storage.conftest import IDENTITY
 
 SHARDS, SHARD_ROWS, VOCAB = 24, 512, 49_152
 TIMES = 20
-SMALL_SHARDS, SMALL_ROWS = 48, 64  # where memory is measured: three windows of shards
+SMALL_SHARDS, SMALL_ROWS = 48, 64  # of the memory measurement: three windows of shards
 EPOCHS = 4  # the first is cold, the median of the others is warm
 READERS = Path(__file__).with_name("readers.py")
 PEERS = Path(__file__).with_name(".peers")
@@ -48,7 +48,7 @@ PINS = {
 
 
 def shard(number: int, num_rows: int) -> EntryRows:
-    """Rows of random tokens, entries and weights; those of shard n and n + SHARDS differ by their names."""
+    """Rows of random tokens, entries and weights; shards n and n + SHARDS differ only in their row ids."""
     random = np.random.default_rng(number % SHARDS)
     lengths = random.integers(100, 301, num_rows).astype(np.int32)
     counts = random.integers(4, 17, lengths.sum())
@@ -66,7 +66,7 @@ def shard(number: int, num_rows: int) -> EntryRows:
 
 
 def make(root: Path, num_shards: int, num_rows: int = SHARD_ROWS) -> None:
-    """A cache of so many shards at root/cache."""
+    """Writes a cache of `num_shards` shards at root/cache."""
     body = {
         **IDENTITY.spec.model_dump(),
         "hidden": None,
@@ -83,21 +83,21 @@ def make(root: Path, num_shards: int, num_rows: int = SHARD_ROWS) -> None:
 
 
 def python(peer: str) -> str:
-    """The interpreter that has this peer, beside all that this environment has."""
+    """An interpreter that has this peer in addition to all packages of this environment."""
     if not PINS.get(peer):
         return sys.executable
     place = PEERS / peer
     if not (place / "ready").is_file():
         venv.create(place, with_pip=True, clear=True)
-        (beside,) = place.glob("lib/*/site-packages")
-        (beside / "beside.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+        (packages,) = place.glob("lib/*/site-packages")
+        (packages / "parent.pth").write_text("\n".join(site.getsitepackages()) + "\n")
         subprocess.run([place / "bin/pip", "install", "--quiet", "--no-deps", *PINS[peer]], check=True)
         (place / "ready").touch()
     return str(place / "bin/python")
 
 
 def run(reader: str, root: Path, *arguments: object) -> dict[str, Any]:
-    """What one reader tells of itself."""
+    """The measurements that one reader prints."""
     command = [python(reader), str(READERS), reader, str(root), *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     lines = done.stdout.splitlines()
@@ -137,7 +137,7 @@ def main() -> None:
         for when in ("warm", "cold")
     }
     ours = {when: rates.pop("ours") for when, rates in best.items()}
-    common.close(
+    common.print_result(
         {
             "ours_over_best_peer": ours["warm"] / max(best["warm"].values()),
             "ours_over_best_peer_cold": ours["cold"] / max(best["cold"].values()),

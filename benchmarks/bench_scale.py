@@ -1,9 +1,9 @@
-"""A cache of 1,000,000 shards: seconds and memory to open, plan and order it. docs/scale.md has the rest.
+"""A cache of 1,000,000 shards: seconds and memory to open, plan and order it. docs/scale.md explains them.
 
-The shards are simulated: their files are not there, but their table is, as a reader finds it, and so are the
-row ids and input hashes that a plan is made of (two rows a shard; what more rows cost is printed too). Each
-step runs in a process of its own; its imports count in memory and not in seconds. What it would cost without
-a table, and with a plan that looks into finished shards, is measured at 1/100 of the size.
+The shards are simulated: their files do not exist, but their table does, as a reader finds it, and so do the
+row ids and input hashes that a plan reads (two rows a shard; the cost of more rows is printed too). Each
+step runs in a process of its own; its imports count in memory and not in seconds. The cost without a table,
+and of a plan that opens finished shards, is measured at 1/100 of the size.
 
 `--shards N`: another number. Last line: JSON with the seconds and the peak memory (bytes) of each step.
 """
@@ -31,7 +31,7 @@ from storage.spec import Identity, Spec, TeacherIdentity, TokenizerIdentity
 
 SHARDS, ROWS_A_SHARD, PER_WINDOW = 1_000_000, 2, 16
 LIMIT_SECONDS, LIMIT_BYTES = 2.0, 500e6
-LARGER = 100  # how much smaller the steps as they were are measured
+LARGER = 100  # the factor between the full size and that of the comparison
 
 IDENTITY = Identity(
     capture_version=1,
@@ -68,7 +68,7 @@ def table(num: int) -> ShardTable:
 
 
 def write(root: Path, num: int) -> None:
-    """The manifest and the table of a cache of so many shards; none of its shards."""
+    """Writes the manifest and the table of a cache of `num` shards, and none of its shards."""
     root.mkdir()
     table(num).write(root / manifest.TABLE_NAME)
     entry = file_entry(root, manifest.TABLE_NAME)
@@ -80,7 +80,7 @@ def write(root: Path, num: int) -> None:
 
 
 def write_list(root: Path, num: int) -> None:
-    """The same, as a list in the manifest."""
+    """Writes the same shards as a list in the manifest."""
     root.mkdir()
     sealed = Manifest(
         format_version=3, identity=IDENTITY, dataset="4" * 64, shards=tuple(table(num)), tokenizer_files=(),
@@ -90,7 +90,7 @@ def write_list(root: Path, num: int) -> None:
 
 
 def hexadecimal(num: int, seed: int) -> pa.StringArray:
-    """So many names of 32 random hex characters."""
+    """`num` names of 32 random hex characters."""
     draw, digits = np.random.default_rng(seed), np.frombuffer(b"0123456789abcdef", np.uint8)
     characters = np.empty((num, 32), np.uint8)
     for first in range(0, num, 2**16):
@@ -111,7 +111,7 @@ def opening(root: Path, num: int) -> Callable[[], object]:
 
 
 def planning_done(root: Path, num: int) -> Callable[[], object]:
-    """All but every tenth shard is finished: which ones are left?"""
+    """All but every tenth shard is finished; the step finds the others."""
     ids, inputs = hexadecimal(num * ROWS_A_SHARD, 1), hexadecimal(num * ROWS_A_SHARD, 2)
     finished = np.fromfile(root / "finished", np.uint8).reshape(-1, 32)
 
@@ -133,7 +133,7 @@ def opening_a_list(root: Path, num: int) -> Callable[[], object]:
 
 
 def nothing(root: Path, num: int) -> Callable[[], object]:
-    """What the imports alone take."""
+    """Measures the imports alone."""
     return lambda: None
 
 
@@ -143,35 +143,35 @@ STEPS = {
 }  # fmt: skip
 
 
-def alone(step: str, root: Path, num: int) -> dict[str, float]:
+def run_step(step: str, root: Path, num: int) -> dict[str, float]:
     """Seconds, processor seconds and peak memory of a step, in processes of its own: the median of three."""
-    told = []
+    measured = []
     for _ in range(3):
         command = [sys.executable, __file__, "--step", step, "--root", str(root), "--shards", str(num)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        told.append(json.loads(done.stdout.splitlines()[-1]))
-    seconds, processor, peak = sorted(told)[1]
+        measured.append(json.loads(done.stdout.splitlines()[-1]))
+    seconds, processor, peak = sorted(measured)[1]
     return {"seconds": round(seconds, 3), "processor_seconds": round(processor, 3), "peak_bytes": peak}
 
 
-def tell(step: str, root: Path, num: int) -> None:
+def measure_step(step: str, root: Path, num: int) -> None:
     run = STEPS[step](root, num)
     started, spent = time.perf_counter(), time.process_time()
     run()
     seconds, processor = time.perf_counter() - started, time.process_time() - spent
-    lines = Path("/proc/self/status").read_text().splitlines()  # getrusage would count the parent's too
+    lines = Path("/proc/self/status").read_text().splitlines()  # getrusage would count the parent process too
     peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     print(json.dumps([seconds, processor, 1024 * peak]))
 
 
 def hashing() -> float:
-    """Seconds to name the shards of 10^6 rows at 1,000 rows a shard: what more rows cost a plan."""
+    """Seconds to name the shards of 10^6 rows at 1,000 rows a shard: the cost of more rows in a plan."""
     ids, inputs = hexadecimal(10**6, 1), hexadecimal(10**6, 2)
     return common.medians({"cut": lambda: cut_into_shards(IDENTITY, ids, inputs, 1000)}, rounds=3)["cut"]
 
 
-def looking() -> float:
-    """Seconds to look into one finished shard for its rows, as a plan does for shards of another cut."""
+def opening_a_shard() -> float:
+    """Seconds to read the row ids of one finished shard, as a plan does for shards of another cut."""
     from storage.writer import Store
     from tests.storage.conftest import IDENTITY as TOY
     from tests.storage.conftest import make_rows, make_states
@@ -179,19 +179,19 @@ def looking() -> float:
     rows = make_rows(0, 1000)
     with tempfile.TemporaryDirectory() as directory:
         shard = Store(Path(directory)).put(TOY, rows, make_states(rows), 1.0)
-        return common.medians({"look": lambda: shard.row_ids().to_pylist()}, rounds=20)["look"]
+        return common.medians({"read": lambda: shard.row_ids().to_pylist()}, rounds=20)["read"]
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--shards", type=int, default=SHARDS)
-    arguments.add_argument("--step", choices=STEPS)
-    arguments.add_argument("--root", type=Path)
-    chosen = arguments.parse_args()
-    if chosen.step:
-        tell(chosen.step, chosen.root, chosen.shards)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shards", type=int, default=SHARDS)
+    parser.add_argument("--step", choices=STEPS)
+    parser.add_argument("--root", type=Path)
+    options = parser.parse_args()
+    if options.step:
+        measure_step(options.step, options.root, options.shards)
         return
-    num, few = chosen.shards, max(1, chosen.shards // LARGER)
+    num, few = options.shards, max(1, options.shards // LARGER)
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         write(root / "many", num)
@@ -202,8 +202,8 @@ def main() -> None:
         del ids, inputs, keys
         table_bytes = (root / "many" / manifest.TABLE_NAME).stat().st_size
         list_bytes = LARGER * (root / "listed" / manifest.MANIFEST_NAME).stat().st_size
-        found = {step: alone(step, root, num) for step in ("imports", "open", "plan", "order")}
-        listed = alone("open_listed", root, few)
+        found = {step: run_step(step, root, num) for step in ("imports", "open", "plan", "order")}
+        listed = run_step("open_listed", root, few)
     for name, one in found.items():
         print(
             f"{name:8} {one['seconds']:7.3f} s, {one['processor_seconds']:7.3f} s of the processor, "
@@ -213,15 +213,15 @@ def main() -> None:
     before = {
         "open_seconds": LARGER * listed["seconds"],
         "open_bytes": found["imports"]["peak_bytes"] + LARGER * grown,
-        "plan_seconds": num * looking(),
+        "plan_seconds": num * opening_a_shard(),
     }
     print(f"a list opens in {before['open_seconds']:.0f} s and takes {before['open_bytes'] / 1e9:.1f} GB")
-    print(f"a plan that looks into each shard takes {before['plan_seconds']:.0f} s")
+    print(f"a plan that opens each shard takes {before['plan_seconds']:.0f} s")
     within = all(
         found[step]["seconds"] < LIMIT_SECONDS and found[step]["peak_bytes"] < LIMIT_BYTES
         for step in ("open", "plan", "order")
     )
-    common.close(
+    common.print_result(
         {
             "shards": num,
             "table_bytes": table_bytes,

@@ -1,8 +1,8 @@
-"""Two choices of the student side, measured: how the BiLSTM reads, and one thread a seed.
+"""Two choices in the training of students: a mirrored backward LSTM, and one thread for each seed.
 
-1. A training step of the BiLSTM with a mirrored backward LSTM against the textbook way, packed sequences.
+1. A training step of the BiLSTM with a mirrored backward LSTM against the usual packed sequences.
 2. Two seeds in two processes of one thread each against one after the other on two threads.
-Last line: JSON with the ratios (above 1: our way is faster).
+Last line: JSON with the ratios (above 1: Stillroom's choice is faster).
 """
 
 import multiprocessing as mp
@@ -22,7 +22,7 @@ ENTRY = BiLSTMStudent(kind="bilstm", embedding=128, hidden=128)
 
 
 class Packed(nn.Module):
-    """The textbook BiLSTM: one bidirectional nn.LSTM over packed sequences."""
+    """The usual BiLSTM: one bidirectional nn.LSTM over packed sequences."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def stepper(model: nn.Module, steps: int = 10):
 
 
 def work(threads: int, start) -> None:
-    """Train for a while on so many threads, from the moment that `start` is set."""
+    """Trains for some steps on `threads` threads, from the moment that `start` is set."""
     hardware.pin_threads(threads)
     run = stepper(build_student(ENTRY, VOCAB, 2))
     run()
@@ -91,17 +91,17 @@ def main() -> None:
         f"10 BiLSTM steps, one thread: mirrored {seconds['mirrored']:.3f} s, packed {seconds['packed']:.3f} s"
     )
     cores = hardware.num_cores()
-    after, beside = [], []
+    in_turn, parallel = [], []
     for _ in range(3):
-        after.append(cores * together(1, cores))
-        beside.append(together(cores, 1))
-    after.sort()
-    beside.sort()
-    print(f"{cores} seeds: in turn on {cores} threads {after[1]:.1f} s, side by side {beside[1]:.1f} s")
-    common.close(
+        in_turn.append(cores * together(1, cores))
+        parallel.append(together(cores, 1))
+    in_turn.sort()
+    parallel.sort()
+    print(f"{cores} seeds: in turn on {cores} threads {in_turn[1]:.1f} s, in parallel {parallel[1]:.1f} s")
+    common.print_result(
         {
             "mirrored_over_packed": seconds["packed"] / seconds["mirrored"],
-            "side_by_side_over_threads": after[1] / beside[1],
+            "side_by_side_over_threads": in_turn[1] / parallel[1],
         }
     )
 

@@ -1,4 +1,4 @@
-"""What every benchmark needs: interleaved medians, and one closing line of JSON."""
+"""Helpers of all benchmarks: interleaved medians, processes of their own, and one last line of JSON."""
 
 import json
 import statistics
@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 def medians(ways: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str, float]:
-    """Median seconds of each way. Ways take turns, so that a slow minute of the machine hits all alike."""
+    """Median seconds of each way. Ways take turns, so that a slow minute of the machine affects all."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, way in ways.items():
@@ -24,9 +24,9 @@ def medians(ways: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str,
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def tell_alone(step: Callable[[], object], rounds: int) -> None:
-    """In a process of its own: print the median seconds of `step`, and how many bytes it took at its peak."""
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+def measure_alone(step: Callable[[], object], rounds: int) -> None:
+    """In a process of its own: print the median seconds of `step`, and its peak memory in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which loading has raised
     before = _kilobytes("VmRSS")
     seconds = medians({"step": step}, rounds)["step"]
     print(json.dumps([seconds, 1024 * (_kilobytes("VmHWM") - before)]))
@@ -37,15 +37,15 @@ def _kilobytes(field: str) -> int:
     return int(next(line.split()[1] for line in lines if line.startswith(field + ":")))
 
 
-def alone(file: str, *arguments: str) -> tuple[float, float]:
-    """(seconds, bytes at the peak) that `file` tells when it is run with these arguments."""
+def run_alone(file: str, *arguments: str) -> tuple[float, float]:
+    """(seconds, bytes at the peak) that `file` prints when it is run with these arguments (measure_alone)."""
     command = [sys.executable, file, *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     seconds, peak = json.loads(done.stdout.splitlines()[-1])
     return seconds, peak
 
 
-def close(result: dict[str, Any]) -> None:
+def print_result(result: dict[str, Any]) -> None:
     """Print the result as the last line, with the machine's name."""
     from pipeline.runtime import hardware
 

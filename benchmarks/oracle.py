@@ -1,4 +1,4 @@
-"""The dense oracle: SmolLM2-135M over film reviews, every logit in float32, made once and kept.
+"""The dense oracle: SmolLM2-135M over film reviews, every logit in float32, computed once and kept.
 
 16,384 positions (64 reviews of 256 tokens) times 49,152 ids: 3.2 GB in .stillroom/oracle. Assets are fetched
 as params.yaml names them.
@@ -21,11 +21,11 @@ from pipeline.runtime import hardware
 WHERE = Path(".stillroom/oracle")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DOCUMENTS, LENGTH = 64, 256
-HIDDEN = 64  # the final states, projected: what the benchmark's students read
+HIDDEN = 64  # width of the projected final states, the input of the benchmark's students
 
 
 class Oracle(NamedTuple):
-    """What the teacher said about every position. P positions, V ids, H numbers of a projected state."""
+    """The teacher's outputs at every position. P positions, V ids, H numbers of a projected state."""
 
     logits_PV: npt.NDArray[np.float32]  # on disk
     states_PH: npt.NDArray[np.float32]
@@ -33,7 +33,7 @@ class Oracle(NamedTuple):
 
 
 def load() -> Oracle:
-    """The oracle, from disk where it is there already."""
+    """The oracle; computed first if it is not on disk."""
     if not (WHERE / "done.json").is_file():
         _make()
     logits = np.load(WHERE / "logits.npy", mmap_mode="r")
@@ -58,17 +58,17 @@ def forward_seconds(tokens: npt.NDArray[np.int64]) -> float:
     if hardware.precision("auto") == "bfloat16":
         model = model.bfloat16()
     batch = torch.from_numpy(tokens[:1])
-    seconds = common.medians({"forward": lambda: _answers(model, batch)}, rounds=5)
+    seconds = common.medians({"forward": lambda: _forward(model, batch)}, rounds=5)
     return seconds["forward"] / batch.numel()
 
 
 @torch.inference_mode()
-def _answers(model: Any, batch: torch.Tensor) -> Any:
+def _forward(model: Any, batch: torch.Tensor) -> Any:
     return model(batch, output_hidden_states=True)
 
 
 def documents(tokenizer: Any = None) -> npt.NDArray[np.int64]:
-    """The tokens of the reviews, from disk where they are there already: DOCUMENTS x LENGTH."""
+    """The tokens of the reviews, DOCUMENTS x LENGTH; read from disk if they are there."""
     import pandas as pd
 
     if (WHERE / "tokens.npy").is_file():
@@ -99,10 +99,10 @@ def _make() -> None:
     states = np.zeros((tokens.size, HIDDEN), np.float32)
     started = time.monotonic()
     for number in range(0, DOCUMENTS, 2):
-        said = _answers(model, torch.from_numpy(tokens[number : number + 2]))
+        outputs = _forward(model, torch.from_numpy(tokens[number : number + 2]))
         rows = slice(number * LENGTH, (number + 2) * LENGTH)
-        logits[rows] = said.logits.flatten(0, 1).numpy()
-        states[rows] = (said.hidden_states[-1].flatten(0, 1) @ project).numpy()
+        logits[rows] = outputs.logits.flatten(0, 1).numpy()
+        states[rows] = (outputs.hidden_states[-1].flatten(0, 1) @ project).numpy()
         print(
             f"oracle: {rows.stop:,} of {tokens.size:,} positions, {time.monotonic() - started:.0f} s",
             end="\r",

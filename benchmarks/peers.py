@@ -1,13 +1,13 @@
-"""Peers' layouts for sparse targets, re-implemented from their published descriptions, for comparison alone.
+"""Peers' layouts for sparse targets, re-implemented from their published descriptions, for comparison only.
 
 Each has `write(path, top, vocab)` over the k largest log-probabilities [P, k] and ids [P, k] (or counts), and
-`read(path)`, which gives tensors as that system's collate does. Sources:
+`read(path)`, which returns tensors as that system's collate function does. Sources:
     DistillKit       README, "Recommended configuration": ids at ceil(log2 V) bits, 16 values in bfloat16 and
                      a polynomial of six float32 terms for the rest ("exact": every value in bfloat16), packed
                      into byte vectors; Parquet of lists of bytes, through Python lists to tensors
     Megatron-LM      pull request 5019: ids in 16 bits and a high bit, values in bfloat16, torch.save, zstd
     RS-KD            Anshumann et al. 2025: 17 bits of id and 7 of count in 24
-    JSON lines       what EasyDistill and NeMo-Aligner kept: token id and log-probability as text
+    JSON lines       the format of EasyDistill and NeMo-Aligner: token id and log-probability as text
 """
 
 import io
@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import torch
 
 EXACT, TERMS = 16, 6
-ROWS_OF = 256  # positions a row, as in our own file
+ROWS_OF = 256  # positions a row, as in Stillroom's file
 
 
 class Top(NamedTuple):
@@ -34,7 +34,7 @@ class Top(NamedTuple):
 
 
 def distillkit_write(path: Path, top: Top, exact: int | None = None) -> None:
-    """`exact` values in bfloat16 (None: all), the rest by a polynomial of the rank."""
+    """Writes `exact` values in bfloat16 (None: all), the rest by a polynomial of the rank."""
     k = top.ids_PK.shape[1]
     exact = k if exact is None else min(exact, k)
     parts = [_pack(top.ids_PK, _bits(top.vocab)), _bfloat16_bytes(top.log_probs_PK[:, :exact])]
@@ -53,7 +53,7 @@ def distillkit_write(path: Path, top: Top, exact: int | None = None) -> None:
 def distillkit_read(
     path: Path, k: int, vocab: int, exact: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As its data loader does: Python lists of bytes become a tensor, then bits are unpacked."""
+    """Reads as its data loader does: Python lists of bytes become a tensor, then bits are unpacked."""
     rows = pq.read_table(path, use_threads=False).column(0).to_pylist()
     packed = torch.tensor(rows, dtype=torch.uint8).flatten(0, 1).numpy()
     exact = k if exact is None else min(exact, k)
@@ -90,7 +90,7 @@ def megatron_read(path: Path, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def rskd_write(path: Path, ids: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], sizes: Any) -> None:
-    """24 bits an entry, and a byte a position for how many there are."""
+    """Writes 24 bits an entry, and a byte a position with the number of its entries."""
     words = (ids << 7 | np.minimum(counts, 127)).astype("<u4").view(np.uint8).reshape(-1, 4)[:, :3]
     path.write_bytes(np.uint32(len(sizes)).tobytes() + sizes.astype(np.uint8).tobytes() + words.tobytes())
 

@@ -2,9 +2,9 @@
 
 Each yields the same batches: padded token ids and their mask, the next tokens, and the entries of every
 target as (position, id, weight). Prints JSON: seconds to the first batch, seconds of each epoch from its
-start (the first one's includes that of opening), targets, a checksum of what was read, bytes at the peak.
+start (the first one includes opening), targets, a checksum of the batches, peak memory in bytes.
 
-    ours         storage.Cache and pipeline.documents, with all checks
+    ours         storage.Cache and pipeline.streaming.documents, with all checks
     datasets     load_dataset("parquet", streaming=True) over the same shards, a buffer of rows, numpy
     webdataset   tar files of 512 rows; a row is one member of arrays ("ten", its own binary format)
     litdata      its optimized chunks; a row is a dictionary of numpy arrays
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-ROWS_A_BATCH = 20  # about as many targets as in a batch of ours
+ROWS_A_BATCH = 20  # about as many targets as in a batch of BATCH_TOKENS
 BATCH_TOKENS = 4096
 BUFFER = 2048  # rows that are mixed
 FIELDS = ("token_ids", "num_entries", "num_exact", "ids", "log_probs")
@@ -32,7 +32,7 @@ Epochs = Callable[[int], Iterable[Batch]]
 
 
 def collate(rows: list[dict[str, Any]]) -> Batch:
-    """Rows as tensors, in numpy all the way; a row's last token has no target."""
+    """Rows as tensors, built with numpy alone; a row's last token has no target."""
     lengths = np.array([len(row["token_ids"]) for row in rows]) - 1
     mask_BL = np.arange(lengths.max()) < lengths[:, None]
     ids_BL = np.zeros(mask_BL.shape, np.int64)
@@ -49,7 +49,7 @@ def collate(rows: list[dict[str, Any]]) -> Batch:
 
 
 def ours(root: Path, workers: int) -> Epochs:
-    """As a training reads it."""
+    """Reads as a training does."""
     sys.path.insert(0, str(Path(__file__).parent.parent))
     import pyarrow as pa
 
@@ -57,9 +57,6 @@ def ours(root: Path, workers: int) -> Epochs:
     from pipeline.streaming.batch import Stream
     from pipeline.streaming.documents import CachedDocuments
     from storage import Cache
-    # MOVED
-    # MOVED
-    # MOVED
 
     cache = Cache.open(root / "cache")
     row_ids = cache.row_ids()
@@ -77,7 +74,7 @@ def ours(root: Path, workers: int) -> Epochs:
 
 
 def with_datasets(root: Path, workers: int) -> Epochs:
-    """Streaming, as its documentation has it for training."""
+    """Streams as its documentation recommends for training."""
     import datasets
 
     files = sorted(str(path) for path in (root / "cache" / "logits").glob("*.parquet"))
@@ -92,7 +89,7 @@ def with_datasets(root: Path, workers: int) -> Epochs:
 
 
 def with_webdataset(root: Path, workers: int) -> Epochs:
-    """Shards in random order, then a buffer of rows."""
+    """Reads shards in random order, then mixes a buffer of rows."""
     import webdataset
 
     shards = sorted(str(path) for path in (root / "webdataset").glob("*.tar"))
@@ -108,7 +105,7 @@ def with_webdataset(root: Path, workers: int) -> Epochs:
 
 
 def with_litdata(root: Path, workers: int) -> Epochs:
-    """Its own loader over its own chunks."""
+    """Reads with its own loader over its own chunks."""
     import litdata
 
     stream = litdata.StreamingDataset(str(root / "litdata"), shuffle=True, seed=0)
@@ -140,7 +137,7 @@ def records(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def write(name: str, root: Path) -> None:
-    """The records of root/cache in a peer's own format."""
+    """Writes the records of root/cache in a peer's own format."""
     files = sorted((root / "cache" / "logits").glob("*.parquet"))
     if name == "webdataset":
         import webdataset
@@ -157,7 +154,7 @@ def write(name: str, root: Path) -> None:
 
 
 class Peak(threading.Thread):
-    """The most memory that this process and its children held together, in bytes; looked at now and then."""
+    """The peak memory of this process and its children together, in bytes; sampled in a thread."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -165,17 +162,17 @@ class Peak(threading.Thread):
 
         self.most, self._own = 0, psutil.Process()
         self._gone = psutil.Error
-        self.look()
+        self.sample()
         self.start()
 
     def run(self) -> None:
-        """Look twenty times a second."""
+        """Sample twenty times a second."""
         while True:
             time.sleep(0.05)
-            self.look()
+            self.sample()
 
-    def look(self) -> None:
-        """Look once."""
+    def sample(self) -> None:
+        """Sample once."""
         held = 0
         for process in (self._own, *self._own.children(recursive=True)):
             try:
@@ -185,7 +182,7 @@ class Peak(threading.Thread):
         self.most = max(self.most, held)
 
 
-def forget(root: Path) -> None:
+def drop_from_page_cache(root: Path) -> None:
     """Drop these files from the page cache."""
     os.sync()
     for path in root.rglob("*"):
@@ -203,7 +200,7 @@ def main() -> None:
     workers, epochs = int(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)
     if "cold" in sys.argv:
-        forget(root)
+        drop_from_page_cache(root)
     peak = Peak()
     before = peak.most
     started = time.perf_counter()
@@ -217,7 +214,7 @@ def main() -> None:
             checksum += int(batch[2].sum()) + int(batch[4].sum())
         seconds.append(time.perf_counter() - started)
         started = time.perf_counter()
-    peak.look()
+    peak.sample()
     found = {"first": first, "seconds": seconds, "targets": targets, "checksum": checksum}
     print(json.dumps(found | {"peak": peak.most - before}))
 

@@ -1,8 +1,8 @@
-"""What bench_quality.py learns from: SmolLM2-135M over film reviews, asked once, kept in .stillroom/quality.
+"""The targets of bench_quality.py: SmolLM2-135M runs over film reviews once; results in .stillroom/quality.
 
-Pieces of 128 tokens, each read on its own. Kept are the tokens, the teacher's final states (its head gives
-all logits back from them) and the entries of every codec, as they come back from a shard on disk. What is
-finished is kept, so a killed run goes on.
+Pieces of 128 tokens, each a sequence of its own. Kept are the tokens, the teacher's final states (its head
+recomputes all logits from them) and the entries of every codec, as they are read back from a shard on disk.
+Finished groups are kept, so a killed run continues.
 """
 
 import json
@@ -32,7 +32,7 @@ from storage.records import EntryRows
 
 WHERE = Path(".stillroom/quality")
 LENGTH = 128
-GROUP = 64  # pieces asked about, and kept, as one
+GROUP = 64  # pieces that are computed and kept as one
 CODECS: dict[str, SparseCodec] = {
     "topk 12": TopK(k=12, layout="compact", ranks="0" * 64),
     "sample 12": Sample(draws=22, seed=0, layout="compact", ranks="0" * 64),
@@ -41,8 +41,8 @@ CODECS: dict[str, SparseCodec] = {
 }
 
 
-class Taught(NamedTuple):
-    """What is kept. N pieces of L tokens, the first `held_out` of them never trained on."""
+class TeacherData(NamedTuple):
+    """Tokens, final states and entries of N pieces of L tokens; the first 64 are never trained on."""
 
     tokens_NL: npt.NDArray[np.int64]
     states_NLD: npt.NDArray[np.float32]  # on disk
@@ -52,8 +52,8 @@ class Taught(NamedTuple):
     teacher_seconds: float  # a position of the forward pass, all cores
 
 
-def load(pieces: int) -> Taught:
-    """What `make` kept of so many pieces."""
+def load(pieces: int) -> TeacherData:
+    """The data of the first `pieces` pieces, as `make` kept it."""
     tokens, paths, seconds = np.load(WHERE / f"tokens-{pieces}.npy"), _paths(pieces), []
     parts: dict[str, list[Entries]] = {name: [] for name in CODECS}
     sizes = dict.fromkeys(CODECS, 0.0)
@@ -67,11 +67,11 @@ def load(pieces: int) -> Taught:
     a_position = {name: size / tokens.size for name, size in sizes.items()}
     states = np.load(WHERE / f"states-{pieces}.npy", mmap_mode="r")
     head = torch.from_numpy(np.load(WHERE / "head.npy"))
-    return Taught(tokens, states, head, entries, a_position, float(np.median(seconds)))
+    return TeacherData(tokens, states, head, entries, a_position, float(np.median(seconds)))
 
 
 def make(pieces: int) -> None:
-    """Ask the teacher about so many pieces, but for the groups that it was asked about already."""
+    """Runs the teacher over the first `pieces` pieces, except the groups that are finished."""
     WHERE.mkdir(parents=True, exist_ok=True)
     if all(path.is_file() for path in _paths(pieces)):
         return
@@ -94,12 +94,12 @@ def make(pieces: int) -> None:
         began = time.perf_counter()
         with torch.inference_mode():
             ids = torch.from_numpy(tokens[rows])
-            said = head.states(ids, torch.ones_like(ids).bool())
-        states[rows] = said.float().numpy()
-        took = (time.perf_counter() - began) / said[..., 0].numel()
+            outputs = head.states(ids, torch.ones_like(ids).bool())
+        states[rows] = outputs.float().numpy()
+        took = (time.perf_counter() - began) / outputs[..., 0].numel()
         if ranks is None:
             ranks = _ranks(head, states)
-        kept = _kept(head, said.flatten(0, 1), tokens[rows], start, ranks)
+        kept = _kept(head, outputs.flatten(0, 1), tokens[rows], start, ranks)
         states.flush()
         path.with_suffix(".part").write_bytes(pickle.dumps((kept, took)))
         path.with_suffix(".part").rename(path)
@@ -107,12 +107,12 @@ def make(pieces: int) -> None:
 
 
 def _paths(pieces: int) -> list[Path]:
-    """One file a group: our own, of this machine, never shared."""
+    """One file a group: written and read on this machine alone, so pickle is safe."""
     return [WHERE / f"group-{pieces}-{start}.pickle" for start in range(0, pieces, GROUP)]
 
 
 def _pieces(tokenizer: object, pieces: int) -> npt.NDArray[np.int64]:
-    """The first so many whole pieces of the reviews, in their order; the rest of each review is left out."""
+    """The first whole pieces of the reviews, in their order; the rest of each review is left out."""
     import pandas as pd
 
     path = WHERE / f"tokens-{pieces}.npy"
@@ -129,7 +129,7 @@ def _pieces(tokenizer: object, pieces: int) -> npt.NDArray[np.int64]:
 
 
 def _ranks(head: LanguageHead, states_NLD: npt.NDArray[np.float32]) -> compact.Ranks:
-    """How often the teacher expects each id, from the first group."""
+    """The ids ranked by the probability that the teacher gives them, from the first pieces."""
     path = WHERE / "ranks.npy"
     if not path.is_file():
         first = torch.from_numpy(states_NLD[:8].reshape(-1, states_NLD.shape[-1]))
@@ -147,7 +147,7 @@ def _kept(
     start: int,
     ranks: compact.Ranks,
 ) -> dict[str, tuple[Entries, int]]:
-    """The entries of every codec as a reader gets them, and the size of their shard."""
+    """The entries of every codec as a reader returns them, and the size of their shard in bytes."""
     names = [row_id("taught", str(start + row)) for row in range(len(tokens))]
     keys = Keys(
         np.repeat(counter_rng.row_words(names), LENGTH, axis=0), np.tile(np.arange(LENGTH), len(tokens))
@@ -173,13 +173,13 @@ def _kept(
 
 
 def steps(order: npt.NDArray[np.int64], rows: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Whole batches of so many pieces."""
+    """Whole batches of `rows` pieces."""
     for start in range(0, len(order) - rows + 1, rows):
         yield order[start : start + rows]
 
 
 def remember(name: str, value: dict[str, float] | None = None) -> dict[str, float] | None:
-    """Keep a finished result, or give it back."""
+    """Writes a finished result if there is a value; returns the result on disk, or None."""
     path = WHERE / f"{name.replace(' ', '-')}.json"
     if value is not None:
         path.write_text(json.dumps(value))
