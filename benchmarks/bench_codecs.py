@@ -203,8 +203,7 @@ def measure(
         seconds += time.perf_counter() - started
     started = time.perf_counter()
     entries = concatenate(made)
-    noise = rounding_noise(codec, entries, keys)
-    packed = compact.pack(codec, entries, ranks, noise) if codec.layout == "compact" else None
+    packed = codec.pack(entries, ranks, rounding_noise(codec, entries, keys))
     seconds += time.perf_counter() - started
     lengths = np.full(len(rows), oracle.LENGTH, np.int32)
     hashes = pa.array([input_hash(ids) for ids in known.tokens])

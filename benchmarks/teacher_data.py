@@ -164,7 +164,7 @@ def _kept(
     kept = {}
     for name, codec in CODECS.items():
         entries, path = concatenate(made[name]), WHERE / "shard.parquet"
-        packed = compact.pack(codec, entries, ranks, rounding_noise(codec, entries, keys))
+        packed = codec.pack(entries, ranks, rounding_noise(codec, entries, keys))
         records.write_sparse(
             path, EntryRows(pa.array(names), hashes, lengths, lengths, entries), codec, (), packed
         )

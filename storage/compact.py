@@ -1,4 +1,4 @@
-"""The compact layout: entries -> small integers that compress well, and back.
+"""The arithmetic of the compact layout: ids and weights -> small integers that compress well, and back.
 
 Ids become ranks (frequent ids first, by a table), are sorted within a position, and only the gaps are kept.
 Weights become codes on a grid of arcsines, on which a step costs the same everywhere (the variance-
@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from storage.codecs import Sample, SparseCodec, Threshold
-from storage.entries import Entries, ends, ranges
+from storage.entries import ends
 
 HEAD_LEVELS = 63  # steps of a head code: the error it adds is a hundredth of the sampling's own variance
 TAIL_LEVELS = 65_535
@@ -24,6 +23,8 @@ MAX_RANKED = 65_536
 DENSE_TABLE = 2**22  # vocabularies up to this size are looked up in one array
 
 Columns = dict[str, npt.NDArray[Any]]
+Floats = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.int64]
 
 _THETA = np.linspace(0.0, np.pi / 2, HEAD_LEVELS + 1)
 HEAD_SHARES = np.sin(_THETA) ** 2  # the share of what is left that a code stands for
@@ -78,94 +79,58 @@ def rank_by(mass: npt.NDArray[np.floating]) -> npt.NDArray[np.int64]:
     return order[mass[order] > 0].astype(np.int64)
 
 
-def pack(
-    codec: SparseCodec, entries: Entries, ranks: Ranks, noise: npt.NDArray[np.float64] | None = None
-) -> Columns:
-    """The columns of the compact layout.
-
-    `noise`, for the threshold codec: a uniform number in [0, 1) for each exact entry in order. It rounds a
-    share up or down so that its mean stays what it was; nothing but rounding depends on it.
-    """
-    exact = np.arange(len(entries.ids)) < np.repeat(entries.offsets[:-1] + entries.num_exact, entries.counts)
-    if isinstance(codec, Threshold):
-        assert noise is not None
-        num_head = entries.num_exact.astype(np.int64)
-        head_gaps, order = _gaps(ranks.rank(entries.ids[exact]), num_head)
-        tail_gaps, _ = _gaps(ranks.rank(entries.ids[~exact]), entries.counts - num_head)
-        codes = _shares(entries.weights[exact][order].astype(np.float64), num_head, noise)
-        last = entries.counts == num_head  # nothing is left for a tail: the last share is all of the rest
-        last &= num_head > 0
-        codes[ends(num_head)[1:][last] - 1] = HEAD_LEVELS
-        return {
-            "num_head": num_head.astype(np.uint16),
-            "num_tail": (entries.counts - num_head).astype(np.uint16),
-            "head_gaps": head_gaps,
-            "head_codes": codes,
-            "tail_gaps": tail_gaps,
-        }
-    gaps, order = _gaps(ranks.rank(entries.ids), entries.counts)
-    weights = entries.weights[order].astype(np.float64)
-    columns: Columns = {"num_ids": entries.counts.astype(np.uint16), "gaps": gaps}
-    if isinstance(codec, Sample):
-        return {**columns, "draws": np.rint(weights * codec.draws).astype(np.uint16)}
-    codes = np.minimum(np.sqrt(weights) * TOPK_LEVELS, TOPK_LEVELS - 1)
-    tail = np.arcsin(np.sqrt(np.minimum(np.exp(entries.log_tail.astype(np.float64)), 1.0))) / (np.pi / 2)
-    return {
-        **columns,
-        "codes": codes.astype(np.uint8),
-        "tail_code": np.rint(tail * TAIL_LEVELS).astype(np.uint16),
-    }
+def root_codes(weights: Floats) -> npt.NDArray[np.uint8]:
+    """Probabilities as steps of their square roots, rounded down."""
+    codes: Floats = np.minimum(np.sqrt(weights) * TOPK_LEVELS, TOPK_LEVELS - 1)
+    return codes.astype(np.uint8)
 
 
-def unpack(codec: SparseCodec, columns: Columns, ranks: Ranks) -> Entries:
-    """The entries that `pack` was given: ids to the bit, weights to the layout's error."""
-    if isinstance(codec, Threshold):
-        return _unpack_threshold(columns, ranks)
-    counts = columns["num_ids"].astype(np.int64)
-    offsets = ends(counts)
-    ids = ranks.id(_from_gaps(columns["gaps"], offsets))
-    none = np.full(len(counts), -np.inf, np.float32)
-    if isinstance(codec, Sample):
-        weights = columns["draws"].astype(np.float32) / np.float32(codec.draws)
-        return Entries(offsets, ids, weights, np.zeros(len(counts), np.int32), none)
-    mass = ((columns["codes"].astype(np.float64) + 0.5) / TOPK_LEVELS) ** 2
-    tail = np.sin(columns["tail_code"].astype(np.float64) * (np.pi / 2 / TAIL_LEVELS)) ** 2
-    total = np.add.reduceat(mass, offsets[:-1][counts > 0]) if len(mass) else np.zeros(0)
-    scale = np.ones(len(counts))
-    scale[counts > 0] = (1 - tail[counts > 0]) / total
-    weights = (mass * np.repeat(scale, counts)).astype(np.float32)
-    with np.errstate(divide="ignore"):
-        log_tail = np.log(tail).astype(np.float32)
-    return Entries(offsets, ids, weights, counts.astype(np.int32), log_tail)
+def root_masses(codes: npt.NDArray[np.generic]) -> Floats:
+    """The probability in the middle of each step of `root_codes`."""
+    masses: Floats = ((codes.astype(np.float64) + 0.5) / TOPK_LEVELS) ** 2
+    return masses
 
 
-def _unpack_threshold(columns: Columns, ranks: Ranks) -> Entries:
-    num_head, num_tail = columns["num_head"].astype(np.int64), columns["num_tail"].astype(np.int64)
-    head_ends, tail_ends = ends(num_head), ends(num_tail)
-    offsets = head_ends + tail_ends
-    shares = HEAD_SHARES[columns["head_codes"]]
+def tail_codes(log_tail_P: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """The mass of a position's tail as steps of its arcsine."""
+    tail = np.arcsin(np.sqrt(np.minimum(np.exp(log_tail_P.astype(np.float64)), 1.0))) / (np.pi / 2)
+    codes: Floats = np.rint(tail * TAIL_LEVELS)
+    return codes.astype(np.uint16)
+
+
+def tail_masses(codes_P: npt.NDArray[np.generic]) -> Floats:
+    """The mass that each of `tail_codes` stands for [P]."""
+    masses: Floats = np.sin(codes_P.astype(np.float64) * (np.pi / 2 / TAIL_LEVELS)) ** 2
+    return masses
+
+
+def rescaled(masses: Floats, counts_P: Counts, totals_P: Floats) -> npt.NDArray[np.float32]:
+    """Masses [E] in proportion, so that those of each position sum to its total."""
+    offsets, filled = ends(counts_P), counts_P > 0
+    sums = np.add.reduceat(masses, offsets[:-1][filled]) if len(masses) else np.zeros(0)
+    scale = np.ones(len(counts_P))
+    scale[filled] = totals_P[filled] / sums
+    return (masses * np.repeat(scale, counts_P)).astype(np.float32)
+
+
+def head_masses(codes: npt.NDArray[np.generic], counts_P: Counts) -> tuple[Floats, Floats]:
+    """(the mass of each of `share_codes` [E], what is left of each position [P])."""
+    first, shares = ends(counts_P), HEAD_SHARES[codes]
     head = np.empty(len(shares))
-    left = np.ones(len(num_head))
-    for turn in range(int(num_head.max(initial=0))):  # at most 1 / tau turns, each over fewer positions
-        here = np.flatnonzero(num_head > turn)
-        place = head_ends[here] + turn
+    left = np.ones(len(counts_P))
+    for turn in range(int(counts_P.max(initial=0))):  # at most 1 / tau turns, each over fewer positions
+        here = np.flatnonzero(counts_P > turn)
+        place = first[here] + turn
         head[place] = left[here] * shares[place]
         left[here] *= 1 - shares[place]
-    ids = np.empty(offsets[-1], np.int32)
-    weights = np.empty(offsets[-1], np.float32)
-    at_head, at_tail = ranges(offsets[:-1], num_head), ranges(offsets[:-1] + num_head, num_tail)
-    ids[at_head] = ranks.id(_from_gaps(columns["head_gaps"], head_ends))
-    ids[at_tail] = ranks.id(_from_gaps(columns["tail_gaps"], tail_ends))
-    weights[at_head] = head
-    weights[at_tail] = np.repeat(left / np.maximum(num_tail, 1), num_tail)
-    none = np.full(len(num_head), -np.inf, np.float32)
-    return Entries(offsets, ids, weights, num_head.astype(np.int32), none)
+    return head, left
 
 
-def _shares(
-    weights: npt.NDArray[np.float64], counts: npt.NDArray[np.int64], noise: npt.NDArray[np.float64]
-) -> npt.NDArray[np.uint8]:
-    """The code of each weight as a share of what the weights before it left over, rounded without bias."""
+def share_codes(weights: Floats, counts: Counts, noise: Floats) -> npt.NDArray[np.uint8]:
+    """The code of each weight as a share of what the weights before it left over, rounded without bias.
+
+    `noise`: a uniform number in [0, 1) for each weight. It decides whether a share is rounded up or down.
+    """
     before = np.cumsum(weights) - weights
     starts = ends(counts)[:-1]
     filled = counts > 0
@@ -180,9 +145,7 @@ def _shares(
     return codes
 
 
-def _gaps(
-    ranks: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+def gaps_of(ranks: Counts, counts: Counts) -> tuple[npt.NDArray[np.uint32], Counts]:
     """Ranks sorted within each position, as the number of ranks skipped before each; and that order."""
     order = np.lexsort((ranks, np.repeat(np.arange(len(counts)), counts)))
     ranks = ranks[order]
@@ -192,7 +155,8 @@ def _gaps(
     return gaps.astype(np.uint32), order
 
 
-def _from_gaps(gaps: npt.NDArray[np.generic], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def ranks_of(gaps: npt.NDArray[np.generic], offsets: Counts) -> Counts:
+    """The ranks that `gaps_of` was given, in ascending order within each position."""
     total = np.cumsum(gaps, dtype=np.int64)
     total += np.arange(len(total))
     counts = np.diff(offsets)

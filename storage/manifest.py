@@ -105,10 +105,10 @@ class Manifest(Strict):
 
     @model_validator(mode="after")
     def _version_and_ranks_fit_the_codec(self) -> Self:
-        codec = self.identity.spec.codec
+        codec = self.identity.spec.sparse
         if self.format_version != needed_version(self.identity, self.weights, self.shard_table):
             raise ValueError(f"format_version is {self.format_version}: not that of what it holds")
-        known = None if codec == "dense" else codec.ranks
+        known = None if codec is None else codec.ranks
         if known != (None if self.ranks is None else sha256_json(list(self.ranks))):
             raise ValueError("ranks are not those that the codec names")
         if self.ranks is not None and len(set(self.ranks)) != len(self.ranks):
@@ -193,7 +193,7 @@ def needed_version(
 ) -> int:
     """The lowest format version that can hold all this: an old reader reads what it can."""
     needed = [1]
-    if identity.spec.codec != "dense":
+    if identity.spec.sparse is not None:
         needed.append(2)
     if weights is not None or identity.spec.per_position:
         needed.append(3)

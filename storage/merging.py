@@ -99,8 +99,8 @@ def merge(caches: Sequence[Cache], out: Path, store: Store) -> Merged:
 def unpinned(identity: Identity) -> Identity:
     """The identity under which a store keeps the tables that the first capture makes for all later ones."""
     spec = identity.spec
-    if spec.codec != "dense":
-        spec = spec.model_copy(update={"codec": spec.codec.model_copy(update={"ranks": None})})
+    if spec.sparse is not None:
+        spec = spec.model_copy(update={"codec": spec.sparse.model_copy(update={"ranks": None})})
     if spec.hidden is not None:
         spec = spec.model_copy(update={"hidden": spec.hidden.model_copy(update={"basis": None})})
     return identity.model_copy(update={"spec": spec})

@@ -223,8 +223,8 @@ def _refuse(name: str, member: Member, first: Member) -> None:
     spec, faults = member.cache.identity.spec, []
     if spec.task not in AVERAGED:
         faults.append(Mismatch("spec.task", spec.task, " or ".join(AVERAGED)))
-    if spec.codec != "dense":
-        faults.append(Mismatch("spec.codec", spec.codec.name, "dense"))
+    if spec.sparse is not None:
+        faults.append(Mismatch("spec.codec", spec.sparse.name, "dense"))
     if member.cache.labels != first.cache.labels:
         faults.append(Mismatch("spec.labels", list(member.cache.labels), list(first.cache.labels)))
     if faults:

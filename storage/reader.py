@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from storage import hidden, manifest, records
 from storage.checksums import AGAIN, check_no_stray, check_sizes
-from storage.codecs import SparseCodec
+from storage.codecs import Codec
 from storage.compact import Ranks
 from storage.errors import Mismatch, NoManifest, ShardCorrupt, SpecMismatch
 from storage.files import Files, LocalFiles, RemoteFiles
@@ -123,8 +123,8 @@ class Cache:
         return sha256_json(manifest.fields(self.manifest))
 
     @property
-    def codec(self) -> Literal["dense"] | SparseCodec:
-        """How the teacher's words are kept."""
+    def codec(self) -> Codec:
+        """How the teacher's outputs are stored."""
         return self.identity.spec.codec
 
     @property
@@ -141,10 +141,10 @@ class Cache:
         rows: records.LogitRows | records.EntryRows
         with self.files.holding(_logits(shard)) as root:
             file = root / shard.logits_path
-            if self.codec == "dense":
+            if spec.sparse is None:
                 rows = records.read(file, spec.num_outputs, spec.per_position, spec.column)
             else:
-                rows = records.read_sparse(file, self.codec, self.ranks, spec.per_position)
+                rows = records.read_sparse(file, spec.sparse, self.ranks, spec.per_position)
         found = (len(rows.row_ids), int(rows.num_tokens.sum()), sha256_json(rows.input_hashes.to_pylist()))
         if found != (shard.rows, shard.positions, shard.inputs):
             raise ShardCorrupt(

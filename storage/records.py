@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from storage import compact, pages
-from storage.codecs import SparseCodec, Threshold, TopK
+from storage import pages
+from storage.codecs import SparseCodec
 from storage.compact import Columns, Ranks
 from storage.entries import Entries, ends, ranges
 from storage.errors import ShardCorrupt
@@ -38,19 +38,6 @@ FIRST_COLUMNS = pa.schema(
         pa.field("num_tokens", pa.int32(), nullable=False),
     ]
 )
-COMPACT: dict[str, dict[str, pa.DataType]] = {
-    "topk": {"num_ids": pa.uint16(), "gaps": pa.uint32(), "codes": pa.uint8(), "tail_code": pa.uint16()},
-    "sample": {"num_ids": pa.uint16(), "gaps": pa.uint32(), "draws": pa.uint16()},
-    "threshold": {
-        "num_head": pa.uint16(), "num_tail": pa.uint16(),
-        "head_gaps": pa.uint32(), "head_codes": pa.uint8(), "tail_gaps": pa.uint32(),
-    },
-}  # fmt: skip
-# How many elements a list has for each position: one, or as many as this column says.
-ELEMENTS = {
-    "ids": "num_entries", "log_probs": "num_entries", "gaps": "num_ids", "codes": "num_ids",
-    "draws": "num_ids", "head_gaps": "num_head", "head_codes": "num_head", "tail_gaps": "num_tail",
-}  # fmt: skip
 
 
 class LogitRows(NamedTuple):
@@ -126,24 +113,17 @@ def sparse_schema(codec: SparseCodec, labels: tuple[str, ...] = (), tokens: bool
 
     With `tokens`, for targets a token, `entropy` and `token_ids` stand before them.
     """
-    if codec.layout == "compact":
-        columns = COMPACT[codec.name]
-    else:
-        columns = {"num_entries": pa.uint16(), "ids": pa.int32(), "log_probs": pa.float32()}
-        if isinstance(codec, Threshold):
-            columns["num_exact"] = pa.uint16()
-        if isinstance(codec, TopK):
-            columns["log_tail"] = pa.float32()
-    columns = {"token_ids": pa.int32(), **columns} if tokens else columns
-    lists = {name: pa.list_(_element(kind)) for name, kind in columns.items()}
+    kinds = {"token_ids": pa.int32()} if tokens else {}
+    kinds |= {name: column.kind for name, column in codec.columns.items()}
+    lists = {name: pa.list_(_element(kind)) for name, kind in kinds.items()}
     return _schema({"entropy": pa.float32(), **lists} if tokens else lists, labels)
 
 
 def layout(spec: Spec) -> pa.Schema:
     """The Arrow schema of the shards of a cache."""
-    if spec.codec == "dense":
+    if spec.sparse is None:
         return schema(spec.num_outputs, spec.labels, spec.per_position, spec.column)
-    return sparse_schema(spec.codec, spec.labels, spec.per_position)
+    return sparse_schema(spec.sparse, spec.labels, spec.per_position)
 
 
 def read_table(path: Path, spec: Spec) -> pa.Table:
@@ -154,13 +134,14 @@ def read_table(path: Path, spec: Spec) -> pa.Table:
 def write_table(path: Path, table: pa.Table, spec: Spec) -> None:
     """Write rows of `read_table`s: the bytes that `write` and `write_sparse` give for them."""
     a_group = ROW_GROUP_ROWS
-    if spec.codec != "dense" or spec.per_position:
-        name = next(f.name for f in table.schema if pa.types.is_list(f.type) and f.name not in ELEMENTS)
-        numbers = pc.sum(pc.list_value_length(table.column(name))).as_py()
-        numbers *= spec.num_outputs if spec.codec == "dense" else 1
+    if spec.sparse is not None:
+        a_position = table.column(spec.sparse.position_column)
+        a_group = _rows_a_group(len(table), pc.sum(pc.list_value_length(a_position)).as_py())
+    elif spec.per_position:
+        numbers = pc.sum(table.column("num_tokens")).as_py() * spec.num_outputs
         a_group = _rows_a_group(len(table), numbers)
     table = pa.Table.from_arrays([c.combine_chunks() for c in table.columns], schema=layout(spec))
-    _write(path, table, level=3 if spec.codec == "dense" else 1, row_group_rows=a_group)
+    _write(path, table, level=3 if spec.sparse is None else 1, row_group_rows=a_group)
 
 
 def write(path: Path, rows: LogitRows, labels: tuple[str, ...], column: str = "logits") -> None:
@@ -189,9 +170,9 @@ def write(path: Path, rows: LogitRows, labels: tuple[str, ...], column: str = "l
 def write_sparse(
     path: Path, rows: EntryRows, codec: SparseCodec, labels: tuple[str, ...], packed: Columns | None
 ) -> None:
-    """Write one shard of sparse targets; `packed` are its columns in the compact layout (compact.pack)."""
+    """Write one shard of sparse targets; `packed` are its columns, where the layout is compact."""
     layout = sparse_schema(codec, labels, tokens=rows.token_ids is not None)
-    values = dict(packed if packed is not None else _plain(rows.entries))
+    values = dict(packed if packed is not None else codec.pack(rows.entries))
     if rows.token_ids is not None:
         values["token_ids"] = rows.token_ids
     columns = [rows.row_ids, rows.input_hashes, pa.array(rows.num_tokens, pa.int32())]
@@ -201,10 +182,11 @@ def write_sparse(
     for field in layout:
         if not pa.types.is_list(field.type):
             continue
-        counted_by = ELEMENTS.get(field.name)
-        offsets = first if counted_by is None else ends(values[counted_by])[first]
         if field.name == "token_ids":
             offsets = ends(rows.num_tokens)
+        else:
+            counted_by = codec.columns[field.name].counted_by
+            offsets = first if counted_by is None else ends(values[counted_by])[first]
         data = pa.array(values[field.name], field.type.value_type)
         columns.append(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), data, type=field.type))
     a_group = _rows_a_group(len(rows.row_ids), int(first[-1]))
@@ -237,16 +219,15 @@ def read_sparse(path: Path, codec: SparseCodec, ranks: Ranks, tokens: bool = Fal
     lists = [field.name for field in layout if pa.types.is_list(field.type)]
     values: Columns = {name: columns[name].flatten().to_numpy(zero_copy_only=True) for name in lists}
     try:
-        _refuse_uneven(values)
-        entries = compact.unpack(codec, values, ranks) if codec.layout == "compact" else _from_plain(values)
-        _refuse_impossible(entries, ranks.vocab_size)
+        _check_counts(values, codec)
+        entries = codec.unpack(values, ranks)
+        _check_entries(entries, ranks.vocab_size)
     except (ValueError, IndexError) as error:
         raise ShardCorrupt(f"{path} holds no {codec.name} targets: {error}.") from error
-    a_position = next(name for name in lists if name not in ELEMENTS and name != "token_ids")
-    num_positions = columns[a_position].value_lengths().to_numpy()
+    num_positions = columns[codec.position_column].value_lengths().to_numpy()
     num_tokens = columns["num_tokens"].to_numpy()
     if tokens:
-        _refuse_other_counts(path, columns, num_tokens, "token_ids", a_position)
+        _refuse_other_counts(path, columns, num_tokens, "token_ids", codec.position_column)
     entropy = columns["entropy"].to_numpy() if tokens else None
     if entropy is not None and not (np.isfinite(entropy) & (entropy >= -0.01)).all():
         raise ShardCorrupt(f"{path} has rows whose entropy is no entropy.")
@@ -313,28 +294,6 @@ def _table(path: Path, expected: pa.Schema, names: Sequence[str] | None = None) 
         raise ShardCorrupt(f"{path} cannot be read as Parquet: {error}") from error
 
 
-def _plain(entries: Entries) -> Columns:
-    with np.errstate(divide="ignore"):
-        log_probs = np.log(entries.weights)
-    return {
-        "num_entries": entries.counts.astype(np.uint16),
-        "num_exact": entries.num_exact.astype(np.uint16),
-        "ids": entries.ids,
-        "log_probs": log_probs,
-        "log_tail": entries.log_tail,
-    }
-
-
-def _from_plain(values: Columns) -> Entries:
-    counts = values["num_entries"].astype(np.int64)
-    none = np.full(len(counts), -np.inf, np.float32)
-    exact = counts if "log_tail" in values else values.get("num_exact", np.zeros_like(counts))
-    return Entries(
-        ends(counts), values["ids"], np.exp(values["log_probs"]), exact.astype(np.int32),
-        np.array(values["log_tail"]) if "log_tail" in values else none,
-    )  # fmt: skip
-
-
 def _refuse_other_counts(
     path: Path, columns: dict[str, pa.Array], num_tokens: npt.NDArray[np.int32], *names: str
 ) -> None:
@@ -343,14 +302,19 @@ def _refuse_other_counts(
             raise ShardCorrupt(f"{path} has rows with another number of {name} than num_tokens says.")
 
 
-def _refuse_uneven(values: Columns) -> None:
-    """Every list has as many elements as the counts beside it say."""
-    for name, counted_by in ELEMENTS.items():
-        if name in values and len(values[name]) != (expected := int(values[counted_by].sum(dtype=np.int64))):
-            raise ValueError(f"{name} has {len(values[name]):,} elements, {counted_by} counts {expected:,}")
+def _check_counts(values: Columns, codec: SparseCodec) -> None:
+    """Raise ValueError where a list has another number of elements than its column of counts says."""
+    for name, column in codec.columns.items():
+        if column.counted_by is None:
+            continue
+        expected = int(values[column.counted_by].sum(dtype=np.int64))
+        if len(values[name]) != expected:
+            raise ValueError(
+                f"{name} has {len(values[name]):,} elements, {column.counted_by} counts {expected:,}"
+            )
 
 
-def _refuse_impossible(entries: Entries, vocab_size: int) -> None:
+def _check_entries(entries: Entries, vocab_size: int) -> None:
     if len(entries.ids) and not 0 <= int(entries.ids.min()) <= int(entries.ids.max()) < vocab_size:
         raise ValueError(f"an id is outside the vocabulary of {vocab_size:,}")
     with np.errstate(invalid="ignore"):

@@ -12,8 +12,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from storage.codecs import SparseCodec
-from storage.fingerprints import Sha256, Strict, sha256_json
+from storage.fingerprints import Seed, Sha256, Strict, sha256_json
 from storage.tasks import LANGUAGE, PER_POSITION, ROW_COLUMNS, Task
+
+QKV_PARTS = 3  # a vector of attention's queries, keys and values is this many vectors of a layer's width
 
 
 class TeacherIdentity(Strict):
@@ -88,7 +90,7 @@ class HiddenSpec(Strict):
 
     def kept_width(self, name: str) -> int:
         """Numbers that are kept of a vector of this name."""
-        return 3 * self.width if name.startswith("qkv.") else self.pca or self.width
+        return QKV_PARTS * self.width if name.startswith("qkv.") else self.pca or self.width
 
     @property
     def of_version_4(self) -> bool:
@@ -134,7 +136,7 @@ class Mask(Strict):
     """Which positions of a row are hidden from a masked language model, and asked about."""
 
     share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]  # of the tokens that are not special
-    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    seed: Seed
 
 
 class Spec(Strict):
@@ -156,7 +158,7 @@ class Spec(Strict):
     @model_validator(mode="after")
     def _classes_or_a_vocabulary(self) -> "Spec":
         if self.task in LANGUAGE:
-            if self.labels or self.vocab_size is None or self.codec == "dense":
+            if self.labels or self.vocab_size is None or self.sparse is None:
                 raise ValueError("a language model has a vocab_size and a sparse codec, and no labels")
         elif self.task == "sentence-embedding":
             if self.labels or self.vocab_size is not None:
@@ -165,13 +167,13 @@ class Spec(Strict):
             raise ValueError(
                 "a classifier has labels, at least two, and no vocab_size; regression at least one"
             )
-        if self.task in ROW_COLUMNS and self.task != "image-classification" and self.codec != "dense":
+        if self.task in ROW_COLUMNS and self.task != "image-classification" and self.sparse is not None:
             raise ValueError(f"{self.task} has the codec dense: its numbers are no distribution")
         if (self.image is not None) != (self.task == "image-classification"):
             raise ValueError("a teacher of images says how they are read, and nothing else does")
         if (self.embedding is not None) != (self.task == "sentence-embedding"):
             raise ValueError("a teacher of vectors says how they are made, and nothing else does")
-        if self.task == "token-classification" and self.codec != "dense":
+        if self.task == "token-classification" and self.sparse is not None:
             raise ValueError("a classifier of tokens has the codec dense")
         if self.per_position and self.hidden is not None and self.hidden.pool != "none":
             raise ValueError("where there is a target a token, hidden states are one a token: pool is none")
@@ -186,6 +188,21 @@ class Spec(Strict):
             if body[name] is None:
                 del body[name]
         return body
+
+    @property
+    def sparse(self) -> SparseCodec | None:
+        """The sparse codec; None where every number is kept (dense)."""
+        return None if self.codec == "dense" else self.codec
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the targets are random draws from the teacher's distribution."""
+        return self.sparse is not None and self.sparse.sampled
+
+    @property
+    def ranked(self) -> bool:
+        """Whether shards number ids by their ranks in the cache's table of frequent ids."""
+        return self.sparse is not None and self.sparse.layout == "compact"
 
     @property
     def num_outputs(self) -> int:

@@ -113,8 +113,8 @@ class Store:
             path, spec = aside / "logits" / f"{key}.parquet", identity.spec
             if isinstance(rows, records.LogitRows):
                 records.write(path, rows, spec.labels, spec.column)
-            elif spec.codec != "dense":
-                records.write_sparse(path, rows, spec.codec, spec.labels, packed)
+            elif spec.sparse is not None:
+                records.write_sparse(path, rows, spec.sparse, spec.labels, packed)
             if identity.spec.hidden is not None:
                 hidden.write(aside / "hidden" / key, states, identity.spec.hidden)
             return ShardEntry(

@@ -79,7 +79,7 @@ def capture_cache(
     row_ids = rows.row_ids.to_pylist()
     ranks = basis = pinned = None
     bases: dict[str, hidden.Basis] = {}
-    if who.spec.codec != "dense" and who.spec.codec.layout == "compact":
+    if who.spec.ranked:
         ranks = store.ranks(who)
         if ranks is None:
             ranks = store.keep_ranks(who, compact.rank_by(teaching.mass(RANKED_TARGETS)))

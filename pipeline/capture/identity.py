@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from pipeline.config.caches import CacheEntry, Hidden, codec_spec, mask_spec
+from pipeline.config.caches import CacheEntry, Hidden, mask_spec
 from pipeline.engines.model_files import teacher_identity
 from pipeline.runtime import hardware
 from pipeline.teachers.record import reading_spec, teacher_reader, teacher_record
@@ -34,7 +34,7 @@ def capture_identity(
         task=record["task"],
         labels=tuple(record["labels"]),
         vocab_size=record.get("vocab_size"),
-        codec=codec_spec(entry.targets, ranks),
+        codec=entry.targets.spec(ranks),
         max_length=reader.max_length,
         too_long=record["too_long"],
         precision=hardware.precision(entry.precision),

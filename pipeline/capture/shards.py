@@ -60,9 +60,9 @@ def _put(
     """Pack and write one shard. Any error says which one."""
     try:
         packed = None
-        if ranks is not None and isinstance(said.kept, EntryRows) and who.spec.codec != "dense":
+        if ranks is not None and isinstance(said.kept, EntryRows) and who.spec.sparse is not None:
             order = compact.Ranks(ranks, who.spec.num_outputs)
-            packed = compact.pack(who.spec.codec, said.kept.entries, order, said.noise)
+            packed = who.spec.sparse.pack(said.kept.entries, order, said.noise)
         kept = said.hidden | {name: basis.components(said.hidden[name]) for name, basis in bases.items()}
         return store.put(who, said.kept, kept, seconds, packed)
     except Exception as error:

@@ -45,7 +45,8 @@ def verify_cache(name: str, cache: Cache, entry: CacheEntry, dataset: Path, teac
     Raises SpecMismatch or another CacheError that names the first fault.
     """
     rows = load_rows(dataset)
-    ranks = None if cache.codec == "dense" else cache.codec.ranks  # any table of frequent ids is good
+    codec = cache.identity.spec.sparse
+    ranks = None if codec is None else codec.ranks  # any table of frequent ids is good
     basis = None if cache.identity.spec.hidden is None else cache.identity.spec.hidden.basis  # and any basis
     expected = capture_identity(entry, teacher, ranks, basis)
     if entry.precision == "auto":  # captured elsewhere, perhaps: its own word for its precision is good

@@ -101,7 +101,7 @@ class WorkerState:
         self._rows, self._reader = load_rows(job.dataset), teacher_reader(job.teacher)
         self._teaching: TeacherEngine | None = None
         self._ranks, pinned = None, None
-        if job.who.spec.codec != "dense" and job.who.spec.codec.layout == "compact":
+        if job.who.spec.ranked:
             self._ranks = store.ranks(job.first)
             pinned = None if self._ranks is None else sha256_json(self._ranks.tolist())
         basis, self._bases = store.basis(job.first), {}

@@ -1,14 +1,17 @@
-"""The three encoders: top-k, random sampling, threshold sampling. docs/codecs.md says how to choose one.
+"""The encoders: top-k, random sampling, threshold sampling. docs/codecs.md explains how to choose one.
 
 Shape letters: P positions, V vocabulary, B blocks, K ids of a block, M draws of all positions.
 """
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 from pipeline.codecs.exponentials import BLOCK, F64, BlockSums, FoundIds
 from pipeline.data import counter_rng
 from pipeline.data.counter_rng import I64, Keys
-from storage.codecs import Sample, SparseCodec, Threshold
+from storage.codecs import Sample, SparseCodec, SparseSpec, Threshold, TopK
 from storage.entries import Entries, ends, ranges
 
 # A head entry is above 0.75 tau (its tail's r / m, with m = round(r / tau) >= 2), so none is missed here.
@@ -19,18 +22,18 @@ SYSTEMATIC, ROUNDING = 0, 1  # streams of random numbers
 
 
 def rounding_noise(codec: SparseCodec, entries: Entries, keys: Keys) -> F64 | None:
-    """The random numbers that the compact layout rounds exact entries with; None where it does not."""
-    if not isinstance(codec, Threshold):
+    """The random numbers that `codec.pack` rounds exact entries with; None for a codec that needs none."""
+    if codec.noise_seed is None:
         return None
     counts = entries.num_exact.astype(np.int64)
     most = int(counts.max(initial=0))
-    noise = counter_rng.uniforms(codec.seed, keys.rows, keys.positions, most, ROUNDING)
+    noise = counter_rng.uniforms(codec.noise_seed, keys.rows, keys.positions, most, ROUNDING)
     return noise[np.arange(most) < counts[:, None]]
 
 
-def top_entries(blocks: BlockSums, k: int) -> Entries:
-    """The k largest probabilities of each position, and the mass of the rest."""
-    num, k = len(blocks), min(k, blocks.num_blocks * BLOCK)
+def top_entries(blocks: BlockSums, codec: TopK, keys: Keys) -> Entries:
+    """The k largest probabilities of each position, and the mass of the rest. Draws no random number."""
+    num, k = len(blocks), min(codec.k, blocks.num_blocks * BLOCK)
     if k < blocks.num_blocks:  # k blocks have an id at least as large as the k-th largest block's largest
         largest = blocks.largest()
         bounds: F64 = largest.topk(k).values[:, -1].double().cpu().numpy()
@@ -91,6 +94,13 @@ def threshold_entries(blocks: BlockSums, codec: Threshold, keys: Keys) -> Entrie
     ids[at_head], weights[at_head] = head_ids, head / mass[owners]
     ids[at_tail], weights[at_tail] = tail_ids, (stride / mass)[walkers]
     return _entries(counts, ids, weights, num_head, np.full(num, -np.inf))
+
+
+ENCODERS: Mapping[type[SparseSpec], Callable[[BlockSums, Any, Keys], Entries]] = {
+    TopK: top_entries,
+    Sample: sampled_entries,
+    Threshold: threshold_entries,
+}
 
 
 def _heads(found: FoundIds, mass: F64, tau: float) -> tuple[I64, I64]:

@@ -11,10 +11,10 @@ Shape letters: P positions, V vocabulary, B blocks, K ids of a block, M draws of
 import numpy as np
 import torch
 
-from pipeline.codecs.encoders import sampled_entries, threshold_entries, top_entries
+from pipeline.codecs.encoders import ENCODERS
 from pipeline.codecs.exponentials import BLOCK, F64, BlockSums
 from pipeline.data.counter_rng import Keys
-from storage.codecs import Sample, SparseCodec, TopK
+from storage.codecs import SparseCodec
 from storage.entries import Entries, concatenate
 
 CHUNK_BYTES = 8 * 2**20  # of exponentials in memory at a time
@@ -50,17 +50,12 @@ def sparsify_and_measure(
     rows = max(1, CHUNK_BYTES // (4 * logits_PV.shape[1]))
     width = -(-logits_PV.shape[1] // BLOCK) * BLOCK
     room = torch.empty(min(rows, len(logits_PV)), width, device=logits_PV.device)  # fresh pages are dear
-    parts, entropies = [], [np.zeros(0)]
+    parts, entropies, encode = [], [np.zeros(0)], ENCODERS[type(codec)]
     for start in range(0, len(logits_PV), rows):
         part = keys.part(start, start + rows)
         blocks = BlockSums(logits_PV[start : start + rows], room)
         if not np.isfinite(blocks.mass).all():
             raise NotFinite(start + int(np.flatnonzero(~np.isfinite(blocks.mass))[0]))
         entropies.append(blocks.entropy)
-        if isinstance(codec, TopK):
-            parts.append(top_entries(blocks, codec.k))
-        elif isinstance(codec, Sample):
-            parts.append(sampled_entries(blocks, codec, part))
-        else:
-            parts.append(threshold_entries(blocks, codec, part))
+        parts.append(encode(blocks, codec, part))
     return concatenate(parts), np.concatenate(entropies)

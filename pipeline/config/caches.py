@@ -3,13 +3,13 @@
 docs/codecs.md says how to choose a codec.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pipeline.config.base import Layers, Name, Positive, Section, distinct
-from storage.codecs import Sample, SparseCodec, Threshold, TopK
-from storage.fingerprints import Sha256
+from storage.codecs import Codec, NumEntries, Sample, SparseSpec, Tau, Threshold, TopK
+from storage.fingerprints import Seed, Sha256
 from storage.spec import Mask
 from storage.tasks import Task
 
@@ -25,35 +25,58 @@ class Dense(Section):
     """Every class's logit: for few classes."""
 
     codec: Literal["dense"]
+    sparse: ClassVar[bool] = False
+
+    def spec(self, ranks: Sha256 | None) -> Codec:
+        """The codec as a cache's spec names it. It has no table of ranks."""
+        return "dense"
 
 
 class _SparseTargets(Section):
+    sparse: ClassVar[bool] = True
+    spec_class: ClassVar[type[SparseSpec]]
+
     layout: Literal["compact", "plain"] = "compact"
     """compact: half the bytes, or less. plain: ids and log-probabilities for any tool, to the bit."""
+
+    def spec(self, ranks: Sha256 | None) -> Codec:
+        """The codec as a cache's spec names it; `ranks` is the fingerprint of a compact layout's table.
+
+        The settings have the same names here and there, apart from `codec`, which is the spec's `name`.
+        """
+        settings = self.model_dump(exclude={"codec"})
+        spec: Codec = self.spec_class(**settings, ranks=ranks if self.layout == "compact" else None)  # type: ignore[assignment]
+        return spec
 
 
 class TopKTargets(_SparseTargets):
     """The k largest probabilities and the exact mass of the rest. Biased: see docs/codecs.md."""
 
+    spec_class = TopK
+
     codec: Literal["topk"]
-    k: Annotated[int, Field(ge=1, le=65_535)] = 64
+    k: NumEntries = 64
 
 
 class SampleTargets(_SparseTargets):
     """Random sampling: `draws` draws from the teacher, as counts. Unbiased."""
 
+    spec_class = Sample
+
     codec: Literal["sample"]
-    draws: Annotated[int, Field(ge=1, le=65_535)] = 50
-    seed: Annotated[int, Field(ge=0)] = 0
+    draws: NumEntries = 50
+    seed: Seed = 0
 
 
 class ThresholdTargets(_SparseTargets):
     """Probabilities above about tau exactly, the rest sampled in steps of tau. Unbiased, and the smallest."""
 
+    spec_class = Threshold
+
     codec: Literal["threshold"]
-    tau: Annotated[float, Field(ge=2**-15, le=1)] = 0.07
+    tau: Tau = 0.07
     """Smaller: more entries, less noise. 0.07 keeps about 10 entries of a language model's position."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
 
 class MaskedShare(Section):
@@ -61,7 +84,7 @@ class MaskedShare(Section):
 
     share: Annotated[float, Field(gt=0, le=1)] = 0.15
     """Of the row's tokens that are not special ones; at least one is masked."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
 
 def _named(value: Any) -> Any:
@@ -148,18 +171,6 @@ class Received(Section):
     """Like s3://bucket/caches/reviews. Who may read it, and where the service is, its environment says."""
     manifest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """What the cache was when you chose it: `publish` prints it. It stands for every byte."""
-
-
-def codec_spec(targets: Targets, ranks: Sha256 | None) -> Literal["dense"] | SparseCodec:
-    """The codec as the cache knows it. `ranks` is the fingerprint of a compact layout's table."""
-    if isinstance(targets, Dense):
-        return "dense"
-    table = ranks if targets.layout == "compact" else None
-    if isinstance(targets, TopKTargets):
-        return TopK(k=targets.k, layout=targets.layout, ranks=table)
-    if isinstance(targets, SampleTargets):
-        return Sample(draws=targets.draws, seed=targets.seed, layout=targets.layout, ranks=table)
-    return Threshold(tau=targets.tau, seed=targets.seed, layout=targets.layout, ranks=table)
 
 
 def mask_spec(task: Task, entry: MaskedShare | None) -> Mask | None:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from pipeline.config.caches import Dense
 from pipeline.config.params import Params
 from pipeline.config.students import LlamaStudent, MLPStudent, Student, TransformersStudent
 from pipeline.config.tasks import DIVERGENCES
@@ -13,7 +12,7 @@ def teacher_inconsistencies(params: "Params") -> Iterator[str]:
     """What caches ask for that their teachers' tasks do not have, field by field. Names are known to fit."""
     for name, entry in params.caches.items():
         task = params.datasets[params.teachers[entry.teacher].dataset].task
-        dense = isinstance(entry.targets, Dense)
+        dense = not entry.targets.sparse
         if dense and task in ("causal-lm", "masked-lm"):
             yield f"caches.{name}.targets: dense is for few classes, not {task}; write targets: threshold"
         if not dense and task in ("token-classification", *DIVERGENCES):

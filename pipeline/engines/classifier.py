@@ -84,12 +84,13 @@ class ClassifierEngine:
             kept_logits = LogitRows(row_ids, inputs, lengths, logits, q.read(part))
             return EngineOutput(kept_logits, None, heard.found if heard else {})
         said = self._infer(part, advance)
-        if q.spec.codec == "dense":
+        codec = q.spec.sparse
+        if codec is None:
             return EngineOutput(LogitRows(row_ids, inputs, lengths, said.logits), None, said.hidden)
         keys = Keys(counter_rng.row_words(row_ids.to_pylist()), np.zeros(len(part), np.int64))
-        entries = sparsify(torch.from_numpy(said.logits), q.spec.codec, keys)
+        entries = sparsify(torch.from_numpy(said.logits), codec, keys)
         kept = EntryRows(row_ids, inputs, lengths, np.ones(len(part), np.int32), entries)
-        return EngineOutput(kept, rounding_noise(q.spec.codec, entries, keys), said.hidden)
+        return EngineOutput(kept, rounding_noise(codec, entries, keys), said.hidden)
 
     def _infer(self, part: Indices, advance: Advance = lambda rows: None) -> TeacherOutput:
         q = self._q

@@ -19,7 +19,7 @@ import torch
 from storage.entries import ends, ranges
 from storage.errors import TeacherError
 from storage.hidden import Basis
-from storage.spec import HiddenSpec
+from storage.spec import QKV_PARTS, HiddenSpec
 
 Indices = npt.NDArray[np.int64]
 # Called with the places of a batch's rows and the mask of its true tokens [B, L], around the model's call.
@@ -120,7 +120,7 @@ def projections(model: torch.nn.Module, block: int, width: int) -> list[torch.nn
         if len(found) != len(parts):
             continue
         widths = [getattr(module, "out_features", None) or module.nf for module in found]
-        if widths != [3 * width // len(parts)] * len(parts):
+        if widths != [QKV_PARTS * width // len(parts)] * len(parts):
             raise TeacherError(
                 f"hidden.qkv: {kind} projects its states of {width} numbers to {widths} numbers in block "
                 f"{block}.\nExpected queries, keys and values of the width of the states (grouped queries "

@@ -143,8 +143,8 @@ class LanguageModelEngine:
 
     def ask(self, part: Indices, advance: Advance = lambda rows: None) -> EngineOutput:
         """See TeacherEngine."""
-        q, codec = self._q, self._q.spec.codec
-        assert codec != "dense"  # the spec of a language model never is
+        q, codec = self._q, self._q.spec.sparse
+        assert codec is not None  # the spec of a language model never is
         names, lengths = q.row_ids.to_pylist(), q.tokens.lengths[part]
         heard = q.overheard(self._head.model, part)
         hear = heard.hear if heard else no_recording

@@ -30,7 +30,6 @@ from pipeline.teachers.scoring import labelled_logits
 from pipeline.training.job import run_record
 from pipeline.training.workload import predict_all
 from storage import Cache
-from storage.codecs import Sample, Threshold
 from storage.mixture import Mixture
 
 
@@ -135,7 +134,7 @@ def _read_documents(
 ) -> tuple[list[Values], list[Line]]:  # fmt: skip
     """(metrics of each seed, how the first one goes on with the beginnings of documents)."""
     cached = CachedDocuments(cache, rows, (SPLIT,), student.max_length)
-    teacher = TeacherReference(isinstance(cache.codec, Sample | Threshold), cached.entropy())
+    teacher = TeacherReference(cache.identity.spec.sampled, cached.entropy())
     values: list[Values] = []
     lines: list[Line] = []
     for seed in seeds:

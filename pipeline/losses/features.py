@@ -11,7 +11,7 @@ d width of a head, X three widths: query, key and value side by side.
 import torch
 from torch.nn.functional import cosine_similarity, kl_div, mse_loss
 
-QKV_PARTS = 3  # query, key and value, side by side
+from storage.spec import QKV_PARTS
 
 
 def state_mse(student_TW: torch.Tensor, teacher_TW: torch.Tensor) -> torch.Tensor:

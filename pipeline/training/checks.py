@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 from pipeline.config.recipes import Recipe
 from pipeline.config.schedules import ByConfidence, Schedule, bounds
@@ -26,7 +25,7 @@ from pipeline.students.llama_weights import check_llama_start
 from pipeline.training.job import training_record
 from pipeline.training.layer_maps import resolve_layers
 from storage import Cache
-from storage.codecs import Sample, SparseCodec, Threshold
+from storage.codecs import SparseCodec
 from storage.errors import ConfigError, DataError, Mismatch, SpecMismatch
 from storage.tasks import Task
 
@@ -68,12 +67,12 @@ def check_recipe(what: str, task: Task, recipe: "Recipe") -> None:
 
 def check_truncated(
     what: str,
-    codec: Literal["dense"] | SparseCodec,
+    codec: SparseCodec | None,
     divergence: str,
     temperature: float | Schedule | ByConfidence,
 ) -> None:
     """Raise SpecMismatch where a soft loss cannot be had from targets of this codec, with the reason."""
-    if codec == "dense":
+    if codec is None:
         return
     faults, reasons = [], []
     if divergence != "forward":
@@ -85,7 +84,7 @@ def check_truncated(
     if isinstance(temperature, ByConfidence):
         faults.append(Mismatch("recipe.temperature", codec.name, f"dense (for {temperature})"))
         reasons.append("How sure the teacher is of a row is known where all its classes are kept.")
-    elif isinstance(codec, Sample | Threshold) and any(end != 1 for end in bounds(temperature)):
+    elif not codec.tempered and any(end != 1 for end in bounds(temperature)):
         faults.append(Mismatch("recipe.temperature", f"{codec.name} (temperature 1)", temperature))
         reasons.append(
             "A sampled weight is unbiased for the probability, not for a power of it: at another temperature "
@@ -121,7 +120,7 @@ def check_run(name: str, cache: Cache, rows: Rows, student: Student, recipe: Rec
     for one in [recipe.chosen(values) for values in recipe.grid] or [recipe]:
         if not one.predicts or min(bounds(one.alpha)) == 1:
             continue
-        check_truncated(f"runs.{name}", cache.codec, one.divergence, one.temperature)
+        check_truncated(f"runs.{name}", cache.identity.spec.sparse, one.divergence, one.temperature)
         if cache.identity.spec.per_position and any(end != 1 for end in bounds(one.temperature)):
             raise SpecMismatch(
                 f"the cache does not fit runs.{name}",

@@ -8,9 +8,7 @@ from typing import NamedTuple
 from pipeline.config.recipes import LayerMap, Match
 from pipeline.config.students import Student, TinyBERTStudent
 from storage.errors import Mismatch, SpecMismatch
-from storage.spec import HiddenSpec
-
-QKV_PARTS = 3  # of qkv: query, key and value
+from storage.spec import QKV_PARTS, HiddenSpec
 
 
 class MatchedPair(NamedTuple):

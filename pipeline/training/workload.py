@@ -32,7 +32,6 @@ from pipeline.students.llama import Llama
 from pipeline.training.feature_matching import MatchedStudent, validate_matching
 from pipeline.training.layer_maps import resolve_layers
 from storage import Cache
-from storage.codecs import Sample, Threshold
 
 EVALUATION_ROWS = 256
 VALIDATION_TOKENS = 4096  # a batch
@@ -78,7 +77,7 @@ def rows_workload(
     cached = CachedRows(cache, rows, tokens, reader.pad_id, training_splits(recipe), names, stream)
     looked_at = () if recipe.predicts else names
     held_out = CachedRows(cache, rows, tokens, reader.pad_id, ("validation",), looked_at)
-    sampled = isinstance(cache.codec, Sample | Threshold)
+    sampled = cache.identity.spec.sampled
 
     def dress(model: torch.nn.Module) -> torch.nn.Module:
         if not (match and plan and hidden):
@@ -151,7 +150,7 @@ def documents_workload(
         cache, rows, training_splits(recipe), student.max_length, stream=stream, spool=spool
     )
     held_out = CachedDocuments(cache, rows, ("validation",), student.max_length, spool=spool)
-    sampled = isinstance(cache.codec, Sample | Threshold)
+    sampled = cache.identity.spec.sampled
 
     def validate(model: torch.nn.Module) -> Validation:
         seen = score_documents(model, held_out.in_order(VALIDATION_TOKENS))

@@ -110,7 +110,7 @@ def write(out: Path) -> None:
         for rows in SHARDS:
             part = masked.take(rows)
             noise = rounding_noise(CODEC, part.entries, keys(rows))
-            packed = compact.pack(CODEC, part.entries, compact.Ranks(np.array(RANKS), VOCAB), noise)
+            packed = CODEC.pack(part.entries, compact.Ranks(np.array(RANKS), VOCAB), noise)
             shards.append(store.put(language, part, {}, 1.0, packed))
         seal(out / "masked", language, shards, files, {"teacher": "golden"}, RANKS)
 

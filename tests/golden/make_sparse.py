@@ -70,7 +70,7 @@ def write(out: Path) -> None:
                 entries = sparsify(said, codec, keys)
                 packed = None
                 if codec.layout == "compact":
-                    packed = compact.pack(codec, entries, ranks, rounding_noise(codec, entries, keys))
+                    packed = codec.pack(entries, ranks, rounding_noise(codec, entries, keys))
                 held = EntryRows(
                     pa.array(part), pa.array([input_hash([i]) for i in range(first, first + 2)]),
                     np.full(2, POSITIONS, np.int32), np.full(2, POSITIONS, np.int32), entries,

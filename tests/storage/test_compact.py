@@ -45,7 +45,7 @@ def sampled(sets: list[list[int]], draws: int = 50) -> Entries:
 
 def round_trip(code: SparseCodec, entries: Entries, ranks: Ranks, seed: int = 0) -> Entries:
     noise = np.random.default_rng(seed).random(int(entries.num_exact.sum()))
-    return compact.unpack(code, compact.pack(code, entries, ranks, noise), ranks)
+    return code.unpack(code.pack(entries, ranks, noise), ranks)
 
 
 def by_id(entries: Entries) -> list[list[tuple[int, float]]]:
@@ -153,11 +153,8 @@ def test_shares_are_unbiased() -> None:
 def test_rounding_to_the_nearest_code_would_be_biased() -> None:
     """The guard: without noise the same check fails."""
     one = threshold_entries([[0.31, 0.22, 0.11]], [4])
-    nearest = compact.unpack(
-        code := codec("threshold", tau=0.07, seed=0),
-        compact.pack(code, one, some_ranks(1000), np.full(3, 0.5)),
-        some_ranks(1000),
-    )
+    code, ranks = codec("threshold", tau=0.07, seed=0), some_ranks(1000)
+    nearest = code.unpack(code.pack(one, ranks, np.full(3, 0.5)), ranks)
     worst = max(abs(a[1] - b[1]) for a, b in zip(by_id(one)[0], by_id(nearest)[0], strict=True))
     assert worst > 1e-3
 

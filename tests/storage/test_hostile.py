@@ -378,8 +378,8 @@ def test_damage_behind_right_digests_is_refused_or_read_and_never_another_error(
                     raw[chosen.randrange(len(raw))] = chosen.randrange(256)
                 damaged.write_bytes(raw)
                 with contextlib.suppress(CacheError):
-                    spec, codec = cache.identity.spec, cache.codec
-                    if codec == "dense":
+                    spec, codec = cache.identity.spec, cache.identity.spec.sparse
+                    if codec is None:
                         rows = records.read(damaged, spec.num_outputs, spec.per_position, spec.column)
                         assert len(rows.logits) >= shard.rows
                     else:

@@ -140,7 +140,7 @@ def test_logits_that_are_no_numbers_name_row_and_token(prose: Prose) -> None:
 
 @pytest.mark.parametrize(
     ("writer", "fault"),
-    [("storage.records.write_sparse", FULL), ("storage.compact.pack", WRONG)],
+    [("storage.records.write_sparse", FULL), ("storage.codecs.Threshold.pack", WRONG)],
     ids=["full", "wrong"],
 )
 def test_a_writers_error_stops_the_capture(prose: Prose, writer: str, fault: WriterError) -> None:

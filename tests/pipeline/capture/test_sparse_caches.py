@@ -5,17 +5,19 @@ The toy teacher has two classes; a codec does not know that this is few.
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.caches import CacheEntry, codec_spec
+from pipeline.config.caches import CacheEntry
 from pipeline.training.run import train_run
 from storage import Cache, manifest, records
+from storage.codecs import PLAIN, Column, Sample, Threshold
 from storage.entries import Entries, concatenate
 from storage.errors import ManifestInvalid, ShardCorrupt, SpecMismatch
 from storage.fingerprints import canonical_json, sha256_json
@@ -174,6 +176,14 @@ def test_a_manifest_whose_ranks_or_version_do_not_fit_is_refused(own: World, cha
         Cache.open(own.cache)
 
 
+class Forged(Sample):
+    """The codec as a forger would write it: lists of the old lengths, whatever `num_entries` counts."""
+
+    plain_columns: ClassVar[Mapping[str, Column]] = PLAIN | {
+        name: PLAIN[name]._replace(counted_by="old") for name in ("ids", "log_probs")
+    }
+
+
 @pytest.mark.parametrize(
     ("column", "change", "said"),
     [
@@ -185,22 +195,17 @@ def test_a_manifest_whose_ranks_or_version_do_not_fit_is_refused(own: World, cha
     ],
 )
 def test_a_shard_that_holds_no_targets_is_refused(
-    own: World, tmp_path: Path, column: str, change: Any, said: str, monkeypatch: pytest.MonkeyPatch
+    own: World, tmp_path: Path, column: str, change: Any, said: str
 ) -> None:
     own.capture(**chosen("sample", "plain"))
     cache = Cache.open(own.cache)
     rows = cache.read(cache.shards[0])
     assert isinstance(rows, EntryRows)
-    assert cache.codec != "dense"
-    plain = records._plain(rows.entries)
+    assert isinstance(cache.codec, Sample)
+    plain = cache.codec.pack(rows.entries) | {"old": rows.entries.counts}
     plain[column] = change(plain[column])
-    monkeypatch.setattr(records, "_plain", lambda entries: plain)
-    if column == "num_entries":  # as a forger would write it: lists of the old lengths, other counts
-        offsets = rows.entries.counts
-        monkeypatch.setattr(records, "ELEMENTS", {"ids": "old", "log_probs": "old"})
-        plain["old"] = offsets
-    records.write_sparse(tmp_path / "x.parquet", rows, cache.codec, cache.labels, None)
-    monkeypatch.undo()
+    forged = Forged(**cache.codec.model_dump())
+    records.write_sparse(tmp_path / "x.parquet", rows, forged, cache.labels, plain)
     with pytest.raises(ShardCorrupt, match=said):
         records.read_sparse(tmp_path / "x.parquet", cache.codec, cache.ranks)
 
@@ -208,8 +213,7 @@ def test_a_shard_that_holds_no_targets_is_refused(
 def test_a_shard_of_another_codec_is_refused(own: World) -> None:
     own.capture(**chosen("sample", "plain"))
     cache = Cache.open(own.cache)
-    other = codec_spec(chosen("threshold", "plain")["targets"], None)
-    assert other != "dense"
+    other = Threshold(tau=0.07, seed=0, layout="plain")
     with pytest.raises(ShardCorrupt, match="another layout"):
         records.read_sparse(own.cache / cache.shards[0].logits_path, other, cache.ranks)
 

@@ -118,7 +118,7 @@ def test_a_temperature_by_confidence_is_refused_where_classes_are_missing() -> N
     ):
         with pytest.raises(SpecMismatch, match=r"by confidence, 1 to 4"):
             check_truncated("runs.a", codec, "forward", sure)
-    check_truncated("runs.a", "dense", "forward", sure)
+    check_truncated("runs.a", None, "forward", sure)
 
 
 def test_the_temperature_by_confidence_of_even_certain_and_half_sure_rows() -> None:

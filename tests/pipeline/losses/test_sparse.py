@@ -218,7 +218,7 @@ def test_what_truncated_targets_cannot_give_is_refused_with_the_reason() -> None
         check_truncated("runs.toy", sampled, "forward", 2.0)
     check_truncated("runs.toy", topk, "forward", 2.0)
     check_truncated("runs.toy", sampled, "forward", 1.0)
-    check_truncated("runs.toy", "dense", "jsd", 4.0)
+    check_truncated("runs.toy", None, "jsd", 4.0)
 
 
 def test_entries_as_logits_spread_the_tail_evenly() -> None:
