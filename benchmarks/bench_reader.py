@@ -29,7 +29,7 @@ from storage.codecs import Threshold
 from storage.entries import Entries, ends
 from storage.fingerprints import row_id
 from storage.records import EntryRows
-from storage.seal import seal
+from storage.seal import SealedParts, seal
 from storage.spec import Identity
 from storage.writer import Store
 from tests.storage.conftest import IDENTITY
@@ -78,7 +78,7 @@ def make(root: Path, num_shards: int, num_rows: int = SHARD_ROWS) -> None:
     identity = Identity(**{**dict(IDENTITY), "spec": type(IDENTITY.spec).model_validate(body)})
     store = Store(root / "store")
     shards = [store.put(identity, shard(number, num_rows), {}, 1.0) for number in range(num_shards)]
-    seal(root / "cache", identity, shards, {"tokenizer.json": b"{}\n"}, {})
+    seal(root / "cache", SealedParts(identity, shards, {"tokenizer.json": b"{}\n"}, {}))
     shutil.rmtree(root / "store")
 
 

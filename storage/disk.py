@@ -7,7 +7,7 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from storage.errors import StoreFull
@@ -69,6 +69,13 @@ def link(source: str | Path, target: str | Path) -> None:
         if error.errno in DISK_FULL:
             raise
         shutil.copyfile(source, target)  # the store is on another file system, or links are not allowed there
+
+
+def link_all(source: Path, target: Path, names: Iterable[str]) -> None:
+    """`link` files of a directory into another one, under the same relative names."""
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        link(source / name, target / name)
 
 
 def host_name() -> str:

@@ -10,8 +10,8 @@ from typing import Protocol
 
 from storage.checksums import check_files
 from storage.errors import CacheError
+from storage.local_copies import LocalCopies
 from storage.manifest import FileEntry
-from storage.nearby import Nearby
 from storage.remote import Objects
 
 
@@ -47,21 +47,21 @@ class RemoteFiles:
     one that was damaged meanwhile is fetched again.
     """
 
-    def __init__(self, objects: Objects, nearby: Nearby) -> None:
-        self._objects, self._nearby = objects, nearby
+    def __init__(self, objects: Objects, copies: LocalCopies) -> None:
+        self._objects, self._copies = objects, copies
         self._checked: set[str] = set()  # paths
 
     @contextlib.contextmanager
     def holding(self, files: Sequence[FileEntry]) -> Iterator[Path]:
         """A directory of copies that nobody removes while the context lasts."""
         with contextlib.ExitStack() as held:
-            root = held.enter_context(self._nearby.holding(files, self._fetch))
+            root = held.enter_context(self._copies.holding(files, self._fetch))
             try:
                 check_files(root, [file for file in files if file.path not in self._checked])
             except CacheError:
-                self._nearby.drop(files)
+                self._copies.drop(files)
                 held.close()
-                root = held.enter_context(self._nearby.holding(files, self._fetch))
+                root = held.enter_context(self._copies.holding(files, self._fetch))
             self._checked.update(file.path for file in files)
             yield root
 

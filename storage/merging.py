@@ -17,13 +17,13 @@ import pyarrow as pa
 
 from storage import hidden, manifest, records
 from storage.checksums import check_files, file_entries
-from storage.disk import link
+from storage.disk import link_all
 from storage.entries import ends, ranges
 from storage.errors import ConfigError, Mismatch, SpecMismatch
 from storage.fingerprints import sha256_json
 from storage.manifest import Manifest, ShardEntry
 from storage.reader import Cache
-from storage.seal import CarriedWeights, seal
+from storage.seal import CarriedWeights, SealedParts, seal
 from storage.spec import Identity, shard_key
 from storage.writer import Store, StoredShard
 
@@ -70,7 +70,7 @@ def merge(caches: Sequence[Cache], out: Path, store: Store) -> Merged:
         raise ConfigError(f"{out} is there already: give the merged cache another name, or remove it.")
     for cache in caches[1:]:
         _refuse_another(cache, first)
-    store.hold()
+    store.lock_shared()
     _keep_tables(store, first)
     held: dict[str, tuple[Cache, ShardEntry, int]] = {}
     taken, dropped = [], 0
@@ -87,13 +87,16 @@ def merge(caches: Sequence[Cache], out: Path, store: Store) -> Merged:
             for index, row in enumerate(row_ids):
                 held.setdefault(row, (cache, shard, index))
     weighed = next((cache for cache in caches if cache.manifest.weights is not None), None)
-    sealed = seal(
-        out, first.identity, taken, _tokenizer(first),
-        first.manifest.provenance | {"merged": [cache.manifest_sha256 for cache in caches]},
-        first.manifest.ranks, None if weighed is None else _weights(weighed),
-        None if first.manifest.hidden_basis is None else _root(first) / manifest.BASIS_DIR,
-    )  # fmt: skip
-    return Merged(sealed, dropped)
+    merged = SealedParts(
+        identity=first.identity,
+        shards=taken,
+        tokenizer_files=_tokenizer(first),
+        provenance=first.manifest.provenance | {"merged": [cache.manifest_sha256 for cache in caches]},
+        ranks=first.manifest.ranks,
+        weights=None if weighed is None else _weights(weighed),
+        basis=None if first.manifest.hidden_basis is None else _root(first) / manifest.BASIS_DIR,
+    )
+    return Merged(seal(out, merged), dropped)
 
 
 def unpinned(identity: Identity) -> Identity:
@@ -200,7 +203,7 @@ def _take(store: Store, cache: Cache, shard: ShardEntry, rows: Indices) -> Store
     if len(rows) == shard.rows:
 
         def whole(aside: Path) -> ShardEntry:
-            _link_all(_root(cache), aside, [file.path for file in shard.files])
+            link_all(_root(cache), aside, [file.path for file in shard.files])
             return shard
 
         return store.take_in(who, shard.key, 0.0, whole)
@@ -232,11 +235,5 @@ def _tokenizer(cache: Cache) -> dict[str, bytes]:
 def _weights(cache: Cache) -> CarriedWeights:
     return CarriedWeights(
         cache.weights_layers,
-        partial(_link_all, cache.weights_dir, names=("config.json", "model.safetensors")),
+        partial(link_all, cache.weights_dir, names=("config.json", "model.safetensors")),
     )
-
-
-def _link_all(source: Path, target: Path, names: Sequence[str]) -> None:
-    for name in names:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        link(source / name, target / name)

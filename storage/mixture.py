@@ -26,7 +26,7 @@ from storage.disk import link
 from storage.errors import ManifestInvalid, Mismatch, SpecMismatch
 from storage.fingerprints import Sha256, Strict, canonical_json, sha256_json
 from storage.location import Location
-from storage.reader import NEARBY, Cache
+from storage.reader import LOCAL_COPIES, Cache
 from storage.received import RECEIVED_NAME, open_received
 from storage.records import LogitRows
 from storage.spec import Identity
@@ -87,7 +87,9 @@ class Mixture(Cache):
         self.root, self.members, self.missing, self.version = root, members, missing, version
 
     @classmethod
-    def open(cls, path: str | Location, local: str | Path = NEARBY, limit_bytes: int | None = None) -> Self:
+    def open(
+        cls, path: str | Location, local: str | Path = LOCAL_COPIES, limit_bytes: int | None = None
+    ) -> Self:
         """The mixture at `path`. Raises ManifestInvalid, and what Cache.open raises for each cache in it."""
         root = Path(str(path))
         again = f"Copy it again (`dvc checkout --force {root}`), or mix it again: dvc repro mix@{root.name}"

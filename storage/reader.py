@@ -19,14 +19,14 @@ from storage.errors import Mismatch, NoManifest, ShardCorrupt, SpecMismatch
 from storage.files import Files, LocalFiles, RemoteFiles
 from storage.fingerprints import content_fingerprint, sha256_json
 from storage.hidden import Basis
+from storage.local_copies import LocalCopies
 from storage.location import Location, location
 from storage.manifest import FileEntry, Manifest, ShardEntry
-from storage.nearby import Nearby
 from storage.remote import Objects
 from storage.shard_table import ShardTable
 from storage.spec import Identity
 
-NEARBY = Path(".stillroom/nearby")
+LOCAL_COPIES = Path(".stillroom/nearby")
 
 
 class Cache:
@@ -40,7 +40,9 @@ class Cache:
         self._holding = ExitStack()
 
     @classmethod
-    def open(cls, path: str | Location, local: str | Path = NEARBY, limit_bytes: int | None = None) -> Self:
+    def open(
+        cls, path: str | Location, local: str | Path = LOCAL_COPIES, limit_bytes: int | None = None
+    ) -> Self:
         """The cache at `path`: its manifest is sound, each file that it lists is there with its size (those
         of very many shards, which are in a table, are looked at when they are read).
 
@@ -54,7 +56,7 @@ class Cache:
             sealed, local_files = manifest.load(path), LocalFiles(path)
             check_sizes(path, sealed.own_files if sealed.shard_table else sealed.files)
             return cls(path, _with_table(path, sealed, local_files), local_files)
-        objects, copies = Objects(path), Nearby(Path(local), limit_bytes)
+        objects, copies = Objects(path), LocalCopies(Path(local), limit_bytes)
         remote_files = RemoteFiles(objects, copies)
         sealed = _with_table(path, _load_remote(objects), remote_files)
         copies.refuse_too_small(path, _at_once(sealed))

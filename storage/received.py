@@ -20,7 +20,7 @@ from storage.errors import ManifestInvalid, Mismatch, NoManifest, SpecMismatch
 from storage.fingerprints import Sha256, Strict, canonical_json
 from storage.location import Url
 from storage.manifest import MANIFEST_NAME
-from storage.reader import NEARBY, Cache
+from storage.reader import LOCAL_COPIES, Cache
 from storage.remote import Objects
 
 RECEIVED_NAME = "remote.json"
@@ -61,7 +61,7 @@ def receive(out: Path, url: str, manifest: str) -> None:
     Raises SpecMismatch where the manifest there has another digest, and what opening the cache raises.
     """
     file = ReceivedFile(url=url, manifest=manifest)
-    _open(file, out, NEARBY, None)
+    _open(file, out, LOCAL_COPIES, None)
     aside = out.with_name(f".{out.name}.{os.getpid()}")
     aside.mkdir(parents=True)
     (aside / RECEIVED_NAME).write_bytes(canonical_json(file.model_dump(mode="json")) + b"\n")
@@ -69,7 +69,7 @@ def receive(out: Path, url: str, manifest: str) -> None:
     os.rename(aside, out)
 
 
-def open_received(path: Path, local: str | Path = NEARBY, limit_bytes: int | None = None) -> Cache:
+def open_received(path: Path, local: str | Path = LOCAL_COPIES, limit_bytes: int | None = None) -> Cache:
     """The cache that the directory `path` stands for: see Cache.open.
 
     Raises ManifestInvalid for a damaged remote.json, and SpecMismatch where another cache lies there now.

@@ -10,10 +10,17 @@ from typing import Any, NamedTuple
 
 from storage import manifest
 from storage.checksums import file_entries, file_entry
-from storage.disk import REPLACED, fsync, fsync_tree, host_name, link, sweep_stale
-from storage.disk import disk_full_explained as _disk_full_explained
+from storage.disk import (
+    REPLACED,
+    disk_full_explained,
+    fsync,
+    fsync_tree,
+    host_name,
+    link_all,
+    sweep_stale,
+)
 from storage.fingerprints import content_fingerprint
-from storage.manifest import Manifest, WeightsEntry
+from storage.manifest import FileEntry, Manifest, WeightsEntry
 from storage.shard_table import ShardTable
 from storage.spec import Identity
 from storage.writer import StoredShard
@@ -26,74 +33,87 @@ class CarriedWeights(NamedTuple):
     write: Callable[[Path], None]  # puts config.json and model.safetensors into a directory
 
 
-def seal(
-    cache: Path,
-    identity: Identity,
-    shards: Sequence[StoredShard],
-    tokenizer_files: Mapping[str, bytes],
-    provenance: Mapping[str, Any],
-    ranks: Sequence[int] | None = None,
-    weights: CarriedWeights | None = None,
-    basis: Path | None = None,
-) -> Manifest:
-    """Link finished shards into `cache`, in this order, and write its manifest. Replaces what was there.
+class SealedParts(NamedTuple):
+    """All that a cache is made of. The result of `seal` depends on these alone: no time, path or worker."""
 
-    `tokenizer_files` maps a file name to its content: a student that reads with the teacher's tokenizer finds
-    it in the cache; one that starts from the teacher's weights finds them there too. `basis` is the directory
-    of `Store.basis`, where hidden states are principal components. The result depends on the arguments alone:
-    no time, no path, no worker.
-    """
+    identity: Identity
+    shards: Sequence[StoredShard]  # in the cache's order
+    tokenizer_files: Mapping[str, bytes]  # name -> content, for students that read with the teacher's
+    provenance: Mapping[str, Any]
+    ranks: Sequence[int] | None = None  # the table of frequent ids, where shards number ids by it
+    weights: CarriedWeights | None = None
+    basis: Path | None = None  # the directory of `Store.basis`, where hidden states are principal components
+
+
+def seal(cache: Path, parts: SealedParts) -> Manifest:
+    """Link finished shards into `cache` and write its manifest. Replaces what was there. Raises StoreFull."""
     aside = cache.parent / f".{cache.name}.{host_name()}.{os.getpid()}"
     shutil.rmtree(aside, ignore_errors=True)
     for other in cache.parent.glob(f".{cache.name}.*.*"):
         sweep_stale(other, *other.name.split(".")[-2:])
-    with _disk_full_explained(cache.parent):
-        (aside / "tokenizer").mkdir(parents=True)
-        for name, content in tokenizer_files.items():
-            (aside / "tokenizer" / name).write_bytes(content)
-        tokenizer = file_entries(aside)
-        carried = None
-        if weights is not None:
-            (aside / "weights").mkdir()
-            weights.write(aside / "weights")
-            carried = WeightsEntry(layers=weights.layers, files=file_entries(aside, "weights"))
-        based = None
-        if basis is not None:
-            for source in sorted(path for path in basis.rglob("*") if path.is_file()):
-                target = aside / manifest.BASIS_DIR / source.relative_to(basis)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                link(source, target)
-            based = file_entries(aside, manifest.BASIS_DIR)
-        row_ids: list[str] = []
-        for shard in shards:
-            row_ids.extend(shard.row_ids().to_pylist())
-            for file in shard.entry.files:
-                target = aside / file.path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                link(shard.root / file.path, target)
-        listed, table = tuple(shard.entry for shard in shards), None
-        if len(listed) > manifest.MOST_LISTED:
-            ShardTable.of(identity.spec, listed).write(aside / manifest.TABLE_NAME)
-            table, listed = file_entry(aside, manifest.TABLE_NAME), ()
-        sealed = Manifest(
-            format_version=manifest.needed_version(identity, carried, table),
-            identity=identity,
-            dataset=content_fingerprint(row_ids),
-            shards=listed,
-            shard_table=table,
-            tokenizer_files=tokenizer,
-            provenance=dict(provenance),
-            ranks=None if ranks is None else tuple(int(rank) for rank in ranks),
-            weights=carried,
-            hidden_basis=based,
-        )
-        if table is not None:
-            sealed = sealed.with_table(tuple(shard.entry for shard in shards))
-        (aside / manifest.MANIFEST_NAME).write_bytes(manifest.render(sealed))
+    with disk_full_explained(cache.parent):
+        sealed = _write(aside, parts)
         fsync_tree(aside)
         _put_in_place(aside, cache)
         fsync(cache.parent)
     return sealed
+
+
+def _write(aside: Path, parts: SealedParts) -> Manifest:
+    """Write the whole cache into the directory `aside`, the manifest last."""
+    tokenizer = _write_tokenizer(aside, parts.tokenizer_files)
+    weights = None if parts.weights is None else _write_weights(aside, parts.weights)
+    basis = None if parts.basis is None else _link_basis(aside, parts.basis)
+    row_ids = _link_shards(aside, parts.shards)
+    entries, table = tuple(shard.entry for shard in parts.shards), None
+    if len(entries) > manifest.MOST_LISTED:
+        ShardTable.of(parts.identity.spec, entries).write(aside / manifest.TABLE_NAME)
+        table = file_entry(aside, manifest.TABLE_NAME)
+    sealed = Manifest(
+        format_version=manifest.needed_version(parts.identity, weights, table),
+        identity=parts.identity,
+        dataset=content_fingerprint(row_ids),
+        shards=() if table else entries,
+        shard_table=table,
+        tokenizer_files=tokenizer,
+        provenance=dict(parts.provenance),
+        ranks=None if parts.ranks is None else tuple(int(rank) for rank in parts.ranks),
+        weights=weights,
+        hidden_basis=basis,
+    )
+    if table is not None:
+        sealed = sealed.with_table(entries)
+    (aside / manifest.MANIFEST_NAME).write_bytes(manifest.render(sealed))
+    return sealed
+
+
+def _write_tokenizer(aside: Path, files: Mapping[str, bytes]) -> tuple[FileEntry, ...]:
+    directory = aside / manifest.TOKENIZER_DIR
+    directory.mkdir(parents=True)
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    return file_entries(aside, manifest.TOKENIZER_DIR)
+
+
+def _write_weights(aside: Path, weights: CarriedWeights) -> WeightsEntry:
+    (aside / manifest.WEIGHTS_DIR).mkdir()
+    weights.write(aside / manifest.WEIGHTS_DIR)
+    return WeightsEntry(layers=weights.layers, files=file_entries(aside, manifest.WEIGHTS_DIR))
+
+
+def _link_basis(aside: Path, basis: Path) -> tuple[FileEntry, ...]:
+    files = [path.relative_to(basis).as_posix() for path in sorted(basis.rglob("*")) if path.is_file()]
+    link_all(basis, aside / manifest.BASIS_DIR, files)
+    return file_entries(aside, manifest.BASIS_DIR)
+
+
+def _link_shards(aside: Path, shards: Sequence[StoredShard]) -> list[str]:
+    """Link the shards' files; the ids of all rows, in order."""
+    row_ids: list[str] = []
+    for shard in shards:
+        row_ids.extend(shard.row_ids().to_pylist())
+        link_all(shard.root, aside, [file.path for file in shard.entry.files])
+    return row_ids
 
 
 def _put_in_place(aside: Path, cache: Path) -> None:

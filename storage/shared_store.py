@@ -60,7 +60,7 @@ class SharedStore(Store):
         super().__init__(root)
         self.objects = Objects(url)
 
-    def bring(self, identity: Identity, keys: Iterable[str]) -> None:
+    def fetch(self, identity: Identity, keys: Iterable[str]) -> None:
         """Take those of these shards that the URL has and this machine lacks, and offer what it has alone.
 
         A shard that is damaged there counts as unfinished. Raises StoreUnreachable.

@@ -34,8 +34,7 @@ import pyarrow as pa
 from storage import hidden, manifest, records
 from storage.checksums import check_files, file_entries
 from storage.compact import Columns
-from storage.disk import disk_full_explained as _disk_full_explained
-from storage.disk import fsync, fsync_tree, host_name, sweep_stale
+from storage.disk import disk_full_explained, fsync, fsync_tree, host_name, sweep_stale
 from storage.errors import CacheError, ManifestInvalid
 from storage.fingerprints import canonical_json, sha256_json
 from storage.manifest import ShardEntry
@@ -64,7 +63,7 @@ class Store:
         self.root = root
         self._tmp = root / "tmp"
 
-    def hold(self) -> None:
+    def lock_shared(self) -> None:
         """Say that this process takes shards from here, for as long as this object lives: none may go.
 
         Any number of processes hold a store at once, and one that is killed lets go. Waits for a clean-up.
@@ -135,7 +134,7 @@ class Store:
         Raises StoreFull.
         """
         final = self.root / identity.fingerprint / key
-        with self._aside() as aside, _disk_full_explained(self.root):
+        with self._aside() as aside, disk_full_explained(self.root):
             entry = write(aside)
             body = {"entry": entry.model_dump(mode="json"), "seconds": round(seconds, 3)}
             (aside / "shard.json").write_bytes(canonical_json(body))
@@ -152,7 +151,7 @@ class Store:
             fsync(final.parent)
         return StoredShard(final, entry, seconds)
 
-    def bring(self, identity: Identity, keys: Iterable[str]) -> None:
+    def fetch(self, identity: Identity, keys: Iterable[str]) -> None:
         """Have shards here that were finished elsewhere: nothing to do for a store in one place."""
 
     def ranks(self, identity: Identity) -> npt.NDArray[np.int64] | None:
@@ -175,7 +174,7 @@ class Store:
         """Keep the table of frequent ids; return the one that is there now, perhaps another worker's."""
         path = self._ranks_path(identity)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with self._aside() as aside, _disk_full_explained(self.root):
+        with self._aside() as aside, disk_full_explained(self.root):
             body = {"format": RANKS_FORMAT, "ranks": ranks.tolist()}
             (aside / path.name).write_bytes(manifest.seal(body))
             fsync(aside / path.name)
@@ -193,7 +192,7 @@ class Store:
         """Keep these bases; return the directory of those that are there now, perhaps another worker's."""
         path = self.root / "bases" / identity.fingerprint
         path.parent.mkdir(parents=True, exist_ok=True)
-        with self._aside() as aside, _disk_full_explained(self.root):
+        with self._aside() as aside, disk_full_explained(self.root):
             hidden.write_bases(aside / "basis", bases)
             fsync_tree(aside)
             try:
@@ -219,7 +218,7 @@ class Store:
     @contextlib.contextmanager
     def _aside(self) -> Iterator[Path]:
         aside = self.aside_name()
-        with _disk_full_explained(self.root):
+        with disk_full_explained(self.root):
             aside.mkdir(parents=True)
         try:
             yield aside

@@ -34,7 +34,7 @@ from storage import compact, hidden
 from storage.errors import ConfigError, TeacherError
 from storage.fingerprints import content_fingerprint, sha256_json
 from storage.manifest import Manifest
-from storage.seal import CarriedWeights, seal
+from storage.seal import CarriedWeights, SealedParts, seal
 from storage.spec import Identity
 from storage.writer import Store, StoredShard
 
@@ -74,7 +74,7 @@ def capture_cache(
     reader = teacher_reader(teacher)
     asked = engine_inputs(teacher, who.spec, reader, rows, before_teacher)
     teaching = engine_for(asked)
-    store.hold()
+    store.lock_shared()
     store.sweep()
     row_ids = rows.row_ids.to_pylist()
     ranks = basis = pinned = None
@@ -89,7 +89,7 @@ def capture_cache(
         bases = hidden.read_bases(basis, who.spec.hidden)
     who = capture_identity(entry, teacher, pinned, hidden.fingerprint(bases) if bases else None)
     cut = cut_into_shards(who, rows.row_ids, asked.inputs.hashes(), entry.shard_rows)
-    store.bring(who, cut.names())
+    store.fetch(who, cut.names())
     finished = store.finished(who)
     left = unfinished_shards(cut, key_bytes(shard.entry.key for shard in finished))
     if left is None:  # shards of other rows, or cut otherwise
@@ -115,13 +115,13 @@ def capture_cache(
         asked.before_loading()
         taken += _spread(name, entry, dataset, asked, missing, store, first, who, workers, threads)
         store.sweep()  # what killed workers left
-        store.bring(who, ())  # workers write here alone; a store at a URL is offered it now
+        store.fetch(who, ())  # workers write here alone; a store at a URL is offered it now
         taken = [store.shard(who, shard.entry.key) or shard for shard in taken]
     place = {row: index for index, row in reversed(list(enumerate(row_ids)))}
     taken.sort(key=lambda shard: place[shard.row_ids()[0].as_py()])
     files = {file: (teacher / file).read_bytes() for file in TOKENIZER_FILES if (teacher / file).is_file()}
     table = None if ranks is None else ranks.tolist()
-    sealed = seal(out, who, taken, files, _provenance(entry, teacher), table, carried, basis)
+    sealed = seal(out, SealedParts(who, taken, files, _provenance(entry, teacher), table, carried, basis))
     return Captured(sealed, todo, sum(shard.seconds for shard in taken), asked.inputs.num_cut)
 
 

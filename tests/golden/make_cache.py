@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from storage.seal import seal
+from storage.seal import SealedParts, seal
 from storage.writer import Store
 from tests.storage.conftest import IDENTITY, fill
 
@@ -18,7 +18,7 @@ def write(out: Path) -> None:
     """The golden cache, in `out`."""
     with tempfile.TemporaryDirectory() as store:
         shards = fill(Store(Path(store)), (3, 2))
-        seal(out, IDENTITY, shards, {"tokenizer.json": b"{}\n"}, {"teacher": "golden"})
+        seal(out, SealedParts(IDENTITY, shards, {"tokenizer.json": b"{}\n"}, {"teacher": "golden"}))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from storage.codecs import Threshold
 from storage.entries import Entries, concatenate, ends, ranges
 from storage.fingerprints import row_id, sha256_json
 from storage.records import EntryRows, LogitRows
-from storage.seal import seal
+from storage.seal import SealedParts, seal
 from storage.spec import Identity, Mask
 from storage.writer import Store
 from tests.storage.conftest import IDENTITY, LABELS
@@ -105,14 +105,14 @@ def write(out: Path) -> None:
     with tempfile.TemporaryDirectory() as place:
         store, files = Store(Path(place)), {"tokenizer.json": b"{}\n"}
         shards = [store.put(who, tags.take(rows), {}, 1.0) for rows in SHARDS]
-        seal(out / "tags", who, shards, files, {"teacher": "golden"})
+        seal(out / "tags", SealedParts(who, shards, files, {"teacher": "golden"}))
         shards = []
         for rows in SHARDS:
             part = masked.take(rows)
             noise = rounding_noise(CODEC, part.entries, keys(rows))
             packed = CODEC.pack(part.entries, compact.Ranks(np.array(RANKS), VOCAB), noise)
             shards.append(store.put(language, part, {}, 1.0, packed))
-        seal(out / "masked", language, shards, files, {"teacher": "golden"}, RANKS)
+        seal(out / "masked", SealedParts(language, shards, files, {"teacher": "golden"}, RANKS))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from storage.fingerprints import input_hash, row_id
 from storage.records import LogitRows
-from storage.seal import seal
+from storage.seal import SealedParts, seal
 from storage.spec import EmbeddingSpec, Identity, ImageSpec, Spec
 from storage.writer import Store
 from tests.storage.conftest import IDENTITY
@@ -60,7 +60,7 @@ def write(out: Path) -> None:
             store, who = Store(Path(place)), identity(name)
             shards = [store.put(who, rows(name, chosen), {}, 1.0) for chosen in SHARDS]
             files = {} if name == "images" else {"tokenizer.json": b"{}\n"}
-            seal(out / name, who, shards, files, {"teacher": "golden"})
+            seal(out / name, SealedParts(who, shards, files, {"teacher": "golden"}))
 
 
 if __name__ == "__main__":

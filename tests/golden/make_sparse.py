@@ -22,7 +22,7 @@ from storage import compact
 from storage.codecs import Sample, SparseCodec, Threshold, TopK
 from storage.fingerprints import input_hash, row_id, sha256_json
 from storage.records import EntryRows
-from storage.seal import seal
+from storage.seal import SealedParts, seal
 from storage.spec import Identity
 from storage.writer import Store
 from tests.storage.conftest import IDENTITY
@@ -77,7 +77,8 @@ def write(out: Path) -> None:
                 )  # fmt: skip
                 shards.append(Store(Path(store)).put(who, held, {}, 1.0, packed))
             table = RANKS if codec.layout == "compact" else None
-            seal(out / name, who, shards, {"tokenizer.json": b"{}\n"}, {"teacher": "golden"}, table)
+            files = {"tokenizer.json": b"{}\n"}
+            seal(out / name, SealedParts(who, shards, files, {"teacher": "golden"}, table))
 
 
 if __name__ == "__main__":

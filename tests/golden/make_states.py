@@ -19,7 +19,7 @@ from storage import hidden
 from storage.fingerprints import input_hash, row_id
 from storage.hidden import Basis
 from storage.records import LogitRows
-from storage.seal import seal
+from storage.seal import SealedParts, seal
 from storage.spec import HiddenSpec, Identity
 from storage.writer import Store
 from tests.storage.conftest import IDENTITY
@@ -72,7 +72,8 @@ def write(out: Path) -> None:
             store, who = Store(Path(place)), identity(spec)
             shards = [store.put(who, rows(part), kept(spec, part), 1.0) for part in SHARDS]
             basis = store.keep_basis(who, BASES) if spec.pca else None
-            seal(out / name, who, shards, {"tokenizer.json": b"{}\n"}, {"teacher": "golden"}, basis=basis)
+            files = {"tokenizer.json": b"{}\n"}
+            seal(out / name, SealedParts(who, shards, files, {"teacher": "golden"}, basis=basis))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from pipeline.capture.teacher_weights import find_tensors, write_tensors
 from pipeline.students.llama_weights import FINAL_NORM, LAYER_PARTS, LLAMA_EMBEDDINGS, llama_tensor
-from storage.seal import CarriedWeights, seal
+from storage.seal import CarriedWeights, SealedParts, seal
 from storage.writer import Store
 from tests.storage.conftest import IDENTITY, fill
 
@@ -50,7 +50,7 @@ def write(out: Path) -> None:
         carried = CarriedWeights(LAYERS, partial(write_tensors, found, teacher))
         shards = fill(Store(Path(made) / "store"), (3, 2))
         files = {"tokenizer.json": b"{}\n"}
-        seal(out, IDENTITY, shards, files, {"teacher": "golden"}, weights=carried)
+        seal(out, SealedParts(IDENTITY, shards, files, {"teacher": "golden"}, weights=carried))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 
 from storage import Cache, records
 from storage.fingerprints import input_hash, row_id
-from storage.seal import seal
+from storage.seal import SealedParts, seal
 from storage.spec import HiddenSpec, Identity, Spec, TeacherIdentity, TokenizerIdentity
 from storage.writer import Store, StoredShard
 
@@ -63,7 +63,7 @@ def make_cache(root: Path) -> Cache:
     """A sealed cache of two shards, 8 rows, in root/caches/toy."""
     shards = fill(Store(root / "store"))
     files = {"tokenizer.json": b"{}", "tokenizer_config.json": b"{}"}
-    seal(root / "caches" / "toy", IDENTITY, shards, files, {"teacher": "toy"})
+    seal(root / "caches" / "toy", SealedParts(IDENTITY, shards, files, {"teacher": "toy"}))
     return Cache.open(root / "caches" / "toy")
 
 

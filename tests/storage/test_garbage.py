@@ -12,7 +12,7 @@ from storage.errors import ManifestInvalid, NoManifest, StoreInUse
 from storage.garbage import alone, remove, unused
 from storage.manifest import MANIFEST_NAME
 from storage.mixture import mix
-from storage.seal import seal
+from storage.seal import SealedParts, seal
 from storage.verify import verify
 from storage.writer import Store, StoredShard
 from tests.storage.conftest import IDENTITY, fill
@@ -32,7 +32,7 @@ def store(tmp_path: Path) -> Store:
     """A store of three old shards, of which caches/toy names two."""
     made = Store(tmp_path / "store")
     shards = [aged(shard) for shard in fill(made, (5, 3, 4))]
-    seal(tmp_path / "caches" / "toy", IDENTITY, shards[:2], {}, {})
+    seal(tmp_path / "caches" / "toy", SealedParts(IDENTITY, shards[:2], {}, {}))
     return made
 
 
@@ -74,7 +74,7 @@ def test_shards_of_a_mixture_are_named(store: Store) -> None:
     ((name, _),) = found(store)
     third = next(shard for shard in store.finished(IDENTITY) if shard.entry.key == name)
     cache = Cache.open(caches / "toy")
-    seal(store.root.parent / "more", IDENTITY, [third], {}, {})
+    seal(store.root.parent / "more", SealedParts(IDENTITY, [third], {}, {}))
     mix(caches / "both", {"toy": (cache, 1.0), "more": (Cache.open(store.root.parent / "more"), 1.0)}, "skip")
     assert found(store) == []
 
@@ -96,15 +96,15 @@ def test_other_things_below_the_store_are_none_of_ours(store: Store) -> None:
 
 
 def test_while_somebody_holds_the_store_nobody_is_alone_with_it(store: Store) -> None:
-    store.hold()
-    Store(store.root).hold()  # captures hold it together
+    store.lock_shared()
+    Store(store.root).lock_shared()  # captures hold it together
     with pytest.raises(StoreInUse, match="a capture is running"), alone(store):
         raise AssertionError("it was held")
 
 
 def test_who_lets_go_of_the_store_leaves_it_to_others(store: Store) -> None:
     other = Store(store.root)
-    other.hold()
+    other.lock_shared()
     del other
     with alone(store):
         pass

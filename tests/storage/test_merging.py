@@ -11,7 +11,7 @@ from storage import Cache, hidden, records
 from storage.errors import ConfigError, ShardCorrupt, SpecMismatch
 from storage.manifest import MANIFEST_NAME
 from storage.merging import merge, unpinned
-from storage.seal import seal
+from storage.seal import SealedParts, seal
 from storage.verify import verify
 from storage.writer import Store
 from tests.golden import make_states
@@ -32,7 +32,7 @@ def captured(root: Path, *parts: tuple[int, int], **changes: Any) -> Cache:
     for first, num in parts:
         rows = make_rows(first, num)
         shards.append(store.put(who, rows, states_of(rows), 1.0))
-    seal(root / "cache", who, shards, {"tokenizer.json": b"{}"}, {"machine": root.name})
+    seal(root / "cache", SealedParts(who, shards, {"tokenizer.json": b"{}"}, {"machine": root.name}))
     return Cache.open(root / "cache")
 
 
@@ -104,16 +104,8 @@ def test_components_of_tokens_are_merged_row_by_row_with_their_basis(tmp_path: P
     from storage.merging import _take, _tokenizer
 
     last = _take(store, cache, shard, np.array([shard.rows - 1]))
-    seal(
-        tmp_path / "last",
-        cache.identity,
-        [last],
-        _tokenizer(cache),
-        {},
-        None,
-        None,
-        cache.path / "hidden-basis",
-    )
+    basis = cache.path / "hidden-basis"
+    seal(tmp_path / "last", SealedParts(cache.identity, [last], _tokenizer(cache), {}, basis=basis))
     own = Cache.open(tmp_path / "last")
     verify(own)
     both = merge([own, cache], tmp_path / "both", Store(tmp_path / "second"))
@@ -150,7 +142,8 @@ def test_a_row_that_is_not_the_same_in_both_is_refused_and_named(tmp_path: Path,
     states = states_of(rows)
     (rows.logits if column == "logits" else states[column])[1, 0] += 1
     seal(
-        tmp_path / "other", IDENTITY, [store.put(IDENTITY, rows, states, 1.0)], {"tokenizer.json": b"{}"}, {}
+        tmp_path / "other",
+        SealedParts(IDENTITY, [store.put(IDENTITY, rows, states, 1.0)], {"tokenizer.json": b"{}"}, {}),
     )
     with pytest.raises(SpecMismatch, match="something else of rows") as refused:
         merge([one, Cache.open(tmp_path / "other")], tmp_path / "merged", Store(tmp_path / "store"))

@@ -15,7 +15,7 @@ from storage.codecs import TopK
 from storage.errors import ManifestInvalid, ShardCorrupt
 from storage.fingerprints import input_hash, row_id
 from storage.records import LogitRows
-from storage.seal import seal
+from storage.seal import SealedParts, seal
 from storage.spec import Identity, Mask, Spec
 from storage.verify import verify
 from storage.writer import Store
@@ -50,7 +50,7 @@ def make_rows() -> LogitRows:
 
 def sealed(root: Path, rows: LogitRows) -> Cache:
     """A cache of one shard with these rows."""
-    seal(root / "toy", WHO, [Store(root / "store").put(WHO, rows, {}, 1.0)], {}, {})
+    seal(root / "toy", SealedParts(WHO, [Store(root / "store").put(WHO, rows, {}, 1.0)], {}, {}))
     return Cache.open(root / "toy")
 
 

@@ -10,7 +10,7 @@ from storage.fingerprints import canonical_json
 from storage.location import Url
 from storage.mixture import open_cache
 from storage.received import RECEIVED_NAME, open_received, publish, receive
-from storage.seal import seal
+from storage.seal import SealedParts, seal
 from storage.verify import verify
 from storage.writer import Store
 from tests import s3 as server
@@ -46,7 +46,7 @@ def test_a_grown_cache_is_published_without_what_is_there_and_whoever_named_the_
     old = open_cache(received)
     shards = fill(Store(tmp_path / "store"), (5, 3, 4))
     files = {"tokenizer.json": b"{}", "tokenizer_config.json": b"{}"}
-    seal(tmp_path / "grown" / "toy", IDENTITY, shards, files, {"teacher": "toy"})
+    seal(tmp_path / "grown" / "toy", SealedParts(IDENTITY, shards, files, {"teacher": "toy"}))
     before, sent = len(s3.log.read_text()), list[int]()
     grown = publish(tmp_path / "grown" / "toy", url, sent.append)
     written = [line.split()[6] for line in s3.log.read_text()[before:].splitlines() if '"PUT ' in line]

@@ -12,7 +12,7 @@ import pytest
 from storage import Cache, manifest
 from storage.checksums import file_entry
 from storage.errors import ManifestInvalid, ShardCorrupt, ShardMissing, ShardTruncated
-from storage.seal import seal
+from storage.seal import SealedParts, seal
 from storage.shard_table import Columns, ShardTable, file_names
 from storage.verify import verify
 from storage.writer import Store
@@ -32,7 +32,7 @@ def tabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(manifest, "MOST_LISTED", 1)
     shards = fill(Store(tmp_path / "store"))
     files = {"tokenizer.json": b"{}", "tokenizer_config.json": b"{}"}
-    seal(tmp_path / "caches" / "toy", IDENTITY, shards, files, {"teacher": "toy"})
+    seal(tmp_path / "caches" / "toy", SealedParts(IDENTITY, shards, files, {"teacher": "toy"}))
     return tmp_path / "caches" / "toy"
 
 

@@ -16,7 +16,7 @@ from storage import hidden, records
 from storage.errors import StoreUnreachable
 from storage.fingerprints import canonical_json, sha256_json
 from storage.location import Url
-from storage.seal import seal
+from storage.seal import SealedParts, seal
 from storage.shared_store import SharedStore, open_store
 from storage.writer import Store, StoredShard
 from tests import s3 as server
@@ -55,17 +55,17 @@ def test_a_shard_that_one_machine_finished_is_there_for_another_and_seals_the_sa
 ) -> None:
     one, two = machine("one"), machine("two")
     shards = fill(one)
-    two.bring(IDENTITY, [shard.entry.key for shard in shards] + ["0" * 64])
+    two.fetch(IDENTITY, [shard.entry.key for shard in shards] + ["0" * 64])
     found = {shard.entry.key: shard for shard in two.finished(IDENTITY)}
-    seal(tmp_path / "a" / "toy", IDENTITY, shards, {}, {})
-    seal(tmp_path / "b" / "toy", IDENTITY, [found[shard.entry.key] for shard in shards], {}, {})
+    seal(tmp_path / "a" / "toy", SealedParts(IDENTITY, shards, {}, {}))
+    seal(tmp_path / "b" / "toy", SealedParts(IDENTITY, [found[shard.entry.key] for shard in shards], {}, {}))
     assert digest_tree(tmp_path / "a") == digest_tree(tmp_path / "b")
 
 
 def test_nothing_is_ever_listed(machine: Machine, s3: Server) -> None:
     before = len(s3.log.read_text())
     fill(machine("one"))
-    machine("two").bring(IDENTITY, [shard.entry.key for shard in machine("one").finished(IDENTITY)])
+    machine("two").fetch(IDENTITY, [shard.entry.key for shard in machine("one").finished(IDENTITY)])
     said = s3.log.read_text()[before:]
     assert "PUT" in said
     assert "GET" in said
@@ -97,10 +97,10 @@ def test_a_shard_that_is_damaged_on_the_bucket_is_not_taken_and_is_mended_by_who
     else:
         S3FileSystem().pipe_file(path, held[:-1] if damage == "cut" else held[:-9] + b"?" + held[-8:])
     two, three = machine("two"), machine("three")
-    two.bring(IDENTITY, [key])
+    two.fetch(IDENTITY, [key])
     assert two.finished(IDENTITY) == []
     put(two, other_bits(rows))
-    three.bring(IDENTITY, [key])
+    three.fetch(IDENTITY, [key])
     (mended,) = three.finished(IDENTITY)
     assert digest_tree(mended.root) == digest_tree(two.finished(IDENTITY)[0].root)
 
@@ -120,7 +120,7 @@ def test_a_shard_with_files_that_are_not_its_own_is_not_taken(machine: Machine) 
     S3FileSystem().pipe_file(f"{offer}/shard.json", b"x")
     S3FileSystem().pipe_file(record, canonical_json(body))
     two = machine("two")
-    two.bring(IDENTITY, [shard.entry.key])
+    two.fetch(IDENTITY, [shard.entry.key])
     assert not list(two.root.glob("*/*/shard.json"))
 
 
@@ -131,9 +131,9 @@ def test_what_could_not_be_offered_is_kept_and_offered_by_the_next_capture(
     with pytest.raises(StoreUnreachable, match=r"s3://no-such-bucket/store/.* could not be written"):
         put(nowhere, make_rows(0, 5))
     (kept,) = Store(tmp_path / "one").finished(IDENTITY)
-    machine("one").bring(IDENTITY, [])
+    machine("one").fetch(IDENTITY, [])
     shutil.rmtree(tmp_path / "one")
-    machine("one").bring(IDENTITY, [kept.entry.key])
+    machine("one").fetch(IDENTITY, [kept.entry.key])
     assert machine("one").finished(IDENTITY) == [kept]
 
 

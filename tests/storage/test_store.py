@@ -15,7 +15,7 @@ import pytest
 from storage import Cache
 from storage.disk import STALE_SECONDS, host_name, sweep_stale
 from storage.errors import StoreFull
-from storage.seal import seal
+from storage.seal import SealedParts, seal
 from storage.verify import verify
 from storage.writer import Store
 from tests.storage.conftest import HIDDEN, IDENTITY, fill, make_rows, make_states
@@ -172,18 +172,18 @@ def test_states_that_do_not_fit_float16_are_refused_and_not_kept_as_infinity(tmp
 
 def test_sealing_depends_on_its_arguments_alone_and_replaces_what_was_there(tmp_path: Path) -> None:
     shards = fill(Store(tmp_path / "store"))
-    seal(tmp_path / "a" / "toy", IDENTITY, shards, {"tokenizer.json": b"1"}, {})
+    seal(tmp_path / "a" / "toy", SealedParts(IDENTITY, shards, {"tokenizer.json": b"1"}, {}))
     time.sleep(0.01)
-    seal(tmp_path / "b" / "toy", IDENTITY, shards, {"tokenizer.json": b"1"}, {})
+    seal(tmp_path / "b" / "toy", SealedParts(IDENTITY, shards, {"tokenizer.json": b"1"}, {}))
     assert digest_tree(tmp_path / "a") == digest_tree(tmp_path / "b")
-    seal(tmp_path / "a" / "toy", IDENTITY, shards[:1], {"tokenizer.json": b"1"}, {})
+    seal(tmp_path / "a" / "toy", SealedParts(IDENTITY, shards[:1], {"tokenizer.json": b"1"}, {}))
     assert verify(Cache.open(tmp_path / "a" / "toy")).rows == 5
 
 
 def _seal_often(root: Path) -> None:
     shards = Store(root / "store").finished(IDENTITY)
     for _ in range(20):
-        seal(root / "toy", IDENTITY, shards, {"tokenizer.json": b"1"}, {})
+        seal(root / "toy", SealedParts(IDENTITY, shards, {"tokenizer.json": b"1"}, {}))
 
 
 def test_several_processes_may_seal_one_cache_at_once(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_sealing_sweeps_what_a_dead_process_left_and_not_what_a_living_one_makes
     theirs = tmp_path / f".toy.{host_name()}.{os.getppid()}-replaced"
     for made in (dead, other, zombie, its_old, theirs):
         (made / "logits").mkdir(parents=True)
-    seal(tmp_path / "toy", IDENTITY, shards, {}, {})
+    seal(tmp_path / "toy", SealedParts(IDENTITY, shards, {}, {}))
     ended.wait()
     assert other.is_dir()
     assert theirs.is_dir()
@@ -223,7 +223,7 @@ def test_sealing_copies_where_links_are_not_allowed(tmp_path: Path, monkeypatch:
 
     shards = fill(Store(tmp_path / "store"))
     monkeypatch.setattr(os, "link", refuse)
-    seal(tmp_path / "toy", IDENTITY, shards, {}, {})
+    seal(tmp_path / "toy", SealedParts(IDENTITY, shards, {}, {}))
     assert verify(Cache.open(tmp_path / "toy")).rows == 8
 
 

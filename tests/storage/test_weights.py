@@ -9,7 +9,7 @@ import pytest
 
 from storage import Cache
 from storage.errors import ManifestInvalid, ShardCorrupt, ShardMissing, ShardUnexpected, SpecMismatch
-from storage.seal import CarriedWeights, seal
+from storage.seal import CarriedWeights, SealedParts, seal
 from storage.verify import verify
 from storage.writer import Store
 from tests.storage.conftest import IDENTITY, fill
@@ -24,14 +24,8 @@ def write(directory: Path) -> None:
 @pytest.fixture
 def carrying(tmp_path: Path) -> Cache:
     shards = fill(Store(tmp_path / "store"))
-    seal(
-        tmp_path / "toy",
-        IDENTITY,
-        shards,
-        {"tokenizer.json": b"{}"},
-        {},
-        weights=CarriedWeights((3, 0), write),
-    )
+    carried = CarriedWeights((3, 0), write)
+    seal(tmp_path / "toy", SealedParts(IDENTITY, shards, {"tokenizer.json": b"{}"}, {}, weights=carried))
     return Cache.open(tmp_path / "toy")
 
 
@@ -54,7 +48,7 @@ def test_a_cache_without_weights_says_what_to_put_into_params_yaml(cache: Cache)
 
 def test_sealing_with_other_weights_links_the_same_shards(carrying: Cache, tmp_path: Path) -> None:
     before = [shard.key for shard in carrying.shards]
-    sealed = seal(carrying.path, IDENTITY, Store(tmp_path / "store").finished(IDENTITY), {}, {})
+    sealed = seal(carrying.path, SealedParts(IDENTITY, Store(tmp_path / "store").finished(IDENTITY), {}, {}))
     assert [shard.key for shard in sealed.shards] == before
     assert not (carrying.path / "weights").exists()
 

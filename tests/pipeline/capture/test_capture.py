@@ -27,7 +27,7 @@ from pipeline.teachers.prepare import prepare_teacher
 from pipeline.teachers.record import RECORD, teacher_reader
 from storage import Cache, errors
 from storage.errors import ShardUnwritten, SpecMismatch, StillroomError, StoreFull, TeacherError
-from storage.seal import seal
+from storage.seal import SealedParts, seal
 from tests import toy
 from tests.pipeline.conftest import World
 
@@ -259,7 +259,7 @@ def test_replay_catches_a_cache_by_other_weights_with_a_forged_identity(own: Wor
     forged = Cache.open(own.cache)
     shards = own.store.finished(forged.identity)
     files = {path.name: path.read_bytes() for path in forged.tokenizer_dir.iterdir()}
-    seal(own.cache, honest, shards, files, {})
+    seal(own.cache, SealedParts(honest, shards, files, {}))
     shutil.rmtree(own.teacher)
     own.make_teacher()
     with pytest.raises(SpecMismatch, match="is not what its teacher says today") as refused:

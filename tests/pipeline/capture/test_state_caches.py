@@ -24,7 +24,7 @@ from pipeline.teachers.record import teacher_reader
 from storage import Cache, hidden
 from storage.errors import ShardCorrupt, SpecMismatch, TeacherError
 from storage.records import LogitRows
-from storage.seal import seal
+from storage.seal import SealedParts, seal
 from storage.writer import Store
 from tests import toy
 from tests.pipeline.conftest import World
@@ -163,7 +163,7 @@ def test_a_replay_finds_states_that_the_teacher_never_had(own: World, wanted: di
         thought |= {name: bases[name].components(thought[name]) for name in bases}
         shard = Store(own.root / str(factor)).put(who, said.kept, thought, 1.0)
         files = {"tokenizer.json": (own.teacher / "tokenizer.json").read_bytes()}
-        seal(own.cache, who, [shard], files, {}, basis=basis)
+        seal(own.cache, SealedParts(who, [shard], files, {}, basis=basis))
         if sound:
             capture_check(own, made)
         else:

@@ -29,7 +29,7 @@ from pipeline.training.run import train_run
 from storage import Cache
 from storage.errors import DataError, SpecMismatch, TeacherError
 from storage.records import LogitRows
-from storage.seal import seal
+from storage.seal import SealedParts, seal
 from storage.writer import Store
 from tests import toy
 from tests.pipeline import encoders
@@ -120,7 +120,7 @@ def test_another_teacher_is_another_identity_and_found_by_the_replay_where_that_
     forged = Cache.open(own.cache)
     shards = Store(own.root / "store").finished(forged.identity)
     files = {path.name: path.read_bytes() for path in forged.tokenizer_dir.iterdir()}
-    seal(own.cache, honest, shards, files, {})
+    seal(own.cache, SealedParts(honest, shards, files, {}))
     own.make_teacher()
     with pytest.raises(SpecMismatch, match="is not what its teacher says today") as refused:
         own.check()

@@ -33,7 +33,7 @@ WAIT_SECONDS = 600.0  # for others to let go of what they read
 Fetch = Callable[[FileEntry, Path], None]  # puts a checked file below a directory
 
 
-class Nearby:
+class LocalCopies:
     """At most `limit_bytes` of copies below `root`; None: as many as there are."""
 
     def __init__(self, root: Path, limit_bytes: int | None = None) -> None:
@@ -54,7 +54,7 @@ class Nearby:
         Those that are not there are fetched first, once for all processes. Raises what `fetch` raises, and
         StoreFull where there is no room.
         """
-        handle = self._hold(files, fetch)
+        handle = self._acquire(files, fetch)
         try:
             yield self.root / _name(files)
         finally:
@@ -65,7 +65,7 @@ class Nearby:
         with self._lock():
             self._remove(self.root / _name(files))
 
-    def _hold(self, files: Sequence[FileEntry], fetch: Fetch) -> int:
+    def _acquire(self, files: Sequence[FileEntry], fetch: Fetch) -> int:
         """A handle with a shared lock on the complete piece."""
         final = self.root / _name(files)
         part, needed = _part(final), sum(file.bytes for file in files)

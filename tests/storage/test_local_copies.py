@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from storage import nearby
+from storage import local_copies
 from storage.errors import ShardMissing, StoreFull
+from storage.local_copies import Fetch, LocalCopies
 from storage.manifest import FileEntry
-from storage.nearby import Fetch, Nearby
 
 SIZE = 1000
 
@@ -41,7 +41,7 @@ def fail(file: FileEntry, root: Path) -> None:
     raise AssertionError(f"{file.path} is fetched again")
 
 
-def read(copies: Nearby, number: int, how: Fetch = fetch) -> bytes:
+def read(copies: LocalCopies, number: int, how: Fetch = fetch) -> bytes:
     with copies.holding(piece(number), how) as root:
         return (root / f"logits/{number}").read_bytes()
 
@@ -51,7 +51,7 @@ def there(root: Path) -> list[int]:
 
 
 def test_a_piece_is_fetched_once_and_the_least_recently_used_is_given_up(tmp_path: Path) -> None:
-    copies = Nearby(tmp_path, 3 * SIZE)
+    copies = LocalCopies(tmp_path, 3 * SIZE)
     for number in (1, 2, 3):
         assert read(copies, number) == content(number)
     for age, number in enumerate((2, 3)):  # as if they were used long ago, 2 before 3
@@ -64,15 +64,15 @@ def test_a_piece_is_fetched_once_and_the_least_recently_used_is_given_up(tmp_pat
 
 def test_without_a_limit_nothing_is_given_up(tmp_path: Path) -> None:
     for number in range(9):
-        read(Nearby(tmp_path), number)
+        read(LocalCopies(tmp_path), number)
     assert there(tmp_path) == list(range(9))
 
 
 def test_what_is_held_is_not_given_up_and_no_room_at_all_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nearby, "WAIT_SECONDS", 0.0)
-    copies = Nearby(tmp_path, 2 * SIZE)
+    monkeypatch.setattr(local_copies, "WAIT_SECONDS", 0.0)
+    copies = LocalCopies(tmp_path, 2 * SIZE)
     with copies.holding(piece(1), fetch) as held:
         for number in (2, 3, 2):
             read(copies, number)
@@ -91,11 +91,11 @@ def test_a_piece_that_could_not_be_fetched_leaves_nothing(tmp_path: Path) -> Non
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(ShardMissing, match="not there"):
-        read(Nearby(tmp_path, SIZE), 1, missing)
+        read(LocalCopies(tmp_path, SIZE), 1, missing)
     with pytest.raises(StoreFull, match="no space left while writing"):
-        read(Nearby(tmp_path, SIZE), 1, full)
+        read(LocalCopies(tmp_path, SIZE), 1, full)
     assert there(tmp_path) == []
-    assert read(Nearby(tmp_path, SIZE), 1) == content(1)
+    assert read(LocalCopies(tmp_path, SIZE), 1) == content(1)
 
 
 def _read_many(root: Path, seed: int, tell: Connection) -> None:
@@ -109,7 +109,7 @@ def _read_many(root: Path, seed: int, tell: Connection) -> None:
         parts = [path for path in root.parent.iterdir() if path.is_dir()]
         assert len(parts) <= 3, "the limit holds while something is on its way"
 
-    copies = Nearby(root, 3 * SIZE)
+    copies = LocalCopies(root, 3 * SIZE)
     right = all(read(copies, n, counted) == content(n) for n in chosen.choices(range(8), k=40))
     tell.send((right, fetched))
 
@@ -134,7 +134,7 @@ def test_several_processes_share_a_limit_that_has_no_room_for_all_of_them(tmp_pa
 
 def _read_one(root: Path, tell: Connection) -> None:
     fetched = []
-    read(Nearby(root), 1, lambda file, below: (fetched.append(1), fetch(file, below))[1])
+    read(LocalCopies(root), 1, lambda file, below: (fetched.append(1), fetch(file, below))[1])
     tell.send(len(fetched))
 
 
@@ -148,14 +148,14 @@ def test_a_piece_that_all_want_at_once_is_fetched_by_one(tmp_path: Path) -> None
 def test_what_another_fetches_is_waited_for_and_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nearby, "WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(local_copies, "WAIT_SECONDS", 0.0)
 
     def asked_meanwhile(file: FileEntry, root: Path) -> None:
         fetch(file, root)
         with pytest.raises(StoreFull, match="others have held what is there"):
-            read(Nearby(tmp_path), 1, fail)
+            read(LocalCopies(tmp_path), 1, fail)
 
-    assert read(Nearby(tmp_path), 1, asked_meanwhile) == content(1)
+    assert read(LocalCopies(tmp_path), 1, asked_meanwhile) == content(1)
 
 
 def _die(root: Path, tell: Connection) -> None:
@@ -164,7 +164,7 @@ def _die(root: Path, tell: Connection) -> None:
         tell.send(0)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    read(Nearby(root, SIZE), 1, deadly)
+    read(LocalCopies(root, SIZE), 1, deadly)
 
 
 @pytest.mark.parametrize("wanted", [1, 2])
@@ -175,12 +175,12 @@ def test_the_room_of_a_killed_process_is_free_again_and_its_half_piece_is_never_
     assert pipe.recv() == 0
     process.join()
     assert there(tmp_path) == [1]
-    assert read(Nearby(tmp_path, SIZE), wanted) == content(wanted)
+    assert read(LocalCopies(tmp_path, SIZE), wanted) == content(wanted)
     assert there(tmp_path) == [wanted]
 
 
 def test_what_is_damaged_is_dropped_though_it_is_held(tmp_path: Path) -> None:
-    copies = Nearby(tmp_path)
+    copies = LocalCopies(tmp_path)
     with copies.holding(piece(1), fetch):
         copies.drop(piece(1))
     assert there(tmp_path) == []
