@@ -1,10 +1,10 @@
 """A dataset and a teacher -> caches/NAME, sealed; only shards that are missing are computed."""
 
-import json
 from functools import partial
 
 from pipeline.capture.capture import capture_cache, capture_summary
 from pipeline.config.load import load_params, pick_entry
+from pipeline.runtime.files import write_json
 from stages import cli, paths
 from stages.teacher_guard import check_not_done_elsewhere
 from storage.shared_store import open_store
@@ -25,9 +25,8 @@ def main(name: str) -> None:
         before_teacher=partial(check_not_done_elsewhere, f"cache@{name}", name),
         workers=params.workers,
     )
-    paths.CAPTURE.mkdir(parents=True, exist_ok=True)
     summary = capture_summary(name, entry, captured, teacher)
-    (paths.CAPTURE / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(summary, paths.CAPTURE / f"{name}.json")
 
 
 if __name__ == "__main__":

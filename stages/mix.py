@@ -1,8 +1,7 @@
 """Two caches -> caches/NAME, a mixture: they lie in it side by side, and a run reads them as one."""
 
-import json
-
 from pipeline.config.load import load_params, pick_entry
+from pipeline.runtime.files import write_json
 from pipeline.streaming.verified import make_mixture
 from stages import cli, paths
 
@@ -11,7 +10,7 @@ def main(name: str) -> None:
     """Mix two caches."""
     entry = pick_entry(load_params().mixtures, "mixtures", name)
     record = make_mixture(name, entry, paths.CACHES, paths.VERIFIED)
-    (paths.VERIFIED / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(record, paths.VERIFIED / f"{name}.json")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """A URL and the digest of a manifest -> caches/NAME, which stands for the cache that lies there."""
 
-import json
-
 from pipeline.config.load import load_params, pick_entry
+from pipeline.runtime.files import write_json
 from stages import cli, paths
 from storage.received import receive
 
@@ -11,9 +10,8 @@ def main(name: str) -> None:
     """Receive one cache."""
     entry = pick_entry(load_params().received, "received", name)
     receive(paths.CACHES / name, entry.url, entry.manifest)
-    paths.VERIFIED.mkdir(parents=True, exist_ok=True)
     record = {"cache": name, "manifest": entry.manifest, "url": entry.url}
-    (paths.VERIFIED / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(record, paths.VERIFIED / f"{name}.json")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """A task of params.yaml -> tasks/RUN/TASK.json: what it learns from, by digest. Its run depends on that."""
 
-import json
-
 from pipeline.config.load import load_params, pick_entry
+from pipeline.runtime.files import write_json
 from pipeline.streaming.verified import pin_task_inputs
 from stages import cli, paths
 
@@ -13,9 +12,7 @@ def main(name: str) -> None:
     run = pick_entry(params.tasks, "tasks", name).run
     task = params.everything_trained[name]
     pinned = pin_task_inputs(name, task, params.recipes[task.recipe], paths.of_run(name, task))
-    out = paths.TASKS / run / f"{name}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(pinned, indent=2) + "\n")
+    write_json(pinned, paths.TASKS / run / f"{name}.json")
 
 
 if __name__ == "__main__":

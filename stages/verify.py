@@ -1,9 +1,8 @@
 """caches/NAME -> verified/NAME.json: every byte, every row, and a replay of the teacher. Gates training."""
 
-import json
-
 from pipeline.capture.verify import verify_cache
 from pipeline.config.load import load_params, pick_entry
+from pipeline.runtime.files import write_json
 from stages import cli, paths
 from storage import Cache
 
@@ -13,8 +12,7 @@ def main(name: str) -> None:
     entry = pick_entry(load_params().caches, "caches", name)
     cache = Cache.open(paths.CACHES / name)
     record = verify_cache(name, cache, entry, paths.DATA / entry.dataset, paths.TEACHERS / entry.teacher)
-    paths.VERIFIED.mkdir(parents=True, exist_ok=True)
-    (paths.VERIFIED / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(record, paths.VERIFIED / f"{name}.json")
 
 
 if __name__ == "__main__":

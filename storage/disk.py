@@ -1,4 +1,4 @@
-"""A disk that ends while something is written."""
+"""Files and directories that are whole or not there: linked, flushed, renamed into place; full disks."""
 
 import contextlib
 import errno
@@ -13,6 +13,8 @@ from pathlib import Path
 from storage.errors import StoreFull
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+STALE_SECONDS = 24 * 3600
+REPLACED = "-replaced"  # ends the name of a directory that has made way for a new one
 
 
 @contextlib.contextmanager
@@ -29,8 +31,41 @@ def disk_full_explained(where: Path) -> Iterator[None]:
         ) from error
 
 
-STALE_SECONDS = 24 * 3600
-REPLACED = "-replaced"  # ends the name of a cache that has made way for a new one
+@contextlib.contextmanager
+def replaced_directory(out: Path) -> Iterator[Path]:
+    """A new directory next to `out`; when the block ends, it is flushed to disk and renamed to `out`.
+
+    Readers see the old directory or the new one, whole. After an error `out` is as it was. Removes what dead
+    writers of `out` have left. Several processes may do this at once: the last one's directory stays.
+    """
+    aside = out.parent / f".{out.name}.{host_name()}.{os.getpid()}"
+    shutil.rmtree(aside, ignore_errors=True)
+    for other in out.parent.glob(f".{out.name}.*.*"):
+        sweep_stale(other, *other.name.split(".")[-2:])
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        fsync_tree(aside)
+        _rename_over(aside, out)
+        fsync(out.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _rename_over(aside: Path, out: Path) -> None:
+    """Rename a directory over another one that other processes may replace meanwhile."""
+    old = aside.with_name(f"{aside.name}{REPLACED}")
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(out, old)
+        shutil.rmtree(old, ignore_errors=True)  # another process may be sweeping it
+        try:
+            os.rename(aside, out)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            return
 
 
 def sweep_stale(aside: Path, host: str, pid: str) -> None:

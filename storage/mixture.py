@@ -9,7 +9,6 @@ Shape letters: M caches, N rows, C classes.
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ import pyarrow.compute as pc
 from pydantic import Field, StringConstraints, model_validator
 
 from storage import manifest
-from storage.disk import link
+from storage.disk import link, replaced_directory
 from storage.errors import ManifestInvalid, Mismatch, SpecMismatch
 from storage.fingerprints import Sha256, Strict, canonical_json, sha256_json
 from storage.location import Location
@@ -181,21 +180,22 @@ def mix(out: Path, caches: Mapping[str, tuple[Cache, float]], missing: Missing) 
     members = tuple(found.values())
     for member in members:
         _refuse(out.name, member, members[0])
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    for stale in out.parent.glob(f".{out.name}.*"):
-        shutil.rmtree(stale)
-    for member in members:
-        if not isinstance(member.cache.path, Path):
-            raise SpecMismatch(
-                f"mixtures.{out.name} cannot be made",
-                [Mismatch(f"caches.{member.name}", member.cache.path, "a cache on this disk")],
-                "A mixture holds the caches that it is made of: copy this one here first.",
-            )
-        shutil.copytree(member.cache.path, aside / member.name, copy_function=link)
-    (aside / MIXTURE_NAME).write_bytes(manifest.seal(_file(members, missing, VERSION)))
-    shutil.rmtree(out, ignore_errors=True)
-    os.rename(aside, out)
+    with replaced_directory(out) as aside:
+        for member in members:
+            shutil.copytree(_local_path(out.name, member), aside / member.name, copy_function=link)
+        (aside / MIXTURE_NAME).write_bytes(manifest.seal(_file(members, missing, VERSION)))
     return Mixture.open(out)
+
+
+def _local_path(name: str, member: Member) -> Path:
+    """The directory of a member's cache. Raises SpecMismatch for a cache at a URL."""
+    if isinstance(member.cache.path, Path):
+        return member.cache.path
+    raise SpecMismatch(
+        f"mixtures.{name} cannot be made",
+        [Mismatch(f"caches.{member.name}", member.cache.path, "a cache on this disk")],
+        "A mixture holds the caches that it is made of: copy this one here first.",
+    )
 
 
 def _file(members: Iterable[Member], missing: Missing, version: Version) -> dict[str, Any]:

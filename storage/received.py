@@ -7,8 +7,6 @@ as the whole cache: where another one lies at the URL later, this is seen when i
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, ValidationError
 
 from storage.checksums import check_files
+from storage.disk import replaced_directory
 from storage.errors import ManifestInvalid, Mismatch, NoManifest, SpecMismatch
 from storage.fingerprints import Sha256, Strict, canonical_json
 from storage.location import Url
@@ -62,11 +61,8 @@ def receive(out: Path, url: str, manifest: str) -> None:
     """
     file = ReceivedFile(url=url, manifest=manifest)
     _open(file, out, LOCAL_COPIES, None)
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    aside.mkdir(parents=True)
-    (aside / RECEIVED_NAME).write_bytes(canonical_json(file.model_dump(mode="json")) + b"\n")
-    shutil.rmtree(out, ignore_errors=True)
-    os.rename(aside, out)
+    with replaced_directory(out) as aside:
+        (aside / RECEIVED_NAME).write_bytes(canonical_json(file.model_dump(mode="json")) + b"\n")
 
 
 def open_received(path: Path, local: str | Path = LOCAL_COPIES, limit_bytes: int | None = None) -> Cache:

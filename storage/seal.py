@@ -1,24 +1,12 @@
 """Finished shards become a cache: linked into a directory, the manifest written last, renamed into place."""
 
-import contextlib
-import errno
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from storage import manifest
 from storage.checksums import file_entries, file_entry
-from storage.disk import (
-    REPLACED,
-    disk_full_explained,
-    fsync,
-    fsync_tree,
-    host_name,
-    link_all,
-    sweep_stale,
-)
+from storage.disk import disk_full_explained, link_all, replaced_directory
 from storage.fingerprints import content_fingerprint
 from storage.manifest import FileEntry, Manifest, WeightsEntry
 from storage.shard_table import ShardTable
@@ -47,16 +35,8 @@ class SealedParts(NamedTuple):
 
 def seal(cache: Path, parts: SealedParts) -> Manifest:
     """Link finished shards into `cache` and write its manifest. Replaces what was there. Raises StoreFull."""
-    aside = cache.parent / f".{cache.name}.{host_name()}.{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
-    for other in cache.parent.glob(f".{cache.name}.*.*"):
-        sweep_stale(other, *other.name.split(".")[-2:])
-    with disk_full_explained(cache.parent):
-        sealed = _write(aside, parts)
-        fsync_tree(aside)
-        _put_in_place(aside, cache)
-        fsync(cache.parent)
-    return sealed
+    with disk_full_explained(cache.parent), replaced_directory(cache) as aside:
+        return _write(aside, parts)
 
 
 def _write(aside: Path, parts: SealedParts) -> Manifest:
@@ -89,7 +69,7 @@ def _write(aside: Path, parts: SealedParts) -> Manifest:
 
 def _write_tokenizer(aside: Path, files: Mapping[str, bytes]) -> tuple[FileEntry, ...]:
     directory = aside / manifest.TOKENIZER_DIR
-    directory.mkdir(parents=True)
+    directory.mkdir()
     for name, content in files.items():
         (directory / name).write_bytes(content)
     return file_entries(aside, manifest.TOKENIZER_DIR)
@@ -114,19 +94,3 @@ def _link_shards(aside: Path, shards: Sequence[StoredShard]) -> list[str]:
         row_ids.extend(shard.row_ids().to_pylist())
         link_all(shard.root, aside, [file.path for file in shard.entry.files])
     return row_ids
-
-
-def _put_in_place(aside: Path, cache: Path) -> None:
-    """Rename a finished directory over another one, whoever else does so now: the last one stays."""
-    old = aside.with_name(f"{aside.name}{REPLACED}")
-    while True:
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(cache, old)
-        shutil.rmtree(old, ignore_errors=True)  # another capture may be sweeping it
-        try:
-            os.rename(aside, cache)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        else:
-            return

@@ -28,6 +28,7 @@ from pipeline.config.datasets import Augmented
 from pipeline.data import counter_rng
 from pipeline.data.rows import VIEWS, Rows, load_rows
 from pipeline.engines.model_files import teacher_identity
+from pipeline.runtime.files import write_json
 from pipeline.runtime.progress import log
 from storage.errors import AssetError, DataError
 from storage.fingerprints import content_fingerprint, row_id
@@ -73,7 +74,7 @@ def augment_dataset(name: str, entry: Augmented, dataset: Path, out: Path) -> di
         "views_left_out": dict(sorted(counts.items())),
         "words_from": teacher_identity(Path(entry.model)).model_dump() if entry.replace else None,
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_json(summary, out / "summary.json", ensure_ascii=False)
     log(f"{name}: {summary['rows'][VIEWS]:,} views of {len(texts):,} training rows")
     return summary
 

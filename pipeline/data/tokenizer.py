@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from tokenizers import Encoding, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
+from pipeline.runtime.files import write_json
 from storage.errors import AssetError, DataError
 from storage.fingerprints import input_hash, sha256_json
 from storage.spec import TokenizerIdentity
@@ -159,9 +160,7 @@ class TextReader:
         directory.mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(directory / TOKENIZER_FILES[0]))
         names = dict(zip(SPECIAL, special, strict=False))
-        (directory / TOKENIZER_FILES[1]).write_text(
-            json.dumps({**names, "padding_side": "right"}, indent=2) + "\n"
-        )
+        write_json({**names, "padding_side": "right"}, directory / TOKENIZER_FILES[1])
         return cls(directory, max_length, "truncate")
 
     def _special_id(self, name: str) -> int | None:

@@ -1,17 +1,20 @@
-"""Files written whole, and digests of directories."""
+"""JSON files for people, and digests of directories."""
 
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 
-def write_json(value: dict[str, Any], path: Path) -> None:
-    """Write `value` where people and `dvc metrics` read it."""
+def write_json(value: dict[str, Any], path: Path, ensure_ascii: bool = True) -> None:
+    """Write `value` indented, for people and for `dvc metrics`. Makes the directory where it is missing.
+
+    `ensure_ascii=False` keeps letters outside ASCII readable. Raises ValueError for NaN and infinities, which
+    JSON does not have.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=ensure_ascii, allow_nan=False)
+    path.write_text(text + "\n")
 
 
 def content_digest(*directories: Path, pattern: str = "*") -> str:
@@ -23,20 +26,3 @@ def content_digest(*directories: Path, pattern: str = "*") -> str:
                 own = hashlib.file_digest(file, "sha256").hexdigest()
             digest.update(f"{path.relative_to(directory.parent)} {own}\n".encode())
     return digest.hexdigest()
-
-
-def fsync(path: Path) -> None:
-    """Flush a file or directory to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """One file under two names, or a copy where the file system cannot."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.config.students import Student
+from pipeline.runtime.files import write_json
 from pipeline.students.architectures import FC, MLP, BiLSTM, TaskHead, TinyBERT, Transformers
 from pipeline.students.llama import Llama
 from storage.errors import AssetError
@@ -52,7 +53,7 @@ def save_student(
         model.model.config.save_pretrained(directory)
     facts: dict[str, Any] = {"student": entry.model_dump(mode="json"), "vocab_size": vocab_size}
     facts |= {"num_labels": num_labels, **({"heads": heads} if heads else {})}
-    (directory / "student.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_json(facts, directory / "student.json")
 
 
 def load_student(directory: Path, task: str | None = None) -> nn.Module:

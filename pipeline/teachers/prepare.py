@@ -18,11 +18,12 @@ from pipeline.engines.loading import OFFLINE, ReadingSpec, convert_gguf, load_cl
 from pipeline.engines.masking import make_prompts
 from pipeline.engines.sentence_encoder import embedding_spec
 from pipeline.runtime import hardware
-from pipeline.runtime.files import link_or_copy
+from pipeline.runtime.files import write_json
 from pipeline.runtime.progress import log
 from pipeline.teachers.finetune import fine_tune
 from pipeline.teachers.record import RECORD, teacher_labels
 from pipeline.teachers.scoring import extreme_rows, score_quality, try_extremes
+from storage.disk import link
 from storage.errors import AssetError, TeacherError
 from storage.spec import ImageSpec
 from storage.tasks import LANGUAGE
@@ -62,7 +63,7 @@ def prepare_teacher(name: str, entry: Teacher, dataset: Path, out: Path) -> dict
         model, done = load_classifier(source, task=rows.task, how=how, pad_token_id=reader.pad_id), None
         try_extremes(model, tokens, reader.pad_id)
         for file in [source / "config.json", *sorted(source.glob("*.safetensors*"))]:
-            link_or_copy(file, out / file.name)
+            link(file.resolve(), out / file.name)
     names = () if not rows.label_names else teacher_labels(out, entry.labels, rows.label_names)
     if names and model.config.num_labels != len(names):
         raise TeacherError(
@@ -83,7 +84,7 @@ def prepare_teacher(name: str, entry: Teacher, dataset: Path, out: Path) -> dict
         record["lora"] = entry.train.lora.model_dump(mode="json")
     if how is not None:
         record["image" if isinstance(how, ImageSpec) else "embedding"] = how.model_dump(mode="json")
-    (out / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    write_json(record, out / RECORD)
     if "accuracy" in record:
         log(f"{name}: {record['accuracy']['test']:.1%} of the test {'words' if words else 'rows'} right")
     else:
@@ -128,7 +129,7 @@ def _take_language_model(name: str, entry: Teacher, rows: Rows, source: Path, ou
     else:
         _save_tokenizer(source, out)
         for file in [source / "config.json", *sorted(source.glob("*.safetensors*"))]:
-            link_or_copy(file, out / file.name)
+            link(file.resolve(), out / file.name)
     reader = TextReader(out, entry.max_length, entry.too_long)
     tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
     mask = mask_spec(rows.task, None)
@@ -149,7 +150,7 @@ def _take_language_model(name: str, entry: Teacher, rows: Rows, source: Path, ou
         "parameters": model.num_parameters(),
         "training": None,
     }
-    (out / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    write_json(record, out / RECORD)
     log(f"{name}: perplexity {np.exp(seen.loss):.1f} on the test rows")
     return record
 

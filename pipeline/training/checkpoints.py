@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pipeline.runtime.files import fsync
 from pipeline.runtime.progress import log
+from storage.disk import fsync
 
 Tensors = dict[str, torch.Tensor]
 
