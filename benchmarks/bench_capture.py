@@ -59,8 +59,8 @@ def bare(inputs: EngineInputs) -> None:
     def step() -> None:
         with torch.inference_mode():
             for start in range(0, DOCUMENTS, 4):
-                ids, _ = inputs.tokens.padded(rows[start : start + 4], 0)
-                model(torch.from_numpy(ids))
+                batch = inputs.tokens.padded(rows[start : start + 4], 0)
+                model(torch.from_numpy(batch["input_ids"]))
 
     common.measure_alone(step, 2)
 

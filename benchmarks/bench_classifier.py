@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from pipeline.data.tokenizer import Tokens
 from pipeline.engines.classifier import TOKENS_PER_BATCH, batches_by_length, infer_rows
 from pipeline.runtime import hardware
+from pipeline.streaming.model_inputs import for_transformers, input_tensors
 from storage import records
 from storage.fingerprints import input_hash, row_id
 from storage.spec import HiddenSpec, Identity, Spec, TeacherIdentity, TokenizerIdentity
@@ -41,14 +42,14 @@ def main() -> None:
     hashes = [input_hash(tokens.row(i)) for i in rows]
     device = hardware.device()
     batches = [
-        [torch.from_numpy(array).to(device) for array in tokens.padded(part, 0)]
+        for_transformers(input_tensors(tokens.padded(part, 0), device))
         for part in batches_by_length(tokens.lengths, TOKENS_PER_BATCH[device.type])
     ]
 
     def bare() -> None:
         with torch.inference_mode():
-            for ids_BL, mask_BL in batches:
-                model(input_ids=ids_BL, attention_mask=mask_BL.long())
+            for inputs in batches:
+                model(**inputs)
 
     with tempfile.TemporaryDirectory() as directory:
 

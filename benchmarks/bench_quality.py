@@ -137,7 +137,7 @@ def prepared(
 
     def loss(pieces: npt.NDArray[np.int64]) -> torch.Tensor:
         ids = torch.from_numpy(known.tokens_NL[pieces])
-        states = student(ids, torch.ones_like(ids).bool())[:, :-1].flatten(0, 1)
+        states = student(ids)[:, :-1].flatten(0, 1)
         head = student.head
         if arm == "full":
             teacher_states = torch.from_numpy(known.states_NLD[pieces][:, :-1]).flatten(0, 1)
@@ -209,7 +209,7 @@ def measure(known: teacher_data.TeacherData, student: Llama) -> dict[str, float]
     confidences, hits = [], []
     for start in range(0, HELD_OUT, 2):
         ids = torch.from_numpy(known.tokens_NL[start : start + 2])
-        states = student(ids, torch.ones_like(ids).bool())[:, :-1].flatten(0, 1)
+        states = student(ids)[:, :-1].flatten(0, 1)
         student_logs = (states @ student.head.T).log_softmax(-1)
         teacher_states = torch.from_numpy(known.states_NLD[start : start + 2][:, :-1]).flatten(0, 1)
         teacher_logs = (teacher_states @ known.head_VD.T).log_softmax(-1)

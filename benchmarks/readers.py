@@ -68,7 +68,7 @@ def ours(root: Path, workers: int) -> Epochs:
 
     def epoch(number: int) -> Iterator[Batch]:
         for batch in cached.epoch(0, number, BATCH_TOKENS):
-            yield batch.ids_BL, batch.mask_BL, batch.labels_T, *batch.teacher[:3]
+            yield *batch.inputs.values(), batch.labels_T, *batch.teacher[:3]
 
     return epoch
 

@@ -94,7 +94,7 @@ def make(pieces: int) -> None:
         began = time.perf_counter()
         with torch.inference_mode():
             ids = torch.from_numpy(tokens[rows])
-            outputs = head.states(ids, torch.ones_like(ids).bool())
+            outputs = head.states({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
         states[rows] = outputs.float().numpy()
         took = (time.perf_counter() - began) / outputs[..., 0].numel()
         if ranks is None:

@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.data.tokenizer import TextReader
+from pipeline.data.tokenizer import ModelInputs, TextReader
 from pipeline.engines.loading import input_embeddings, load_language_model
 from pipeline.runtime.progress import tracked
+from pipeline.streaming.model_inputs import for_transformers, input_tensors
 from storage.errors import TeacherError
 
 PARTS = re.compile(r"^(\W*)(.*?)(\W*)$", re.DOTALL)  # of a word: what stands around it stays
@@ -131,8 +132,8 @@ class Masked:
         tokens = self._reader.read(texts, [""] * len(texts))
         found: list[list[list[str]]] = [[] for _ in requests]
         for part in tracked("words for masks", _batches(tokens.lengths), "batches"):
-            ids_BL, mask_BL = tokens.padded(part, self._reader.pad_id)
-            for row, scores_MW in zip(part, self._scores(ids_BL, mask_BL), strict=True):
+            inputs = tokens.padded(part, self._reader.pad_id)
+            for row, scores_MW in zip(part, self._scores(inputs), strict=True):
                 # Places that the maximum cut off have no scores, and keep their words.
                 request = requests[row]
                 found[row] = [
@@ -148,14 +149,12 @@ class Masked:
             words[place] = with_core(words[place], self._mask)
         return " ".join(words)
 
-    def _scores(
-        self, ids_BL: npt.NDArray[np.int64], mask_BL: npt.NDArray[np.bool_]
-    ) -> list[npt.NDArray[np.float64]]:
+    def _scores(self, arrays: ModelInputs) -> list[npt.NDArray[np.float64]]:
         """Log-probabilities of the W words at the masked places of each row: [M, W]."""
-        ids, mask = (torch.from_numpy(array).to(self._model.device) for array in (ids_BL, mask_BL))
+        inputs = input_tensors(arrays, self._model.device)
         with torch.inference_mode():
-            logits_BLV = self._model(input_ids=ids, attention_mask=mask.long()).logits
-            masked = (ids == self._mask_id) & mask
+            logits_BLV = self._model(**for_transformers(inputs)).logits
+            masked = (inputs["input_ids"] == self._mask_id) & inputs["attention_mask"]
             said = logits_BLV[masked].double().log_softmax(-1)[:, torch.from_numpy(self._vocabulary.ids)]
         return np.split(said.cpu().numpy(), np.cumsum(masked.sum(1).cpu().numpy())[:-1])
 

@@ -1,6 +1,7 @@
-"""What models read of rows: the token ids of their texts, or their pixels, asked for in one way.
+"""What models read of rows: the token ids of their texts, or their pixels, through one interface.
 
-Both are batched by `padded`, as numbers [B, L] and a mask of those that count; models know what theirs mean.
+Both are batched by `padded` into ModelInputs: arrays by the names that transformers gives a model's inputs. A
+new input of text is a new array of `Tokens.padded`; only models that read it need to know of it.
 """
 
 from pathlib import Path
@@ -12,7 +13,7 @@ import pyarrow as pa
 
 from pipeline.config.students import MLPStudent, Student
 from pipeline.data.rows import Rows
-from pipeline.data.tokenizer import TextReader, Tokens
+from pipeline.data.tokenizer import ModelInputs, TextReader, Tokens
 from storage.fingerprints import pixels_hash
 
 PATCH = 256  # numbers of an image that cost about what a token does: a patch of 16 x 16
@@ -39,11 +40,9 @@ class Pixels(NamedTuple):
         chosen = self.values if rows is None else self.values[rows]
         return pa.array([pixels_hash(image.tobytes()) for image in chosen], pa.string())
 
-    def padded(
-        self, rows: npt.NDArray[np.int64], pad_id: int
-    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
-        """Pixels [B, numbers of an image] of these rows, which need no padding, and the mask [B, 1] of it."""
-        return self.values[rows], np.ones((len(rows), 1), bool)
+    def padded(self, rows: npt.NDArray[np.int64], pad_id: int) -> ModelInputs:
+        """`pixel_values` [B, numbers of an image] of these rows, uint8; they need no padding."""
+        return {"pixel_values": self.values[rows]}
 
 
 Inputs = Tokens | Pixels

@@ -7,7 +7,7 @@ import json
 import string
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 from unicodedata import category
 
 import numpy as np
@@ -24,6 +24,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 SPECIAL = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token", "bos_token", "eos_token")
 BATCH_TEXTS = 4096
 NO_WORD = -1  # of tokens that the tokenizer adds
+
+# What a model reads of B rows: arrays by the names that transformers gives them, each with B first.
+ModelInputs = dict[str, npt.NDArray[Any]]
 
 
 class Tokens(NamedTuple):
@@ -55,15 +58,15 @@ class Tokens(NamedTuple):
         chosen = range(len(self.offsets) - 1) if rows is None else rows
         return pa.array([input_hash(self.row(i)) for i in chosen], pa.string())
 
-    def padded(
-        self, rows: npt.NDArray[np.int64], pad_id: int
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """Ids [B, L] of these rows, padded on the right to the longest, and the mask of true tokens."""
+    def padded(self, rows: npt.NDArray[np.int64], pad_id: int) -> ModelInputs:
+        """`input_ids` [B, L] of these rows, int64, padded on the right to the longest, and `attention_mask`
+        [B, L], bool, true for tokens.
+        """
         lengths_B = self.offsets[rows + 1] - self.offsets[rows]
         mask_BL = np.arange(lengths_B.max()) < lengths_B[:, None]
         ids_BL = np.full(mask_BL.shape, pad_id, np.int64)
         ids_BL[mask_BL] = self.ids[(self.offsets[rows][:, None] + np.arange(mask_BL.shape[1]))[mask_BL]]
-        return ids_BL, mask_BL
+        return {"input_ids": ids_BL, "attention_mask": mask_BL}
 
 
 class TextReader:

@@ -23,6 +23,7 @@ from pipeline.data.tokenizer import Tokens
 from pipeline.engines.engine import Advance, EngineInputs, EngineOutput, Indices
 from pipeline.engines.hidden_states import HiddenStateRecorder, Record, check_finite, no_recording
 from pipeline.engines.loading import load_classifier
+from pipeline.streaming.model_inputs import InputTensors, for_transformers, input_tensors
 from storage.entries import ends, ranges
 from storage.errors import TeacherError
 from storage.records import EntryRows, LogitRows
@@ -155,8 +156,8 @@ def infer_tokens(
     first = ends(lengths)
     logits_PC: npt.NDArray[np.float32] | None = None
     with torch.inference_mode(), _arithmetic(model, precision):
-        for batch, mask_BL, out in _run_batches(model, tokens, rows, pad_id, hear):
-            answer = out.logits[mask_BL].float().cpu().numpy()
+        for batch, inputs, out in _run_batches(model, tokens, rows, pad_id, hear):
+            answer = out.logits[inputs["attention_mask"]].float().cpu().numpy()
             check_finite(answer, "logits", np.repeat(rows[batch], lengths[batch]), names)
             if logits_PC is None:
                 logits_PC = np.empty((first[-1], answer.shape[1]), np.float32)
@@ -179,14 +180,15 @@ def batches_by_length(lengths: npt.NDArray[np.int64], tokens_per_batch: int) -> 
 
 
 @contextlib.contextmanager
-def explain_unreadable(ids_BL: torch.Tensor | npt.NDArray[np.int64]) -> Iterator[None]:
-    """Raise TeacherError where the model fails on these ids: too many, or none that it knows."""
+def explain_unreadable(inputs: InputTensors) -> Iterator[None]:
+    """Raise TeacherError where the model fails on a batch: rows too long for it, or ids that it lacks."""
     try:
         yield
     except (IndexError, RuntimeError) as error:
+        length = next(iter(inputs.values())).shape[1]
+        largest = ", ".join(f"{name} up to {int(value.max())}" for name, value in inputs.items())
         raise TeacherError(
-            f"the teacher cannot read rows of {ids_BL.shape[1]} tokens with ids up to "
-            f"{ids_BL.max()}: {error}\n"
+            f"the teacher cannot read rows of length {length} ({largest}): {error}\n"
             "Lower max_length to its positions, or give it the tokenizer that it was made with."
         ) from error
 
@@ -199,11 +201,11 @@ def _arithmetic(model: torch.nn.Module, precision: str) -> contextlib.AbstractCo
 
 def _run_batches(
     model: torch.nn.Module, tokens: Inputs, rows: npt.NDArray[np.int64], pad_id: int, hear: Record
-) -> Iterator[tuple[npt.NDArray[np.int64], torch.Tensor, Any]]:
-    """(places in `rows`, mask of true tokens [B, L], what the model says) of each batch of like lengths."""
+) -> Iterator[tuple[npt.NDArray[np.int64], InputTensors, Any]]:
+    """(places in `rows`, what the model reads, its output) of each batch of like lengths."""
     device = next(model.parameters()).device
     for batch in batches_by_length(tokens.costs[rows], TOKENS_PER_BATCH[device.type]):
-        ids_BL, mask_BL = (torch.from_numpy(a).to(device) for a in tokens.padded(rows[batch], pad_id))
-        with explain_unreadable(ids_BL), hear(batch, mask_BL):
-            out = model(input_ids=ids_BL, attention_mask=mask_BL.long())
-        yield batch, mask_BL, out
+        inputs = input_tensors(tokens.padded(rows[batch], pad_id), device)
+        with explain_unreadable(inputs), hear(batch, inputs):
+            out = model(**for_transformers(inputs))
+        yield batch, inputs, out

@@ -16,14 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline.streaming.model_inputs import InputTensors
 from storage.entries import ends, ranges
 from storage.errors import TeacherError
 from storage.hidden import Basis
 from storage.spec import QKV_PARTS, HiddenSpec
 
 Indices = npt.NDArray[np.int64]
-# Called with the places of a batch's rows and the mask of its true tokens [B, L], around the model's call.
-Record = Callable[[Indices, torch.Tensor], AbstractContextManager[None]]
+# Called with the places of a batch's rows and what the model reads of them, around the model's call.
+Record = Callable[[Indices, InputTensors], AbstractContextManager[None]]
 
 # Where the projections of attention block n lie (counted from 0), and what they are called, in order.
 PLACES = (
@@ -34,7 +35,7 @@ PLACES = (
 )
 
 
-def no_recording(batch: Indices, mask_BL: torch.Tensor) -> AbstractContextManager[None]:
+def no_recording(batch: Indices, inputs: InputTensors) -> AbstractContextManager[None]:
     """Nothing is wanted but the answer."""
     return contextlib.nullcontext()
 
@@ -61,10 +62,11 @@ class HiddenStateRecorder:
         self._first = ends(lengths)
 
     @contextlib.contextmanager
-    def hear(self, batch: Indices, mask_BL: torch.Tensor) -> Iterator[None]:
+    def hear(self, batch: Indices, inputs: InputTensors) -> Iterator[None]:
         """Take aside what the model thinks while it is called once, within, on these rows."""
         with self._hooks() as heard:
             yield
+        mask_BL = inputs["attention_mask"]
         for name in self._spec.names:
             states_BLW = torch.cat(heard[name], -1).float()
             if self._spec.pool == "none":

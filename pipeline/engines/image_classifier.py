@@ -66,19 +66,17 @@ AutoModelForImageClassification.register(MLPConfig, MLPForImageClassification)
 
 
 class ImageModel(nn.Module):
-    """A classifier of images that is called as those of text are: with pixels [B, P] for token ids."""
+    """A classifier of images that is called with rows of pixels [B, P]."""
 
     def __init__(self, model: PreTrainedModel, how: ImageSpec) -> None:
         super().__init__()
         self.model, self.config, self._shape = model, model.config, how.shape
         self._mean, self._std = (torch.tensor(part).view(-1, 1, 1) for part in (how.mean, how.std))
 
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, output_hidden_states: bool = False
-    ) -> ImageClassifierOutput:
-        """Logits [B, labels]. There is no padding, so the mask says nothing; hidden states are not kept."""
-        images_BHWC = input_ids.view(-1, *self._shape)
-        mean_C11, std_C11 = self._mean.to(input_ids.device), self._std.to(input_ids.device)
+    def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
+        """Logits [B, labels] of bytes [B, P]."""
+        images_BHWC = pixel_values.view(-1, *self._shape)
+        mean_C11, std_C11 = self._mean.to(pixel_values.device), self._std.to(pixel_values.device)
         images_BCHW = (images_BHWC.permute(0, 3, 1, 2) / 255 - mean_C11) / std_C11
         said: ImageClassifierOutput = self.model(pixel_values=images_BCHW)
         return said

@@ -30,6 +30,7 @@ from pipeline.engines.loading import load_language_model
 from pipeline.engines.masking import Prompts
 from pipeline.objectives.base import binned_error
 from pipeline.objectives.language_model import LanguageModelScores
+from pipeline.streaming.model_inputs import InputTensors, for_transformers, input_tensors, on_device
 from storage.codecs import SparseCodec
 from storage.entries import Entries, concatenate, ends, ranges
 from storage.errors import TeacherError
@@ -53,16 +54,17 @@ class LanguageHead:
         self._head = head
         self._behind = _behind_the_head(model.config)
 
-    def states(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+    def states(self, inputs: InputTensors) -> torch.Tensor:
         """What the head would read: [B, L, D]."""
         with self._taken_aside() as kept:
-            self.model(input_ids=ids_BL, attention_mask=mask_BL.long())
+            self.model(**for_transformers(inputs))
         return kept[0]
 
     def next_logits(self, ids_BL: torch.Tensor) -> torch.Tensor:
         """The logits of what follows one row of ids [1, L]: [V]."""
         device = next(self.model.parameters()).device
-        states_BLD = self.states(ids_BL.to(device), torch.ones_like(ids_BL).to(device))
+        whole = {"input_ids": ids_BL, "attention_mask": torch.ones_like(ids_BL)}
+        states_BLD = self.states(on_device(whole, device))
         return next(self.logits(states_BLD[0, -1:]))[0]
 
     def logits(self, states_PD: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -73,16 +75,16 @@ class LanguageHead:
             yield self._behind(self._head(states_PD[start : start + chunk]))[:, : self.vocab_size]
 
     @torch.inference_mode()
-    def check(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> None:
+    def check(self, inputs: InputTensors) -> None:
         """Raise TeacherError where log-probabilities from chunks are not those of the model itself.
 
         Of a few tokens of each row: this makes the matrix of their logits.
         """
         device = next(self.model.parameters()).device
-        ids_BL, mask_BL = (whole[:, :CHECKED_TOKENS].to(device) for whole in (ids_BL, mask_BL))
-        mask = mask_BL.bool()
-        own = self.model(input_ids=ids_BL, attention_mask=mask_BL.long()).logits[mask][:, : self.vocab_size]
-        ours = torch.cat(list(self.logits(self.states(ids_BL, mask_BL)[mask])))
+        inputs = {name: whole[:, :CHECKED_TOKENS].to(device) for name, whole in inputs.items()}
+        mask_BL = inputs["attention_mask"].bool()
+        own = self.model(**for_transformers(inputs)).logits[mask_BL][:, : self.vocab_size]
+        ours = torch.cat(list(self.logits(self.states(inputs)[mask_BL])))
         apart = (own.float().log_softmax(-1) - ours.float().log_softmax(-1)).abs().max().item()
         if not apart <= AGREE * max(1.0, own.abs().max().item()):
             raise TeacherError(
@@ -120,7 +122,7 @@ class LanguageModelEngine:
         self._q.overheard(model, np.arange(0))  # what it has none of is refused now
         head = LanguageHead(model, self._q.spec.num_outputs)
         shortest = np.array([self._q.tokens.lengths.argmin()])
-        head.check(*(torch.from_numpy(array) for array in self._q.tokens.padded(shortest, self._q.pad_id)))
+        head.check(input_tensors(self._q.tokens.padded(shortest, self._q.pad_id)))
         return head
 
     def load(self) -> None:
@@ -186,12 +188,13 @@ def position_states(
     """
     device, tokens = next(head.model.parameters()).device, prompts.tokens
     for batch in batches_by_length(tokens.lengths[rows], TOKENS_PER_BATCH[device.type]):
-        ids_BL, mask_BL = tokens.padded(rows[batch], pad_id)
+        arrays = tokens.padded(rows[batch], pad_id)
+        mask_BL = arrays["attention_mask"]
         asked_BL = mask_BL.copy()
         asked_BL[mask_BL] = prompts.asked[ranges(tokens.offsets[rows[batch]], tokens.lengths[rows[batch]])]
-        ids, mask = (torch.from_numpy(a).to(device) for a in (ids_BL, mask_BL))
-        with explain_unreadable(ids_BL), hear(batch, mask):
-            states_BLD = head.states(ids, mask)
+        inputs = input_tensors(arrays, device)
+        with explain_unreadable(inputs), hear(batch, inputs):
+            states_BLD = head.states(inputs)
         own, places = np.nonzero(asked_BL)
         yield PositionStates(batch[own], places, states_BLD[torch.from_numpy(asked_BL).to(device)])
         advance(len(batch))

@@ -6,7 +6,7 @@ Shape letters: B batch, L tokens, W width of a vector.
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.nn.functional import normalize
@@ -56,17 +56,18 @@ class SentenceEncoder(torch.nn.Module):
         super().__init__()
         self.model, self.config, self._how = model, model.config, how
 
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, output_hidden_states: bool = False
-    ) -> SimpleNamespace:
-        """`logits`: vectors [B, W]."""
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask)
+    def forward(self, attention_mask: torch.Tensor, **inputs: Any) -> SimpleNamespace:
+        """`logits`: vectors [B, W]; `hidden_states` where `output_hidden_states` is among the inputs."""
+        out = self.model(attention_mask=attention_mask, **inputs)
         states_BLW = out.last_hidden_state.float()
         vectors_BW = states_BLW[:, 0]
         if self._how.pool == "mean":
             weight_BL1 = attention_mask[..., None].float()
             vectors_BW = (states_BLW * weight_BL1).sum(1) / weight_BL1.sum(1)
-        return SimpleNamespace(logits=normalize(vectors_BW) if self._how.normalised else vectors_BW)
+        return SimpleNamespace(
+            logits=normalize(vectors_BW) if self._how.normalised else vectors_BW,
+            hidden_states=getattr(out, "hidden_states", None),
+        )
 
 
 def _not_done(name: str, directory: Path, found: str, expected: str) -> TeacherError:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from pipeline.objectives.language_model import LanguageModelScores, TeacherRefer
 from pipeline.objectives.registry import objective_of
 from pipeline.runtime import hardware
 from pipeline.streaming.documents import CachedDocuments
+from pipeline.streaming.model_inputs import InputTensors, call_model, for_transformers
 from pipeline.streaming.rows import CachedRows
 from pipeline.streaming.verified import open_inputs
 from pipeline.students.llama import Llama
@@ -116,13 +118,14 @@ def _answer(cache: Cache, rows: Rows, seeds: list[Any], paths: RunInputs, reader
     for seed in seeds:
         model, facts = _load(paths, seed)
         said, teacher, truth = (tensor.numpy() for tensor in predict_all(model, cached))
+        answer = partial(call_model, model)
         values.append(
             {
                 **task.quality(said, truth),
                 **task.against_teacher(said, teacher, truth),
                 **facts,
-                "latency_ms_batch_1": latency(model, tokens, chosen, reader.pad_id, 1),
-                "latency_ms_batch_32": latency(model, tokens, chosen, reader.pad_id, 32),
+                "latency_ms_batch_1": latency(answer, tokens, chosen, reader.pad_id, 1),
+                "latency_ms_batch_32": latency(answer, tokens, chosen, reader.pad_id, 32),
             }
         )
     return values
@@ -196,8 +199,8 @@ def _said_by(teacher: Path, record: dict[str, Any], rows: Rows, reader: Reader) 
         said = said[:, [record["labels"].index(label) for label in rows.label_names]]
     model.cpu()  # latency is that of one thread of a CPU, for teachers as for students
 
-    def answer(ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> object:
-        return model(input_ids=ids_BL, attention_mask=mask_BL.long())
+    def answer(inputs: InputTensors) -> object:
+        return model(**for_transformers(inputs))
 
     return {
         **task.quality(said, truth),

@@ -9,13 +9,16 @@ import torch
 
 from pipeline.data.inputs import Inputs
 from pipeline.runtime import hardware
+from pipeline.streaming.model_inputs import InputTensors, input_tensors
 
 LATENCY_WARMUP, LATENCY_REPEATS = 3, 25
 LATENCY_SECONDS, LATENCY_LEAST = 1.5, 3  # slow models are called less often
 
+Answer = Callable[[InputTensors], object]  # a call of a model
+
 
 def latency(
-    answer: Callable[[torch.Tensor, torch.Tensor], object],
+    answer: Answer,
     tokens: Inputs,
     rows: npt.NDArray[np.int64],
     pad_id: int,
@@ -26,7 +29,7 @@ def latency(
 
 
 def latencies(
-    ways: Mapping[str, Callable[[torch.Tensor, torch.Tensor], object]],
+    ways: Mapping[str, Answer],
     tokens: Inputs,
     rows: npt.NDArray[np.int64],
     pad_id: int,
@@ -40,10 +43,10 @@ def latencies(
     try:
         with torch.inference_mode():
             for calls, batch in enumerate(picked, 1):
-                ids, mask = (torch.from_numpy(array) for array in tokens.padded(batch, pad_id))
+                inputs = input_tensors(tokens.padded(batch, pad_id))
                 for name, answer in ways.items():
                     started = time.perf_counter()
-                    answer(ids, mask)
+                    answer(inputs)
                     times[name].append(time.perf_counter() - started)
                 spent = sum(map(sum, times.values())) / len(ways)
                 if spent > LATENCY_SECONDS and calls >= LATENCY_WARMUP + LATENCY_LEAST:

@@ -18,12 +18,13 @@ import numpy.typing as npt
 from onnxruntime import InferenceSession, SessionOptions
 
 from pipeline.config.base import did_you_mean
-from pipeline.data.tokenizer import TextReader
+from pipeline.data.tokenizer import ModelInputs, TextReader
 from storage.errors import AssetError, ConfigError, DataError, ExportError
 
 FACTS = "export.json"
 NOT_EXPORTED = "not_exported"
-MODEL_INPUTS = ("ids", "mask")
+# What an exported model calls the inputs of a student. Exports that were made have these names.
+ONNX_NAMES = {"input_ids": "ids", "attention_mask": "mask"}
 MODEL_FILES = {"float32": "model.onnx", "int8": "model.int8.onnx"}
 
 Precision = Literal["float32", "int8"]
@@ -44,14 +45,13 @@ class OnnxModel:
         options = SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         self._session = InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._reads = {part.name for part in self._session.get_inputs()}
 
-    def __call__(
-        self, ids_BL: npt.NDArray[np.int64], mask_BL: npt.NDArray[np.bool_]
-    ) -> npt.NDArray[np.float32]:
-        """Logits [B, C]."""
-        logits_BC: npt.NDArray[np.float32] = self._session.run(
-            None, dict(zip(MODEL_INPUTS, (ids_BL, mask_BL), strict=True))
-        )[0]
+    def __call__(self, inputs: ModelInputs) -> npt.NDArray[np.float32]:
+        """Logits [B, C]; inputs that the model does not read are left out."""
+        named = {ONNX_NAMES.get(name, name): array for name, array in inputs.items()}
+        fed = {name: array for name, array in named.items() if name in self._reads}
+        logits_BC: npt.NDArray[np.float32] = self._session.run(None, fed)[0]
         return logits_BC
 
 
@@ -82,7 +82,7 @@ class Predictor:
         if not text.strip():
             raise DataError("there is an empty text among those to answer: remove it.")
         tokens = self._reader.read([text], ["the text"])
-        logits_C = self._model(*tokens.padded(np.array([0]), self._reader.pad_id))[0].astype(np.float64)
+        logits_C = self._model(tokens.padded(np.array([0]), self._reader.pad_id))[0].astype(np.float64)
         odds_C = np.exp(logits_C - logits_C.max())
         shares = (odds_C / odds_C.sum()).tolist()
         return Prediction(

@@ -12,6 +12,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from pipeline.config.students import MLPStudent, Student
 from pipeline.data.rows import Rows, load_rows
 from pipeline.data.tokenizer import TextReader, Tokens
 from pipeline.evaluation.latency import latencies
-from pipeline.export.predictor import FACTS, MODEL_FILES, MODEL_INPUTS, NOT_EXPORTED, OnnxModel
+from pipeline.export.predictor import FACTS, MODEL_FILES, NOT_EXPORTED, ONNX_NAMES, OnnxModel
 from pipeline.objectives.classification import Logits
 from pipeline.runtime import hardware
 from pipeline.runtime.files import write_json
+from pipeline.streaming.model_inputs import InputTensors, call_model, input_tensors, inputs_of
 from pipeline.students.registry import load_student
 from pipeline.training.job import run_record
 from storage.errors import ExportError
@@ -40,7 +42,12 @@ LARGEST_DIFFERENCE = 1e-3  # of a logit between the student and float32 ONNX; ro
 BATCH_ROWS = 32
 FOLDED_BYTES = 2**31  # constants up to this size are computed once, here
 
-Answers = Callable[[torch.Tensor, torch.Tensor], Any]
+Answers = Callable[[InputTensors], Any]
+# A batch that a student is traced with, by the names of what it may read.
+EXAMPLE = {
+    "input_ids": torch.ones((2, 3), dtype=torch.int64),
+    "attention_mask": torch.tensor([[True] * 3, [True, True, False]]),
+}
 
 
 def export_run(
@@ -80,7 +87,7 @@ def export_run(
         "torch": trained / "model.safetensors",
         **{form: out / MODEL_FILES[form] for form in MODEL_FILES},
     }
-    forms: dict[str, Answers] = {"torch": load_student(trained, paths.task)}
+    forms: dict[str, Answers] = {"torch": partial(call_model, load_student(trained, paths.task))}
     forms |= {form: as_answers(OnnxModel(files[form])) for form in MODEL_FILES}
     found = compare_forms(name, rows, tokens, reader.pad_id, forms, limits.int8_max_loss)
     chosen = np.arange(len(rows.row_ids))
@@ -110,12 +117,13 @@ def write_onnx(model: torch.nn.Module, out: Path) -> None:
     One student with an LSTM a process: torch's exporter (2.13) changes how LSTMs are traced, and a second one
     would be refused for its fixed length.
     """
-    ids_BL, mask_BL = torch.ones((2, 3), dtype=torch.int64), torch.tensor([[True] * 3, [True, True, False]])
+    reads = inputs_of(model)
     any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     with _quietly():
         program = torch.onnx.export(
-            model.eval(), (ids_BL, mask_BL), dynamo=True, input_names=MODEL_INPUTS, output_names=["logits"],
-            dynamic_shapes=(any_size, any_size), verbose=False,
+            model.eval(), tuple(EXAMPLE[name] for name in reads), dynamo=True, verbose=False,
+            input_names=[ONNX_NAMES.get(name, name) for name in reads], output_names=["logits"],
+            dynamic_shapes=(any_size,) * len(reads),
         )  # fmt: skip
         assert program is not None
         # torch reorders the gates of an LSTM by slicing its weights; only whole weights can be quantised
@@ -166,13 +174,13 @@ def _logits(answers: Answers, tokens: Tokens, pad_id: int, size: int) -> Logits:
     with torch.inference_mode():
         for start in range(0, len(tokens.lengths), size):
             batch = np.arange(start, min(start + size, len(tokens.lengths)))
-            said.append(np.asarray(answers(*map(torch.from_numpy, tokens.padded(batch, pad_id)))))
+            said.append(np.asarray(answers(input_tensors(tokens.padded(batch, pad_id)))))
     return np.concatenate(said)
 
 
 def as_answers(model: OnnxModel) -> Answers:
-    """An ONNX model, asked as a student is."""
-    return lambda ids_BL, mask_BL: model(ids_BL.numpy(), mask_BL.numpy())
+    """An ONNX model, called as a student is."""
+    return lambda inputs: model({name: value.numpy() for name, value in inputs.items()})
 
 
 def _accuracy(logits_NC: Logits, rows: Rows) -> float:

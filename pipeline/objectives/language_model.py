@@ -5,7 +5,7 @@ Shape letters: B batch, L tokens, T targets, D width, V vocabulary.
 
 import time
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ import torch
 from pipeline.losses.sparse import SparseTargets, bucket_kl
 from pipeline.objectives.base import binned_error
 from pipeline.streaming.batch import DistillBatch
+from pipeline.streaming.model_inputs import call_model
 
 CHUNK_TOKENS = 128  # whose logits are there at a time
 
@@ -44,7 +45,7 @@ def score_documents(
 
     From sampled entries the KL is their cross-entropy, which is unbiased, less the teacher's entropy.
     """
-    head_VD, device = model.head, next(model.parameters()).device
+    head_VD, device = cast(torch.Tensor, model.head), next(model.parameters()).device
     loss = kl = seconds = 0.0
     targets = told = agreed = 0
     sure: list[npt.NDArray[np.float32]] = []
@@ -52,7 +53,7 @@ def score_documents(
     for batch in batches:
         batch = batch.to(device)
         started = time.perf_counter()
-        states_TD = model(batch.ids_BL, batch.mask_BL)[batch.mask_BL]
+        states_TD = call_model(model, batch.inputs)[batch.mask]
         for start in range(0, len(states_TD), CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
             said_TV = (states_TD[part] @ head_VD.T).float().log_softmax(-1)

@@ -14,6 +14,7 @@ import torch
 from pipeline.data.rows import NO_LABEL, Rows
 from pipeline.losses.divergences import MixedTargets
 from pipeline.losses.sparse import SparseTargets
+from pipeline.streaming.model_inputs import num_rows, on_device
 from pipeline.streaming.prefetch import prefetch
 from storage import Cache
 from storage.entries import ends
@@ -51,8 +52,7 @@ class GlobalBatch(NamedTuple):
 class DistillBatch(NamedTuple):
     """What a student sees in one step."""
 
-    ids_BL: torch.Tensor  # int64, padded on the right; of images pixels, uint8
-    mask_BL: torch.Tensor  # bool, true for tokens
+    inputs: dict[str, torch.Tensor]  # what models read, by name: see Tokens.padded and Pixels.padded
     labels_T: torch.Tensor  # int64, NO_LABEL for none; float32 [T, C], nan for none (Rows.truth)
     # float32 logits [T, C]; those of several teachers; or entries of the T targets
     teacher: torch.Tensor | SparseTargets | MixedTargets
@@ -63,13 +63,23 @@ class DistillBatch(NamedTuple):
     def to(self, device: torch.device) -> "DistillBatch":
         """The same batch on another device."""
         hidden = {name: states.to(device) for name, states in self.hidden.items()}
-        ids, mask, labels = (part.to(device) for part in self[:3])
-        return DistillBatch(ids, mask, labels, self.teacher.to(device), hidden, self.whole)
+        inputs = on_device(self.inputs, device)
+        return DistillBatch(inputs, self.labels_T.to(device), self.teacher.to(device), hidden, self.whole)
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """Of text: bool [B, L], true for tokens, false for padding."""
+        return self.inputs["attention_mask"]
 
     @property
     def num_rows(self) -> int:
         """Rows, or pieces of long ones, of the global batch."""
-        return self.whole.rows if self.whole else len(self.ids_BL)
+        return self.whole.rows if self.whole else self.own_rows
+
+    @property
+    def own_rows(self) -> int:
+        """Rows, or pieces of long ones, of this batch."""
+        return num_rows(self.inputs)
 
     @property
     def num_targets(self) -> int:
@@ -95,8 +105,9 @@ class DistillBatch(NamedTuple):
     @property
     def num_bytes(self) -> int:
         """Size in memory."""
-        parts = [*self[:3], *([self.teacher] if isinstance(self.teacher, torch.Tensor) else self.teacher)]
-        return sum(tensor.nbytes for tensor in [*parts, *self.hidden.values()])
+        teacher = [self.teacher] if isinstance(self.teacher, torch.Tensor) else self.teacher
+        parts = [*self.inputs.values(), self.labels_T, *teacher, *self.hidden.values()]
+        return sum(tensor.nbytes for tensor in parts)
 
 
 def has_label(truth: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

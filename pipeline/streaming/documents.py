@@ -30,6 +30,7 @@ from pipeline.streaming.batch import (
 )
 from pipeline.streaming.decoded_shards import SCRATCH, DecodedShards
 from pipeline.streaming.hidden_states import check_hidden_kept, read_states, shards_in_memory
+from pipeline.streaming.model_inputs import input_tensors
 from pipeline.streaming.prefetch import decode_ahead
 from storage import Cache, order
 from storage.entries import ends, ranges
@@ -243,8 +244,8 @@ class _Window:
             name: _joined([own.hidden[name][start:stop] for own, start, stop, _, _ in pieces], np.float32)
             for name in self._parts[0].hidden
         }
-        ids, mask = torch.from_numpy(ids_BL), torch.from_numpy(mask_BL)
-        return DistillBatch(ids, mask, _joined(labels, np.int64), entries, hidden)
+        inputs = input_tensors({"input_ids": ids_BL, "attention_mask": mask_BL})
+        return DistillBatch(inputs, _joined(labels, np.int64), entries, hidden)
 
 
 def _joined(parts: list[npt.NDArray[Any]], dtype: npt.DTypeLike) -> torch.Tensor:

@@ -40,6 +40,7 @@ from pipeline.streaming.hidden_states import (
     read_states,
     shards_in_memory,
 )
+from pipeline.streaming.model_inputs import input_tensors
 from pipeline.streaming.prefetch import decode_ahead
 from storage import Cache, order
 from storage.entries import Entries, concatenate, ends
@@ -186,17 +187,15 @@ class CachedRows:
 
     def _batch(self, rows: npt.NDArray[np.int64], held: "_Held") -> DistillBatch:
         targets = held.targets
-        ids_BL, mask_BL = self.tokens.padded(rows, self.pad_id)
-        labels_T = self._truth[rows]
         teacher: torch.Tensor | SparseTargets | MixedTargets = (
             torch.from_numpy(targets.logits) if isinstance(targets, _Dense) else SparseTargets.of(targets)
         )
         if self._others_MNC is not None and isinstance(self.cache, Mixture) and isinstance(targets, _Dense):
             logits_MBC = np.concatenate([targets.logits[None], self._others_MNC[:, rows]])
             teacher = MixedTargets(torch.from_numpy(logits_MBC), torch.from_numpy(self.cache.weights_M))
-        ids, mask, labels = (torch.from_numpy(array) for array in (ids_BL, mask_BL, labels_T))
         hidden = {name: torch.from_numpy(states.values) for name, states in held.hidden.items()}
-        return DistillBatch(ids, mask, labels, teacher, hidden)
+        inputs = input_tensors(self.tokens.padded(rows, self.pad_id))
+        return DistillBatch(inputs, torch.from_numpy(self._truth[rows]), teacher, hidden)
 
 
 class _Dense(NamedTuple):

@@ -1,5 +1,6 @@
-"""Student architectures: each takes ids [B, L] and the mask of true tokens, and returns logits [B, C].
+"""Student architectures: each takes the inputs that it lists in `reads`, and returns logits [B, C].
 
+`input_ids` are int64 [B, L], padded on the right, and `attention_mask` is bool [B, L], true for tokens.
 Padding never changes an answer.
 
 Shape letters: B batch, L tokens, C classes, E embedding width, H hidden units, P numbers of an image.
@@ -18,6 +19,7 @@ from pipeline.config.students import (
     TinyBERTStudent,
     TransformersStudent,
 )
+from pipeline.streaming.model_inputs import InputTensors, for_transformers, inputs_of
 from pipeline.students.bert_weights import FEED_FORWARD_RATIO, MIN_POSITIONS
 from pipeline.students.hf_config import build_network, student_config
 
@@ -31,6 +33,8 @@ EMBEDDING_STD = 0.1  # wide enough for the mean of embeddings to carry a signal 
 class FC(nn.Module):
     """Mean of embeddings, one hidden layer of ReLUs (a deep averaging network; Iyyer et al. 2015)."""
 
+    reads = ("input_ids", "attention_mask")
+
     def __init__(self, entry: FCStudent, vocab_size: int, num_labels: int) -> None:
         super().__init__()
         self.embedding = _embedding(vocab_size, entry.embedding)
@@ -42,10 +46,10 @@ class FC(nn.Module):
             nn.Linear(entry.hidden, num_labels),
         )
 
-    def forward(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Logits [B, C]."""
-        weight_BL1 = mask_BL[..., None].to(self.embedding.weight.dtype)
-        mean_BE = (self.embedding(ids_BL) * weight_BL1).sum(1) / weight_BL1.sum(1)
+        weight_BL1 = attention_mask[..., None].to(self.embedding.weight.dtype)
+        mean_BE = (self.embedding(input_ids) * weight_BL1).sum(1) / weight_BL1.sum(1)
         logits_BC: torch.Tensor = self.head(mean_BE)
         return logits_BC
 
@@ -57,6 +61,8 @@ class BiLSTM(nn.Module):
     after the row's end, and no packing is needed: on a CPU that is 1.3 times as fast as packed sequences.
     """
 
+    reads = ("input_ids", "attention_mask")
+
     def __init__(self, entry: BiLSTMStudent, vocab_size: int, num_labels: int) -> None:
         super().__init__()
         self.embedding = _embedding(vocab_size, entry.embedding)
@@ -65,17 +71,17 @@ class BiLSTM(nn.Module):
         self.dropout = nn.Dropout(entry.dropout)
         self.head = nn.Linear(4 * entry.hidden, num_labels)
 
-    def forward(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Logits [B, C]."""
-        lengths_B = mask_BL.sum(1)
-        place_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
+        lengths_B = attention_mask.sum(1)
+        place_L = torch.arange(input_ids.shape[1], device=input_ids.device)
         mirror_BL = (lengths_B[:, None] - 1 - place_L).clamp(min=0)
-        embedded_BLE = self.dropout(self.embedding(ids_BL))
+        embedded_BLE = self.dropout(self.embedding(input_ids))
         there_BLH, _ = self.forwards(embedded_BLE)
         reversed_BLE = embedded_BLE.gather(1, mirror_BL[..., None].expand_as(embedded_BLE))
         back_BLH, _ = self.backwards(reversed_BLE)  # its order along L does not matter to max and mean
         states = torch.cat([there_BLH, back_BLH], dim=-1)
-        mask_BL1 = mask_BL[..., None]
+        mask_BL1 = attention_mask[..., None]
         most = states.masked_fill(~mask_BL1, float("-inf")).amax(1)
         mean = (states * mask_BL1).sum(1) / lengths_B[:, None]
         logits_BC: torch.Tensor = self.head(self.dropout(torch.cat([most, mean], dim=-1)))
@@ -92,6 +98,8 @@ class StudentFeatures(NamedTuple):
 
 class TinyBERT(nn.Module):
     """A BERT of a few narrow layers from random weights (sizes as in Turc et al. 2019)."""
+
+    reads = ("input_ids", "attention_mask")
 
     def __init__(self, entry: TinyBERTStudent, vocab_size: int, num_labels: int) -> None:
         super().__init__()
@@ -114,14 +122,13 @@ class TinyBERT(nn.Module):
             )
         )
 
-    def forward(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Logits [B, C]."""
-        logits_BC: torch.Tensor = self.bert(input_ids=ids_BL, attention_mask=mask_BL.long()).logits
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        logits_BC: torch.Tensor = self.bert(**for_transformers(inputs)).logits
         return logits_BC
 
-    def watch(
-        self, ids_BL: torch.Tensor, mask_BL: torch.Tensor, layers: Iterable[int] = ()
-    ) -> StudentFeatures:
+    def features(self, inputs: InputTensors, layers: Iterable[int] = ()) -> StudentFeatures:
         """The same logits with the states of all layers, and the query, key and value of these ones."""
         parts: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
 
@@ -135,7 +142,8 @@ class TinyBERT(nn.Module):
             for linear in (block.query, block.key, block.value)
         ]
         try:
-            out = self.bert(input_ids=ids_BL, attention_mask=mask_BL.long(), output_hidden_states=True)
+            read = for_transformers({name: inputs[name] for name in self.reads})
+            out = self.bert(**read, output_hidden_states=True)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -146,6 +154,8 @@ class TinyBERT(nn.Module):
 class Transformers(nn.Module):
     """A classifier of transformers, as its config says; saved as transformers saves it."""
 
+    reads = ("input_ids", "attention_mask")
+
     def __init__(self, entry: TransformersStudent, vocab_size: int, num_labels: int) -> None:
         super().__init__()
         self.rebuild(student_config(entry, vocab_size, num_labels))
@@ -155,23 +165,27 @@ class Transformers(nn.Module):
         self.settings = settings
         self.net = build_network(settings)
 
-    def forward(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Logits [B, C]."""
-        ids_BL = ids_BL.masked_fill(~mask_BL, self.settings.pad_token_id)  # some look for the last true token
-        logits_BC: torch.Tensor = self.net(input_ids=ids_BL, attention_mask=mask_BL.long()).logits
+        # Some architectures look for the last true token by the padding id.
+        input_ids = input_ids.masked_fill(~attention_mask, self.settings.pad_token_id)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        logits_BC: torch.Tensor = self.net(**for_transformers(inputs)).logits
         return logits_BC
 
 
 class MLP(nn.Module):
     """A perceptron over pixels, from 0 to 1."""
 
+    reads = ("pixel_values",)
+
     def __init__(self, entry: MLPStudent, num_pixels: int, num_labels: int) -> None:
         super().__init__()
         self.layers = perceptron(num_pixels, entry.hidden, num_labels, entry.dropout)
 
-    def forward(self, pixels_BP: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Logits [B, C]. There is no padding, so the mask says nothing."""
-        logits_BC: torch.Tensor = self.layers(pixels_BP / 255)
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Logits [B, C] of bytes [B, P]."""
+        logits_BC: torch.Tensor = self.layers(pixel_values / 255)
         return logits_BC
 
 
@@ -186,9 +200,14 @@ class TaskHead(nn.Module):
         self.student = student
         self.start, self.end = outputs
 
-    def forward(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The inputs that the student reads."""
+        return inputs_of(self.student)
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         """Logits [B, C] of the task."""
-        logits_BC: torch.Tensor = self.student(ids_BL, mask_BL)[:, self.start : self.end]
+        logits_BC: torch.Tensor = self.student(**inputs)[:, self.start : self.end]
         return logits_BC
 
 

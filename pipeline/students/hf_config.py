@@ -89,8 +89,8 @@ def check_padding(model: "nn.Module", entry: TransformersStudent, num_ids: int) 
     model.eval()
     try:
         with torch.inference_mode():
-            together = model(ids, mask)
-            alone = model(ids[1:, short], mask[1:, short])
+            together = model(input_ids=ids, attention_mask=mask)
+            alone = model(input_ids=ids[1:, short], attention_mask=mask[1:, short])
     except (IndexError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"students of kind transformers: the {entry.model_type} cannot read {entry.max_length} tokens: "

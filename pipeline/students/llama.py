@@ -57,6 +57,8 @@ class Llama(nn.Module):
     config.json too: what is saved is a checkpoint that transformers loads.
     """
 
+    reads = ("input_ids",)
+
     def __init__(self, entry: LlamaStudent, vocab_size: int, num_labels: int = 0) -> None:
         super().__init__()
         from transformers import LlamaConfig
@@ -90,14 +92,14 @@ class Llama(nn.Module):
         weight: torch.Tensor = self.model.embed_tokens.weight
         return weight
 
-    def forward(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
-        """States [B, L, D] that the head would read. Padding stands behind: no token looks at it."""
-        states_BLD: torch.Tensor = self.model(input_ids=ids_BL, use_cache=False).last_hidden_state
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """States [B, L, D] that the head would read. Padding is on the right: no token looks at it."""
+        states_BLD: torch.Tensor = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
         return states_BLD
 
     def next_logits(self, ids_BL: torch.Tensor) -> torch.Tensor:
         """The logits of what follows one row of ids [1, L]: [V]."""
-        logits_V: torch.Tensor = self(ids_BL, torch.ones_like(ids_BL).bool())[0, -1] @ self.head.T
+        logits_V: torch.Tensor = self(ids_BL)[0, -1] @ self.head.T
         return logits_V
 
 

@@ -1,10 +1,10 @@
 """Student architectures, and the files they are kept in.
 
-Each is a module whose forward takes ids [B, L] (`MLP`: pixels) and the mask of true tokens [B, L], padded on
-the right, and returns logits [B, C]; a language model (`Llama`) returns states [B, L, D], and its logits are
-states times `head`. Padding never changes an answer. A saved student is a directory with model.safetensors
-and student.json (its entry of params.yaml, vocabulary (of `mlp`: numbers of an image) and classes; of several
-tasks also `heads`, which outputs belong to which); the tokenizer lies beside it, once for all seeds.
+Each is a module whose forward takes the inputs that its class lists in `reads`, by name, and returns logits
+[B, C]; a language model (`Llama`) returns states [B, L, D], and its logits are states times `head`. Padding
+never changes an answer. A saved student is a directory with model.safetensors and student.json (its entry of
+params.yaml, vocabulary (of `mlp`: numbers of an image) and classes; of several tasks also `heads`, which
+outputs belong to which); the tokenizer is in the run's directory, once for all seeds.
 
 Shape letters: B batch, L tokens, C classes, E embedding width, H hidden units, P numbers of an image.
 """

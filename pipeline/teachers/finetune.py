@@ -17,6 +17,7 @@ from pipeline.objectives.registry import objective_of
 from pipeline.runtime import hardware
 from pipeline.runtime.progress import bar
 from pipeline.streaming.batch import BUCKET_BATCHES, DistillBatch
+from pipeline.streaming.model_inputs import for_transformers, input_tensors
 from pipeline.teachers.adapters import merge_adapters, with_adapters
 from pipeline.teachers.scoring import try_extremes
 from pipeline.training.job import Fit
@@ -53,9 +54,8 @@ def fine_tune(
         for part in order.batches(
             tokens.lengths[chosen], train.batch_rows, BUCKET_BATCHES, train.seed, epoch
         ):
-            ids, mask = (torch.from_numpy(array) for array in tokens.padded(chosen[part], pad_id))
-            labels = torch.from_numpy(truth[chosen[part]])
-            yield DistillBatch(ids, mask, labels, torch.zeros(len(part), 0))
+            inputs = input_tensors(tokens.padded(chosen[part], pad_id))
+            yield DistillBatch(inputs, torch.from_numpy(truth[chosen[part]]), torch.zeros(len(part), 0))
 
     settings = TrainingSettings(
         epochs=train.epochs,
@@ -71,7 +71,7 @@ def fine_tune(
     with bar(f"fine-tuning {name}", train.epochs * len(chosen), "rows") as advance:
         done = fit(
             _Classifier(learner), batches,
-            lambda net, batch, _: task.label_loss(net(batch.ids_BL, batch.mask_BL), batch.labels_T),
+            lambda net, batch, _: task.label_loss(net(**batch.inputs), batch.labels_T),
             lambda _: _validate(model, rows, tokens, pad_id), settings, advance,
         )  # fmt: skip
     return (merge_adapters(learner) if train.lora else model), done
@@ -91,14 +91,14 @@ def _freeze(name: str, model: "PreTrainedModel", num_layers: int) -> None:
 
 
 class _Classifier(torch.nn.Module):
-    """A transformers classifier with the students' signature."""
+    """A transformers classifier that returns its logits, as students do."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
-        logits_BC: torch.Tensor = self.model(input_ids=ids_BL, attention_mask=mask_BL.long()).logits
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        logits_BC: torch.Tensor = self.model(**for_transformers(inputs)).logits
         return logits_BC
 
 

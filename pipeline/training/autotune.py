@@ -46,7 +46,7 @@ def fastest_setup(
     model.train()
     for setting in itertools.product(sorted({threads, 1}, reverse=True), allowed):
         hardware.pin_threads(setting[0])
-        autocast = torch.autocast(batch.ids_BL.device.type, torch.bfloat16)
+        autocast = torch.autocast(batch.labels_T.device.type, torch.bfloat16)
         best = float("inf")
         for _ in range(1 + TRIES):
             started = time.perf_counter()

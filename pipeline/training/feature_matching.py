@@ -16,6 +16,7 @@ from pipeline.config.schedules import Schedule, bounds, value_at
 from pipeline.losses.features import relation_kl, score_mse, state_cosine, state_mse, unflatten_rows
 from pipeline.objectives.base import Validation
 from pipeline.streaming.batch import DistillBatch
+from pipeline.streaming.model_inputs import inputs_of
 from pipeline.students.architectures import StudentFeatures, TinyBERT
 from pipeline.training.layer_maps import MatchPlan
 from storage.spec import HiddenSpec
@@ -47,9 +48,14 @@ class MatchedStudent(nn.Module):
                 width = kept.kept_width(getattr(plan, part)[0].name)
                 self.projections[part] = nn.Linear(own, width, bias=False)
 
-    def forward(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The inputs that the student reads."""
+        return inputs_of(self.student)
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         """The student's logits [B, C]."""
-        logits_BC: torch.Tensor = self.student(ids_BL, mask_BL)
+        logits_BC: torch.Tensor = self.student(**inputs)
         return logits_BC
 
     def answer(self, batch: DistillBatch, done: float | None = None) -> MatchedOutput:
@@ -58,9 +64,9 @@ class MatchedStudent(nn.Module):
         Weights are those where this share of the training is done; None: each at its largest, so that looks
         at different steps can be compared.
         """
-        match, plan, mask_BL = self._match, self._plan, batch.mask_BL
+        match, plan, mask_BL = self._match, self._plan, batch.mask
         layers = {pair.layer for pair in (*plan.attention, *plan.relations)}
-        seen = self.student.watch(batch.ids_BL, mask_BL, sorted(layers))
+        seen = self.student.features(batch.inputs, sorted(layers))
         parts = []
         if match.states:
             loss = STATE_LOSSES[match.states.loss]
@@ -116,6 +122,6 @@ def validate_matching(model: MatchedStudent, batches: Iterable[DistillBatch]) ->
         batch = batch.to(device)
         answer = model.answer(batch)
         right += float((answer.logits_BC.argmax(1) == batch.labels_T).sum())
-        loss += float(answer.loss) * len(batch.ids_BL)
-        rows += len(batch.ids_BL)
+        loss += float(answer.loss) * batch.own_rows
+        rows += batch.own_rows
     return Validation(right / rows, loss / rows)

@@ -26,6 +26,7 @@ from pipeline.objectives.registry import objective_of
 from pipeline.streaming.batch import ALONE, DistillBatch, Stream
 from pipeline.streaming.decoded_shards import SCRATCH, DecodedShards
 from pipeline.streaming.documents import CachedDocuments
+from pipeline.streaming.model_inputs import call_model, on_device
 from pipeline.streaming.rows import CachedRows
 from pipeline.students.architectures import TinyBERT
 from pipeline.students.llama import Llama
@@ -105,7 +106,7 @@ def rows_workload(
 
     def loss(model: torch.nn.Module, batch: DistillBatch, done: float) -> torch.Tensor:
         if match is None:
-            return predictions_loss(model(batch.ids_BL, batch.mask_BL), batch, done)
+            return predictions_loss(call_model(model, batch.inputs), batch, done)
         answer = cast(MatchedStudent, getattr(model, "module", model)).answer(batch, done)
         if not recipe.predicts:
             return answer.loss
@@ -191,7 +192,7 @@ def language_loss(model: torch.nn.Module, batch: DistillBatch, alpha: float, sam
     constant of the targets.
     """
     assert isinstance(batch.teacher, SparseTargets)  # documents have no others
-    states_TD = model(batch.ids_BL, batch.mask_BL)[batch.mask_BL]
+    states_TD = call_model(model, batch.inputs)[batch.mask]
     head_VD = cast(Llama, getattr(model, "module", model)).head
     if torch.is_autocast_enabled(states_TD.device.type):  # the kernel computes in what it is given
         states_TD, head_VD = states_TD.bfloat16(), head_VD.bfloat16()
@@ -217,7 +218,7 @@ def predict_all(
     said, teacher, labels = [], [], []
     with torch.inference_mode():
         for batch in cached.in_order(EVALUATION_ROWS):
-            said.append(model(batch.ids_BL.to(device), batch.mask_BL.to(device)).cpu())
+            said.append(call_model(model, on_device(batch.inputs, device)).cpu())
             teacher.append(_logits(batch.teacher, said[-1].shape[1]))
             labels.append(batch.labels_T)
     return torch.cat(said), torch.cat(teacher), torch.cat(labels)

@@ -22,6 +22,7 @@ from pipeline.data.rows import NO_LABEL, VIEWS, Rows, load_rows
 from pipeline.data.tokenizer import TextReader
 from pipeline.engines.loading import load_classifier, load_language_model
 from pipeline.objectives.classification import recipe_loss
+from pipeline.streaming.model_inputs import call_model, for_transformers
 from pipeline.students.registry import build_student
 from pipeline.teachers.record import teacher_reader
 from pipeline.training.run import train_run
@@ -277,10 +278,10 @@ def test_only_views_are_asked_about_and_each_has_the_target_that_the_teacher_giv
     live = load_classifier(own.teacher)
     without_labels = 0
     for batch in lesson.batches(0):
-        said = live(input_ids=batch.ids_BL, attention_mask=batch.mask_BL.long()).logits.detach()
+        said = live(**for_transformers(batch.inputs)).logits.detach()
         assert isinstance(batch.teacher, torch.Tensor)
         assert torch.allclose(batch.teacher, said, atol=1e-5)
-        truth = recipe_loss(model(batch.ids_BL, batch.mask_BL), batch.labels_T, said, 0.3, 2.0)
+        truth = recipe_loss(call_model(model, batch.inputs), batch.labels_T, said, 0.3, 2.0)
         assert torch.allclose(lesson.loss(model, batch, 0.0), truth, atol=1e-5)
         without_labels += int((batch.labels_T == NO_LABEL).sum())
     assert without_labels == len(rows.select(VIEWS))

@@ -303,7 +303,7 @@ def test_rows_longer_than_the_models_positions_are_refused_before_training(own: 
     train = TeacherTraining(epochs=1) if trained else None
     entry = own.params.teachers["tiny"].model_copy(update={"max_length": 64, "train": train})
     assert "good good" in own.rows().texts[120].as_py()
-    with pytest.raises(TeacherError, match="cannot read rows of 40 tokens") as refused:
+    with pytest.raises(TeacherError, match="cannot read rows of length 40") as refused:
         prepare_teacher("tiny", entry, own.dataset, own.teacher)
     assert "Lower max_length" in str(refused.value)
 

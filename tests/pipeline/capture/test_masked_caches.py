@@ -242,7 +242,7 @@ def test_rows_longer_than_the_models_positions_are_refused_before_the_capture(ow
     with (own.root / "rows.jsonl").open("a") as file:
         file.write(json.dumps({"text": "film " * 40}) + "\n")
     own.prepare()
-    with pytest.raises(TeacherError, match="cannot read rows of 42 tokens"):
+    with pytest.raises(TeacherError, match="cannot read rows of length 42"):
         own.make_teacher(max_length=64)
 
 

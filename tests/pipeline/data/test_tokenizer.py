@@ -109,7 +109,7 @@ def test_padded_is_the_naive_loop(rows: list[list[int]], data: st.DataObject) ->
     offsets = np.cumsum([0] + [len(row) for row in rows])
     tokens = Tokens(np.concatenate([np.array(row, np.int32) for row in rows]), offsets, 0)
     chosen = np.array(data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=9)))
-    ids, mask = tokens.padded(chosen, pad_id=0)
+    ids, mask = tokens.padded(chosen, pad_id=0).values()
     longest = max(len(rows[i]) for i in chosen)
     assert ids.tolist() == [rows[i] + [0] * (longest - len(rows[i])) for i in chosen]
     assert mask.tolist() == [[n < len(rows[i]) for n in range(longest)] for i in chosen]

@@ -108,7 +108,7 @@ def test_queries_keys_and_values_are_those_computed_by_hand_from_the_state_befor
     model, (ids_BL, mask_BL) = random_weights(make()), batch()
     heard = HiddenStateRecorder(model, spec(), LENGTHS, np.arange(2))
     with torch.inference_mode():
-        with heard.hear(np.arange(2), mask_BL):
+        with heard.hear(np.arange(2), {"attention_mask": mask_BL}):
             model(input_ids=ids_BL, attention_mask=mask_BL.long())
         first = 0
         for ids, length in zip(ids_BL, LENGTHS, strict=True):
@@ -127,7 +127,10 @@ def test_queries_keys_and_values_are_those_computed_by_hand_from_the_state_befor
 def test_no_hook_is_left_behind_and_nothing_is_asked_for_without_one() -> None:
     model, (ids_BL, mask_BL) = bert().eval(), batch()
     heard = HiddenStateRecorder(model, spec(), LENGTHS, np.arange(2))
-    with pytest.raises(RuntimeError, match="on the way"), heard.hear(np.arange(2), mask_BL):
+    with (
+        pytest.raises(RuntimeError, match="on the way"),
+        heard.hear(np.arange(2), {"attention_mask": mask_BL}),
+    ):
         raise RuntimeError("on the way")
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert model(input_ids=ids_BL).hidden_states is None
@@ -163,7 +166,7 @@ def test_a_state_that_is_no_number_names_the_row() -> None:
     with (
         pytest.raises(TeacherError, match=r"hidden state layer\.0 for row row8 are not finite"),
         torch.inference_mode(),
-        heard.hear(np.arange(2), mask_BL),
+        heard.hear(np.arange(2), {"attention_mask": mask_BL}),
     ):
         model(input_ids=ids_BL, attention_mask=mask_BL.long())
 

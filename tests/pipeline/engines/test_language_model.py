@@ -22,6 +22,7 @@ from transformers import (
 
 from pipeline.engines import language_model
 from pipeline.engines.language_model import CHUNK_BYTES, LanguageHead
+from pipeline.streaming.model_inputs import for_transformers
 from storage.errors import TeacherError
 
 V = 83
@@ -70,7 +71,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     """Three rows of 9, 5 and 1 tokens."""
     ids = torch.randint(3, V, (3, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.arange(9) < torch.tensor([[9], [5], [1]])
-    return ids.masked_fill(~mask, 0), mask
+    return {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -78,12 +79,13 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 def test_log_probabilities_are_the_models_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = ARCHITECTURES[name]().eval()
-    ids, mask = batch()
-    wanted = model(input_ids=ids, attention_mask=mask.long()).logits[mask].log_softmax(-1)
+    inputs = batch()
+    mask = inputs["attention_mask"]
+    wanted = model(**for_transformers(inputs)).logits[mask].log_softmax(-1)
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 4 * 4 * V)  # chunks of 4 of 15 positions
     head = LanguageHead(model, V)
-    head.check(ids, mask)
-    chunks = list(head.logits(head.states(ids, mask)[mask]))
+    head.check(inputs)
+    chunks = list(head.logits(head.states(inputs)[mask]))
     assert [len(chunk) for chunk in chunks] == [4, 4, 4, 3]
     assert torch.allclose(torch.cat(chunks).log_softmax(-1), wanted, atol=1e-5)
 
@@ -93,15 +95,15 @@ def test_the_head_sees_one_position_of_a_row_and_never_the_matrix() -> None:
     model = llama().eval()
     seen = []
     model.lm_head.register_forward_hook(lambda _, args, out: seen.append(tuple(out.shape)))
-    LanguageHead(model, V).states(*batch())
+    LanguageHead(model, V).states(batch())
     assert seen == [(3, 1, V)]
 
 
 @torch.inference_mode()
 def test_padding_of_the_vocabulary_is_cut_off() -> None:
     head = LanguageHead(llama(vocab_size=V + 13).eval(), V)
-    ids, mask = batch()
-    assert next(iter(head.logits(head.states(ids, mask)[mask]))).shape[1] == V
+    inputs = batch()
+    assert next(iter(head.logits(head.states(inputs)[inputs["attention_mask"]]))).shape[1] == V
 
 
 @torch.inference_mode()

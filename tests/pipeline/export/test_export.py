@@ -22,6 +22,7 @@ from pipeline.data.tokenizer import TextReader, Tokens
 from pipeline.evaluation import latency
 from pipeline.export.predictor import FACTS, MODEL_FILES, OnnxModel, Predictor, find_export
 from pipeline.export.to_onnx import Answers, best_seed, compare_forms, export_run, write_onnx
+from pipeline.streaming.model_inputs import InputTensors, call_model, input_tensors, num_rows
 from pipeline.students.registry import build_student, load_student, save_student
 from stages import cli
 from stages.commands import predict
@@ -92,11 +93,11 @@ def exports(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     return made.__getitem__
 
 
-def batch(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(rows: int) -> dict[str, torch.Tensor]:
     lengths = torch.tensor([LENGTHS[row % len(LENGTHS)] for row in range(rows)])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     ids = torch.randint(1, 20, mask.shape, generator=torch.Generator().manual_seed(1))
-    return ids.masked_fill(~mask, 0), mask
+    return {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask}
 
 
 @pytest.mark.parametrize("kind", ENTRIES)
@@ -105,11 +106,12 @@ def test_onnx_gives_the_students_logits_for_any_number_of_rows_of_any_length(
     exports: Callable[[str], Made], kind: str, rows: int
 ) -> None:
     made = exports(kind)
-    ids, mask = batch(rows)
+    inputs = batch(rows)
+    arrays = {name: value.numpy() for name, value in inputs.items()}
     with torch.inference_mode():
-        wanted = made.student(ids, mask).numpy()
+        wanted = made.student(**inputs).numpy()
     for form, near in (("float32", 1e-5), ("int8", 0.1)):
-        said = OnnxModel(made.directory / MODEL_FILES[form])(ids.numpy(), mask.numpy())
+        said = OnnxModel(made.directory / MODEL_FILES[form])(arrays)
         assert np.abs(said - wanted).max() < near
 
 
@@ -160,15 +162,15 @@ def test_the_best_seed_is_that_of_the_highest_accuracy_then_of_the_lowest_loss()
 
 
 def answers_of(model: torch.nn.Module) -> Answers:
-    def answer(ids: torch.Tensor, mask: torch.Tensor) -> Any:
+    def answer(inputs: InputTensors) -> Any:
         with torch.inference_mode():
-            return model(ids, mask).numpy()
+            return call_model(model, inputs).numpy()
 
     return answer
 
 
 def scaled(answer: Answers, factor: float) -> Answers:
-    return lambda ids, mask: answer(ids, mask) * factor
+    return lambda inputs: answer(inputs) * factor
 
 
 @pytest.fixture
@@ -184,10 +186,10 @@ def test_a_model_that_says_something_else_is_refused_with_the_row(
     rows, tokens, right = asked
     row = 5
 
-    def off(ids: torch.Tensor, mask: torch.Tensor) -> Any:
-        said = right(ids, mask)
-        for place, own in enumerate(ids):
-            if np.array_equal(own[mask[place]].numpy(), tokens.row(row)):
+    def off(inputs: InputTensors) -> Any:
+        said = right(inputs)
+        for place, own in enumerate(inputs["input_ids"]):
+            if np.array_equal(own[inputs["attention_mask"][place]].numpy(), tokens.row(row)):
                 said[place] += 0.01
         return said
 
@@ -201,8 +203,8 @@ def test_a_model_that_is_right_about_single_rows_alone_or_says_no_number_is_refu
 ) -> None:
     rows, tokens, right = asked
 
-    def single(ids: torch.Tensor, mask: torch.Tensor) -> Any:
-        return right(ids, mask) + (0.01 if len(ids) > 1 else 0)
+    def single(inputs: InputTensors) -> Any:
+        return right(inputs) + (0.01 if num_rows(inputs) > 1 else 0)
 
     with pytest.raises(ExportError, match="32 rows at a time"):
         compare_forms("x", rows, tokens, 0, {"torch": right, "float32": single, "int8": right}, 100)
@@ -216,7 +218,7 @@ def test_int8_that_loses_too_much_is_refused_and_a_loss_that_is_allowed_is_told(
     asked: tuple[Rows, Tokens, Answers],
 ) -> None:
     rows, tokens, right = asked
-    said = right(*map(torch.from_numpy, tokens.padded(np.arange(len(rows.labels)), 0)))
+    said = right(input_tensors(tokens.padded(np.arange(len(rows.labels)), 0)))
     sign = 1 if (said.argmax(1) == rows.labels).mean() > 0.5 else -1
     kept = max((said.argmax(1) == rows.labels).mean(), (said.argmin(1) == rows.labels).mean())
     forms = {"torch": scaled(right, sign), "float32": scaled(right, sign), "int8": scaled(right, -sign)}
@@ -260,9 +262,9 @@ def test_an_answer_is_the_students_and_probabilities_sum_to_one(
 ) -> None:
     made, text = exports(kind), "good bright film slow plot"
     reader = TextReader(made.models / "tokenizer", 32, "truncate")
-    ids, mask = reader.read([text], [""]).padded(np.array([0]), reader.pad_id)
+    inputs = input_tensors(reader.read([text], [""]).padded(np.array([0]), reader.pad_id))
     with torch.inference_mode():
-        wanted = made.student(torch.from_numpy(ids), torch.from_numpy(mask)).softmax(1)[0].tolist()
+        wanted = made.student(**inputs).softmax(1)[0].tolist()
     for form, near in (("float32", 1e-5), ("int8", 0.05)):
         answer = Predictor(made.directory, form).answer(text)  # type: ignore[arg-type]
         assert list(answer.probabilities) == ["negative", "positive"]

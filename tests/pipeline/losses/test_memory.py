@@ -18,10 +18,11 @@ import json, re, resource
 from pathlib import Path
 import numpy as np, torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from pipeline import language
-from pipeline.prompts import Prompts
-from pipeline.tokens import Tokens
-from storage.spec import Threshold
+from pipeline.data.tokenizer import Tokens
+from pipeline.engines import language_model as language
+from pipeline.engines.masking import Prompts
+from pipeline.streaming.model_inputs import input_tensors
+from storage.codecs import Threshold
 
 resource.setrlimit(resource.RLIMIT_DATA, (12 * 10**9, 12 * 10**9))  # too much ends this, and no other
 
@@ -35,8 +36,8 @@ def growth(rows, length):
     names, codec = [f"{{row:032x}}" for row in range(rows)], Threshold(layout="plain", tau=0.07, seed=0)
     Path("{CLEAR}").write_text("5")
     before = held("VmRSS")
-    head.check(*(torch.from_numpy(array) for array in tokens.padded(np.arange(rows), 0)))
-    entries, _ = language.infer(head, asked, np.arange(rows), 0, codec, names)
+    head.check(input_tensors(tokens.padded(np.arange(rows), 0)))
+    entries, _ = language.infer_entries(head, asked, np.arange(rows), 0, codec, names)
     return held("VmHWM") - before, int((entries.counts > 0).sum())
 
 torch.manual_seed(0)
@@ -47,7 +48,7 @@ config = LlamaConfig(
 head = language.LanguageHead(LlamaForCausalLM(config).eval(), {V})
 language.TOKENS_PER_BATCH["cpu"] = 4 * 1025
 batches, states = [], head.states
-head.states = lambda ids, mask: batches.append(mask.sum().item()) or states(ids, mask)
+head.states = lambda inputs: batches.append(inputs["attention_mask"].sum().item()) or states(inputs)
 in_chunks, positions = growth(4, 1025)
 in_one_batch = 4 * 1025 in batches
 language.CHUNK_BYTES["cpu"] = 2**40

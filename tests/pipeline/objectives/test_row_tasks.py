@@ -28,6 +28,7 @@ from pipeline.objectives.embedding import vector_agreement, vector_distance
 from pipeline.objectives.multilabel import binary_kl, label_quality, multilabel_loss
 from pipeline.objectives.regression import squared_error, value_quality
 from pipeline.runtime.files import write_json
+from pipeline.streaming.model_inputs import call_model
 from pipeline.streaming.rows import CachedRows
 from pipeline.students.registry import build_student
 from pipeline.teachers.record import teacher_reader
@@ -89,7 +90,7 @@ def test_the_loss_from_the_cache_is_that_with_the_teacher_in_memory(
     batch = next(iter(cached.in_order(1000)))
     found = lesson.loss(model, batch, 0.0).item()
     again = live(world, rows)
-    said = model(batch.ids_BL, batch.mask_BL)
+    said = call_model(model, batch.inputs)
     order = [int(np.flatnonzero((again.numpy() == t).all(1))[0]) for t in batch.teacher.numpy()]
     truth = torch.from_numpy(rows.truth[order])
     expected = {

@@ -61,14 +61,14 @@ def expected_states(cache: Cache) -> dict[str, dict[str, np.ndarray]]:
 def check_rows(batch: DistillBatch, row_of: dict[tuple[int, ...], str], expected: Any, pooled: bool) -> int:
     """Each row of the batch has its own vectors, in the order of the mask. Returns the number of rows."""
     parts = 0
-    for ids, mask in zip(batch.ids_BL, batch.mask_BL, strict=True):
+    for ids, mask in zip(batch.inputs["input_ids"], batch.mask, strict=True):
         row = row_of[tuple(ids[mask].tolist())]
         length = 1 if pooled else int(mask.sum())
         for name, vectors in batch.hidden.items():
             assert np.array_equal(vectors[parts : parts + length].numpy(), expected[row][name])
         parts += length
     assert all(len(vectors) == parts for vectors in batch.hidden.values())
-    return len(batch.ids_BL)
+    return batch.own_rows
 
 
 def test_each_row_of_a_batch_has_its_own_states_in_the_order_of_the_mask(world: World, states: Cache) -> None:
@@ -106,7 +106,8 @@ def test_batches_without_names_have_no_states_and_the_same_order(world: World, s
     plain = list(CachedRows(states, world.rows(), tokens, 0, ("train",)).epoch(1, 0, 16))
     read_along = list(CachedRows(states, world.rows(), tokens, 0, ("train",), NAMES).epoch(1, 0, 16))
     assert all(not batch.hidden for batch in plain)
-    assert [b.ids_BL.tolist() for b in plain] == [b.ids_BL.tolist() for b in read_along]
+    ids, ids_along = ([batch.inputs["input_ids"].tolist() for batch in own] for own in (plain, read_along))
+    assert ids == ids_along
 
 
 def test_a_batch_knows_its_states_when_it_is_moved_and_measured(world: World, states: Cache) -> None:
@@ -178,7 +179,7 @@ def test_pieces_of_documents_have_the_states_of_their_tokens(tmp_path: Path) -> 
         for batch in stream:
             states, first = batch.hidden["layer.1"].numpy(), 0
             assert len(states) == len(batch.labels_T)
-            for ids, mask in zip(batch.ids_BL, batch.mask_BL, strict=True):
+            for ids, mask in zip(batch.inputs["input_ids"], batch.mask, strict=True):
                 own = states[first : first + int(mask.sum())]
                 assert any(np.array_equal(own, other) for other in every[tuple(ids[mask].tolist())])
                 first, pieces = first + len(own), pieces + 1

@@ -1,9 +1,7 @@
-"""Several teachers: the loss from their caches is that with all in memory; what does not mix is refused."""
+"""Several teachers: the loss from their caches is that with all in memory; rows that a cache lacks."""
 
-import copy
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,84 +12,20 @@ import pytest
 import torch
 
 from pipeline.capture.capture import capture_cache
-from pipeline.config.caches import MixtureEntry, ThresholdTargets
-from pipeline.config.load import load_params
-from pipeline.config.params import RunInputs
 from pipeline.config.recipes import Recipe
-from pipeline.data.inputs import read_inputs
-from pipeline.data.rows import POOL, load_rows
+from pipeline.data.rows import POOL
 from pipeline.data.tokenizer import TextReader
 from pipeline.engines.loading import load_classifier
 from pipeline.evaluation import latency
 from pipeline.evaluation.evaluate import evaluate_run
 from pipeline.losses.divergences import MixedTargets, distillation_loss
-from pipeline.streaming.rows import CachedRows
-from pipeline.streaming.verified import make_mixture, open_inputs
-from pipeline.teachers.prepare import prepare_teacher
-from pipeline.teachers.record import teacher_reader
-from pipeline.training.run import train_run
+from pipeline.streaming.model_inputs import for_transformers
+from pipeline.streaming.verified import open_inputs
 from pipeline.training.workload import Workload, rows_workload
-from storage import Cache, manifest
-from storage.errors import ConfigError, DataError, ManifestInvalid, ShardMissing, SpecMismatch
-from storage.mixture import MIXTURE_NAME, Mixture, mix, open_cache
-from tests import toy
-from tests.pipeline import row_worlds
-from tests.pipeline.conftest import World
-
-NAMES = ("first", "second")
-LABELS = ("negative", "positive")
-
-
-class Two(World):
-    """A project with the caches of two teachers over the same rows, and their mixture `both`."""
-
-    @property
-    def caches(self) -> Path:
-        return self.root / "caches"
-
-    @property
-    def records(self) -> Path:
-        return self.root / "verified"
-
-    def teach(self, name: str, seed: int, labels: tuple[str, ...] = LABELS, **changes: Any) -> Cache:
-        """The cache `name` of a teacher with other random weights, verified; `changes` are to its entry."""
-        toy.write_model(self.root / f"model-{name}", seed, labels)
-        entry = self.params.teachers["tiny"].model_copy(update={"model": str(self.root / f"model-{name}")})
-        teacher = self.root / f"teacher-{name}"
-        prepare_teacher(name, entry, self.dataset, teacher)
-        capture_cache(name, self.entry(**changes), self.dataset, teacher, self.caches / name, self.store)
-        cache = Cache.open(self.caches / name)
-        (self.records / f"{name}.json").write_text(json.dumps({"manifest": cache.manifest_sha256}))
-        return cache
-
-    def mix(self, name: str = "both", caches: tuple[str, str] = NAMES, **fields: Any) -> Mixture:
-        """The mixture of two caches, as the stage makes it."""
-        entry = MixtureEntry.model_validate({"caches": caches, **fields})
-        record = make_mixture(name, entry, self.caches, self.records)
-        (self.records / f"{name}.json").write_text(json.dumps(record))
-        return Mixture.open(self.caches / name)
-
-    def paths(self, out: Path, name: str = "both") -> RunInputs:
-        return RunInputs(self.caches / name, self.dataset, self.records / f"{name}.json", out)
-
-    def train(self, out: Path, name: str = "both", **recipe: Any) -> dict[str, Any]:
-        params = self.params
-        run = params.runs["fc-kd-pool"].model_copy(update={"cache": name, "seeds": (0,)})
-        made = params.recipes["kd-pool"].model_copy(update={"epochs": 1, **recipe})
-        return train_run("fc-both", run, params.students["fc"], made, 1, self.paths(out, name))
-
-    def copy(self, to: Path) -> "Two":
-        return Two(super().copy(to).root)
-
-
-@pytest.fixture(scope="module")
-def two(world: World, tmp_path_factory: pytest.TempPathFactory) -> Two:
-    made = Two(world.copy(tmp_path_factory.mktemp("two") / "own").root)
-    made.records.mkdir()
-    for seed, name in enumerate(NAMES):
-        made.teach(name, seed + 1)
-    made.mix(weights=(0.75, 0.25))
-    return made
+from storage import Cache
+from storage.errors import DataError, SpecMismatch
+from storage.mixture import Mixture
+from tests.pipeline.two_teachers import NAMES, Two
 
 
 def lesson(two: Two, recipe: Recipe, name: str = "both") -> Workload:
@@ -103,11 +37,13 @@ def lesson(two: Two, recipe: Recipe, name: str = "both") -> Workload:
 class Says(torch.nn.Module):
     """A student that says the same logits every time."""
 
+    reads = ()
+
     def __init__(self, logits: torch.Tensor) -> None:
         super().__init__()
         self.logits = logits
 
-    def forward(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+    def forward(self) -> torch.Tensor:
         return self.logits
 
 
@@ -142,7 +78,7 @@ def test_the_loss_from_two_caches_is_that_with_both_teachers_in_memory(two: Two,
     for batch in made.batches(0):
         logits_BC = torch.randn(len(batch.labels_T), 2, generator=torch.Generator().manual_seed(checked))
         with torch.inference_mode():
-            live = [m(input_ids=batch.ids_BL, attention_mask=batch.mask_BL.long()).logits for m in models]
+            live = [m(**for_transformers(batch.inputs)).logits for m in models]
         mean = sum(
             weight * (said.double() / 2).softmax(-1) for weight, said in zip((0.75, 0.25), live, strict=True)
         )
@@ -166,7 +102,7 @@ def test_a_cache_mixed_with_its_own_copy_is_that_cache(two: Two, tmp_path: Path)
         lesson(own, recipe, "twins").batches(0), lesson(own, recipe, "first").batches(0), strict=True
     )
     for both, one in batches:
-        assert torch.equal(both.ids_BL, one.ids_BL)
+        assert torch.equal(both.inputs["input_ids"], one.inputs["input_ids"])
         assert isinstance(both.teacher, MixedTargets)
         assert isinstance(one.teacher, torch.Tensor)
         torch.testing.assert_close(both.teacher.at(2.0).softmax(-1), one.teacher.softmax(-1))
@@ -264,146 +200,3 @@ def test_nothing_left_to_train_on_is_refused(two: Two, tmp_path: Path) -> None:
     own = without(two, tmp_path, "train", "skip")
     with pytest.raises(DataError, match="no row to train on is in all caches of"):
         own.train(tmp_path / "out")
-
-
-def test_label_orders_that_differ_are_refused_by_name(two: Two, tmp_path: Path) -> None:
-    own = two.copy(tmp_path / "own")
-    first, second = (Cache.open(own.caches / name) for name in NAMES)
-    turned = second.identity.spec.model_copy(update={"labels": LABELS[::-1]})
-    second.manifest = second.manifest.model_copy(
-        update={"identity": second.identity.model_copy(update={"spec": turned})}
-    )
-    with pytest.raises(
-        SpecMismatch, match=r"caches\.second cannot be averaged with caches\.first"
-    ) as refused:
-        mix(own.caches / "other", {"first": (first, 1.0), "second": (second, 1.0)}, "error")
-    assert "[positive, negative]   [negative, positive]" in str(refused.value)
-    assert not (own.caches / "other").exists()
-
-
-def test_only_dense_caches_can_be_averaged(two: Two, tmp_path: Path) -> None:
-    own = two.copy(tmp_path / "own")
-    own.teach("sparse", 3, targets=ThresholdTargets(codec="threshold", layout="plain"))
-    with pytest.raises(SpecMismatch, match=r"spec\.codec\s+threshold\s+dense"):
-        own.mix("other", ("first", "sparse"))
-
-
-def test_only_answers_of_one_distribution_a_row_can_be_averaged(two: Two, tmp_path: Path) -> None:
-    first, second = (Cache.open(two.caches / name) for name in NAMES)
-    spec = second.identity.spec.model_copy(update={"task": "token-classification"})
-    second.manifest = second.manifest.model_copy(
-        update={"identity": second.identity.model_copy(update={"spec": spec})}
-    )
-    with pytest.raises(SpecMismatch, match=r"spec\.task\s+token-classification"):
-        mix(tmp_path / "other", {"first": (first, 1.0), "second": (second, 1.0)}, "error")
-
-
-def test_classifiers_of_images_are_averaged_too(tmp_path: Path) -> None:
-    first = row_worlds.images(tmp_path).all_of_it()
-    one, rows, reader = Cache.open(first.cache), load_rows(first.dataset), teacher_reader(first.teacher)
-    first.make_teacher(train={**first.teaching["train"], "seed": 1})
-    first.cache = tmp_path / "other"
-    first.capture()
-    both = mix(tmp_path / "both", {"one": (one, 3.0), "other": (Cache.open(first.cache), 1.0)}, "error")
-    batches = [
-        next(CachedRows(cache, rows, read_inputs(reader, rows), 0, ("train",)).in_order(8))
-        for cache in (both, one, Cache.open(first.cache))
-    ]
-    mixed, *alone = (batch.teacher for batch in batches)
-    assert isinstance(mixed, MixedTargets)
-    shares = [torch.softmax(torch.as_tensor(logits), -1) for logits in alone]
-    assert not torch.allclose(*shares)
-    expected = 0.75 * shares[0] + 0.25 * shares[1]
-    assert torch.softmax(torch.as_tensor(mixed.at(1.0)), -1).numpy() == pytest.approx(
-        expected.numpy(), abs=1e-6
-    )
-
-
-def test_a_cache_that_was_not_verified_is_not_mixed(two: Two, tmp_path: Path) -> None:
-    own = two.copy(tmp_path / "own")
-    (own.records / "second.json").unlink()
-    with pytest.raises(SpecMismatch, match="Verify it: dvc repro verify@second"):
-        own.mix("other")
-    (own.records / "both.json").write_text(json.dumps({"manifest": "0" * 64}))
-    with pytest.raises(SpecMismatch, match="Verify it: dvc repro mix@both"):
-        own.train(tmp_path / "out")
-
-
-Damage = Callable[[Path], object]
-
-
-@pytest.mark.parametrize(
-    ("damage", "error", "said"),
-    [
-        (lambda p: (p / MIXTURE_NAME).write_text("{"), ManifestInvalid, "mixture.json is not JSON"),
-        (lambda p: edit(p, missing="guess"), ManifestInvalid, "missing"),
-        (lambda p: edit(p, members=[]), ManifestInvalid, "members"),
-        (lambda p: write_again(p), ManifestInvalid, "mixture.json .* canonical form"),
-        (lambda p: edit(p, format_version=3), ManifestInvalid, "format_version"),
-        (lambda p: edit(p, format_version=1), ManifestInvalid, "format_version"),
-        (lambda p: shutil.copytree(p / "first", p / "second", dirs_exist_ok=True), SpecMismatch, "second"),
-        (lambda p: (p / "second" / "tokenizer" / "tokenizer.json").unlink(), ShardMissing, "tokenizer.json"),
-    ],
-)
-def test_damage_to_a_mixture_is_a_named_error(
-    two: Two, tmp_path: Path, damage: Damage, error: type[Exception], said: str
-) -> None:
-    shutil.copytree(two.caches / "both", tmp_path / "both")
-    damage(tmp_path / "both")
-    with pytest.raises(error, match=said):
-        open_cache(tmp_path / "both")
-
-
-def write_again(path: Path) -> None:
-    content = json.loads((path / MIXTURE_NAME).read_text())
-    (path / MIXTURE_NAME).write_text(json.dumps(content))
-
-
-def edit(path: Path, **fields: Any) -> None:
-    """As a forger would: with a right checksum."""
-    content = json.loads((path / MIXTURE_NAME).read_text()) | fields
-    content.pop("checksum")
-    (path / MIXTURE_NAME).write_bytes(manifest.seal(content))
-
-
-def test_a_changed_weight_is_another_mixture(two: Two, tmp_path: Path) -> None:
-    shutil.copytree(two.caches / "both", tmp_path / "both")
-    before = open_cache(tmp_path / "both").manifest_sha256
-    members = json.loads((tmp_path / "both" / MIXTURE_NAME).read_text())["members"]
-    edit(tmp_path / "both", members=[members[0] | {"weight": 0.5}, members[1] | {"weight": 0.5}])
-    assert open_cache(tmp_path / "both").manifest_sha256 != before
-
-
-@pytest.mark.parametrize(
-    ("mixtures", "said"),
-    [
-        ({"both": {"caches": ["toy", "tooy"]}}, "mixtures.both.caches: no 'tooy' in caches or mixtures; did"),
-        ({"both": {"caches": ["toy", "toy"]}}, "'toy' stands there twice"),
-        ({"both": {"caches": ["toy"]}}, "mixtures.both.caches"),
-        ({"both": {"caches": ["toy", "more"], "weights": [1.0, 0.0]}}, "mixtures.both.weights"),
-        ({"toy": {"caches": ["toy", "more"]}}, "mixtures.toy: caches has this name too"),
-        (
-            {"both": {"caches": ["toy", "again"]}, "again": {"caches": ["more", "both"]}},
-            "mixtures.both.caches: it holds itself, by way of again, both, more, toy",
-        ),
-        ({"both": {"caches": ["toy", "more"], "mising": "skip"}}, "unknown key; did you mean 'missing'"),
-    ],
-)
-def test_a_mixture_that_cannot_be_is_refused_with_its_place(
-    tmp_path: Path, mixtures: dict[str, Any], said: str
-) -> None:
-    shelves = copy.deepcopy(toy.params())
-    shelves["caches"]["more"] = shelves["caches"]["toy"]
-    toy.write_params(tmp_path, shelves | {"mixtures": mixtures})
-    with pytest.raises(ConfigError) as refused:
-        load_params(tmp_path / "params.yaml")
-    assert said in str(refused.value)
-
-
-def test_a_run_may_name_a_mixture_and_a_mixture_another_one(tmp_path: Path) -> None:
-    shelves = copy.deepcopy(toy.params())
-    shelves["caches"] |= {"more": shelves["caches"]["toy"], "most": shelves["caches"]["toy"]}
-    shelves["mixtures"] = {"three": {"caches": ["both", "most"]}, "both": {"caches": ["toy", "more"]}}
-    shelves["runs"]["fc-ce"]["cache"] = "three"
-    toy.write_params(tmp_path, shelves)
-    assert load_params(tmp_path / "params.yaml").runs["fc-ce"].cache == "three"

@@ -40,18 +40,19 @@ def rows_of(batch: DistillBatch) -> list[Row]:
     if batch.whole and batch.whole.empty:
         return []
     found: list[Row] = []
-    lengths = batch.mask_BL.sum(1).tolist()
+    lengths = batch.mask.sum(1).tolist()
     if isinstance(batch.teacher, SparseTargets):
         said = [[] for _ in batch.labels_T]
         for position, entry, weight in zip(*(part.tolist() for part in batch.teacher[:3]), strict=True):
             said[position].append((entry, weight))
         ends = np.cumsum([0, *lengths])
-        for ids, length, first in zip(batch.ids_BL, lengths, ends, strict=False):
+        for ids, length, first in zip(batch.inputs["input_ids"], lengths, ends, strict=False):
             labels = batch.labels_T[first : first + length].tolist()
             found.append((*ids[:length].tolist(), *labels, str(said[first : first + length])))
         return found
     assert isinstance(batch.teacher, torch.Tensor)
-    for ids, length, label, logits in zip(batch.ids_BL, lengths, batch.labels_T, batch.teacher, strict=True):
+    ids_BL = batch.inputs["input_ids"]
+    for ids, length, label, logits in zip(ids_BL, lengths, batch.labels_T, batch.teacher, strict=True):
         found.append((*ids[:length].tolist(), int(label), *logits.tolist()))
     return found
 
@@ -140,7 +141,7 @@ def test_what_a_batch_is_a_part_of_is_counted_over_all_ranks(read: Read) -> None
     for rank in (0, 3):
         for part, batch in zip(read.epoch(rank=rank, ranks=4), alone, strict=True):
             assert part.whole is not None
-            assert (part.num_rows, part.num_targets) == (len(batch.ids_BL), len(batch.labels_T))
+            assert (part.num_rows, part.num_targets) == (batch.own_rows, len(batch.labels_T))
             assert part.whole.labelled == int(has_label(batch.labels_T.numpy()).sum())
 
 

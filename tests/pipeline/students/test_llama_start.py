@@ -73,7 +73,7 @@ def ids() -> torch.Tensor:
 
 @torch.inference_mode()
 def logits(model: Llama) -> torch.Tensor:
-    return model(ids(), torch.ones_like(ids(), dtype=torch.bool)) @ model.head.T
+    return model(ids()) @ model.head.T
 
 
 @torch.inference_mode()
@@ -340,7 +340,7 @@ def test_a_projected_student_knows_at_the_start_what_a_random_one_does_not(
     projected = start(carry(learned, tmp_path), chosen)
     with torch.inference_mode():
         found = {
-            name: loss(lambda ids, model=model: model(ids, ids >= 0) @ model.head.T, batch).item()
+            name: loss(lambda ids, model=model: model(ids) @ model.head.T, batch).item()
             for name, model in (("random", random(chosen)), ("projected", projected))
         }
         found["teacher"] = loss(lambda ids: learned(input_ids=ids).logits, batch).item()

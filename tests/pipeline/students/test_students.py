@@ -102,12 +102,12 @@ def test_a_directory_without_a_student_says_how_to_train_one(tmp_path: Path) -> 
         load_student(tmp_path / "run" / "seed-0")
 
 
-def test_a_watched_bert_answers_alike_and_tells_its_states_and_vectors() -> None:
+def test_a_bert_with_its_features_answers_alike_and_has_its_states_and_vectors() -> None:
     model = build("tinybert")
     assert isinstance(model, TinyBERT)
     ids, mask = batch()
     with torch.inference_mode():
-        seen = model.watch(ids, mask, (1, 2))
+        seen = model.features({"input_ids": ids, "attention_mask": mask}, (1, 2))
         assert torch.equal(seen.logits_BC, model(ids, mask))
         assert [tuple(states.shape) for states in seen.states] == [(4, 12, 16)] * 3
         assert torch.equal(seen.states[0], model.bert.bert.embeddings(ids))

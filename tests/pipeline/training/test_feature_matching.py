@@ -15,6 +15,7 @@ from pipeline.config.students import Student, TinyBERTStudent
 from pipeline.data.rows import POOL
 from pipeline.data.tokenizer import TextReader
 from pipeline.streaming.batch import DistillBatch
+from pipeline.streaming.model_inputs import for_transformers
 from pipeline.streaming.rows import CachedRows
 from pipeline.students.architectures import TinyBERT
 from pipeline.students.registry import build_student
@@ -75,9 +76,7 @@ def first_batch(world: World, names: tuple[str, ...]) -> DistillBatch:
 def live(teacher: BertForSequenceClassification, batch: DistillBatch, pool: str) -> DistillBatch:
     """The same batch with what the teacher in memory thinks, by hand."""
     with torch.inference_mode():
-        states = teacher(
-            input_ids=batch.ids_BL, attention_mask=batch.mask_BL.long(), output_hidden_states=True
-        ).hidden_states
+        states = teacher(**for_transformers(batch.inputs), output_hidden_states=True).hidden_states
         hidden = {}
         for name in batch.hidden:
             kind, layer = name.split(".")
@@ -88,11 +87,11 @@ def live(teacher: BertForSequenceClassification, batch: DistillBatch, pool: str)
                 source = states[int(layer) - 1]
                 vectors = torch.cat([part.query(source), part.key(source), part.value(source)], -1)
             if pool == "none":
-                hidden[name] = vectors[batch.mask_BL]
+                hidden[name] = vectors[batch.mask]
             elif pool == "first":
                 hidden[name] = vectors[:, 0]
             else:
-                lengths = batch.mask_BL.sum(1)
+                lengths = batch.mask.sum(1)
                 means = [row[:n].mean(0) for row, n in zip(vectors, lengths, strict=True)]
                 hidden[name] = torch.stack(means)
     return batch._replace(hidden=hidden)

@@ -25,6 +25,7 @@ from pipeline.objectives.language_model import TeacherReference, score_documents
 from pipeline.runtime.files import write_json
 from pipeline.streaming.batch import DistillBatch
 from pipeline.streaming.documents import CachedDocuments
+from pipeline.streaming.model_inputs import call_model, for_transformers
 from pipeline.students.llama import Llama
 from pipeline.students.registry import build_student, load_student
 from pipeline.teachers.record import teacher_reader
@@ -72,7 +73,7 @@ def seen(stream: Any) -> Counter[tuple[Any, ...]]:
         for position, id_, weight in zip(*(t.tolist() for t in batch.teacher[:3]), strict=True):
             entries[position].append((id_, weight))
         at = 0
-        for ids, mask in zip(batch.ids_BL.tolist(), batch.mask_BL, strict=True):
+        for ids, mask in zip(batch.inputs["input_ids"].tolist(), batch.mask, strict=True):
             assert mask.int().diff().le(0).all(), "padding stands behind"
             for place in range(int(mask.sum())):
                 found[(*ids[: place + 1], int(batch.labels_T[at]), tuple(entries[at]))] += 1
@@ -117,14 +118,14 @@ def test_the_order_is_a_function_of_seed_and_epoch_and_steps_are_known_beforehan
     assert order(0, 0) != order(0, 1)
     some = documents(made, "train")
     assert some.num_steps(5, 3, 48) == sum(len(list(some.epoch(5, epoch, 48))) for epoch in range(3))
-    assert all(batch.ids_BL.numel() <= 48 for batch in some.epoch(0, 0, 48))
+    assert all(batch.inputs["input_ids"].numel() <= 48 for batch in some.epoch(0, 0, 48))
 
 
 def test_sorting_by_length_leaves_less_padding(made: Prose) -> None:
     sorted_, mixed = documents(made, "train", max_length=128).padding(0, 200)
     batches = list(documents(made, "train", max_length=128).epoch(0, 0, 200))
     assert sorted_ == pytest.approx(
-        1 - sum(int(b.mask_BL.sum()) for b in batches) / sum(b.ids_BL.numel() for b in batches)
+        1 - sum(int(b.mask.sum()) for b in batches) / sum(b.inputs["input_ids"].numel() for b in batches)
     )
     assert sorted_ < mixed
 
@@ -133,8 +134,8 @@ def teacher_logits(prose: Prose, batch: DistillBatch) -> torch.Tensor:
     """What the live teacher says at every target of a batch of whole rows: [T, V]."""
     model = load_language_model(prose.teacher, "float32")
     with torch.inference_mode():
-        logits: torch.Tensor = model(batch.ids_BL, attention_mask=batch.mask_BL.long()).logits
-    return logits[batch.mask_BL][:, : teacher_reader(prose.teacher).num_ids]
+        logits: torch.Tensor = model(**for_transformers(batch.inputs)).logits
+    return logits[batch.mask][:, : teacher_reader(prose.teacher).num_ids]
 
 
 def untrained(prose: Prose) -> Llama:
@@ -152,7 +153,7 @@ def test_the_loss_from_a_top_k_cache_is_that_of_the_live_teacher(prose_topk: Pro
     batch = next(documents(prose_topk, "train", max_length=128).in_order(2000))
     model = untrained(prose_topk)
     told = teacher_logits(prose_topk, batch).softmax(-1)
-    logits = model(batch.ids_BL, batch.mask_BL)[batch.mask_BL] @ model.head.T
+    logits = call_model(model, batch.inputs)[batch.mask] @ model.head.T
     soft = -(told * logits.log_softmax(-1)).sum(-1).mean()
     hard = torch.nn.functional.cross_entropy(logits, batch.labels_T)
     ours = language_loss(model, batch, alpha, sampled=False)
@@ -187,7 +188,7 @@ def test_kl_agreement_loss_and_accuracy_are_those_of_the_live_teacher(
     loss, kl, right, agree, known = 0.0, 0.0, 0, 0, 0
     for batch in some.in_order(256):
         with torch.inference_mode():
-            said = (model(batch.ids_BL, batch.mask_BL)[batch.mask_BL] @ model.head.T).log_softmax(-1)
+            said = (call_model(model, batch.inputs)[batch.mask] @ model.head.T).log_softmax(-1)
         told = teacher_logits(prose, batch).log_softmax(-1)
         loss -= said.gather(1, batch.labels_T[:, None]).sum().item()
         kl += (told.exp() * (told - said)).sum().item()
@@ -256,7 +257,7 @@ def test_the_same_seed_gives_the_same_bits_and_transformers_loads_it(made: Prose
     )
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.inference_mode():
-        states = ours(ids, torch.ones_like(ids).bool())
+        states = ours(ids)
         assert torch.allclose(states @ ours.head.T, theirs(ids).logits, atol=1e-6)
 
 
@@ -311,5 +312,5 @@ def test_a_student_that_starts_from_all_of_its_teacher_is_its_teacher(made: Pros
     model = load_student(tmp_path / "run" / "seed-0")
     batch = next(documents(own, "test").in_order(500))
     with torch.inference_mode():
-        states = teacher.model(batch.ids_BL).last_hidden_state[batch.mask_BL]
-        assert torch.allclose(model(batch.ids_BL, batch.mask_BL)[batch.mask_BL], states, atol=1e-4)
+        states = teacher.model(batch.inputs["input_ids"]).last_hidden_state[batch.mask]
+        assert torch.allclose(call_model(model, batch.inputs)[batch.mask], states, atol=1e-4)

@@ -10,6 +10,7 @@ import torch
 from pipeline.objectives.base import Validation
 from pipeline.objectives.classification import label_loss
 from pipeline.streaming.batch import DistillBatch
+from pipeline.streaming.model_inputs import call_model
 from pipeline.training.job import Fit
 from pipeline.training.loop import TrainingSettings, fit, learning_rate_factor
 from storage.errors import StillroomError, TrainingError
@@ -28,13 +29,15 @@ SETTINGS = TrainingSettings(
 class Linear(torch.nn.Module):
     """Logits are a linear function of the counts of four tokens."""
 
+    reads = ("input_ids",)
+
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.head = torch.nn.Linear(4, 2)
 
-    def forward(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
-        counts = torch.nn.functional.one_hot(ids_BL, 4).float().sum(1)
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        counts = torch.nn.functional.one_hot(input_ids, 4).float().sum(1)
         logits: torch.Tensor = self.head(counts)
         return logits
 
@@ -45,17 +48,17 @@ def epoch(number: int) -> Iterator[DistillBatch]:
     for _ in range(4):
         ids = torch.randint(0, 4, (32, 3), generator=generator)
         labels = (ids == 3).any(1).long()
-        yield DistillBatch(ids, torch.ones_like(ids).bool(), labels, torch.zeros(32, 0))
+        yield DistillBatch({"input_ids": ids}, labels, torch.zeros(32, 0))
 
 
 def loss(model: torch.nn.Module, batch: DistillBatch, done: float = 0.0) -> torch.Tensor:
-    return label_loss(model(batch.ids_BL, batch.mask_BL), batch.labels_T)
+    return label_loss(call_model(model, batch.inputs), batch.labels_T)
 
 
 def validate(model: torch.nn.Module) -> Validation:
     with torch.inference_mode():
         batch = next(epoch(1000))
-        logits = model(batch.ids_BL, batch.mask_BL)
+        logits = call_model(model, batch.inputs)
         right = (logits.argmax(1) == batch.labels_T).float().mean().item()
         return Validation(right, label_loss(logits, batch.labels_T).item())
 
@@ -157,7 +160,7 @@ def test_a_step_of_the_schedule_is_a_step_of_the_optimizer() -> None:
 
     def track(net: torch.nn.Module, batch: DistillBatch, done: float) -> torch.Tensor:
         seen.append(model.head.bias[0].item())
-        logits: torch.Tensor = net(batch.ids_BL, batch.mask_BL)
+        logits: torch.Tensor = call_model(net, batch.inputs)
         return logits[:, 0].mean()  # a constant gradient: AdamW moves by the learning rate, whatever its size
 
     fit(model, epoch, track, scripted((0.0, 1.0))[0], SETTINGS._replace(epochs=1, steps=4, warmup=0.5))
@@ -194,5 +197,5 @@ def test_bfloat16_leaves_a_model_that_answers_in_float32() -> None:
     done = fit(model, epoch, loss, validate, SETTINGS._replace(bfloat16=True))
     assert done.steps == 16
     batch = next(epoch(0))
-    assert model(batch.ids_BL, batch.mask_BL).dtype == torch.float32
+    assert call_model(model, batch.inputs).dtype == torch.float32
     assert model.head.weight.dtype == torch.float32

@@ -22,6 +22,7 @@ from pipeline.export.to_onnx import best_seed, export_run
 from pipeline.report.build import build_report
 from pipeline.runtime.files import write_json
 from pipeline.streaming.batch import DistillBatch
+from pipeline.streaming.model_inputs import call_model
 from pipeline.streaming.verified import open_inputs
 from pipeline.students.architectures import FC, TaskHead
 from pipeline.students.registry import build_student, load_student
@@ -107,12 +108,12 @@ def learned(world: World, parts: dict[str, TaskPart]) -> Learned:
 def by_hand(model: torch.nn.Module, step: TaskBatches) -> dict[str, torch.Tensor]:
     """The losses of both recipes, written out."""
     mood, sense = step.parts
-    said = model(mood.ids_BL, mood.mask_BL)[:, :2]
+    said = call_model(model, mood.inputs)[:, :2]
     labelled = mood.labels_T >= 0
     teacher = (mood.teacher / 2).softmax(1)
     soft = 4 * kl_div((said / 2).log_softmax(1), teacher, reduction="batchmean")
     hard = cross_entropy(said[labelled], mood.labels_T[labelled])
-    vectors = model(sense.ids_BL, sense.mask_BL)[:, 2:]
+    vectors = call_model(model, sense.inputs)[:, 2:]
     return {
         "mood": 0.5 * hard + 0.5 * soft,
         "sense": (1 - cosine_similarity(vectors, sense.teacher)).mean(),
@@ -137,7 +138,7 @@ def test_outputs_side_by_side_are_a_head_for_each_task_on_what_they_share(learne
     shared: list[torch.Tensor] = []
     hook = last.register_forward_hook(lambda module, given, said: shared.append(given[0]))
     for (start, end), part in zip(SPANS.values(), step.parts, strict=True):
-        said = TaskHead(model, (start, end))(part.ids_BL, part.mask_BL)
+        said = call_model(TaskHead(model, (start, end)), part.inputs)
         own = linear(shared[-1], last.weight[start:end], last.bias[start:end])
         assert torch.allclose(said, own, atol=1e-6)
     hook.remove()
@@ -168,7 +169,7 @@ def test_one_task_by_itself_gives_the_bytes_of_a_run(
 
 
 def ids(batches: list[DistillBatch]) -> list[list[int]]:
-    return [batch.ids_BL[batch.mask_BL].tolist() for batch in batches]
+    return [batch.inputs["input_ids"][batch.mask].tolist() for batch in batches]
 
 
 def test_the_longest_task_has_the_order_of_its_own_run_and_shorter_ones_go_round_again(

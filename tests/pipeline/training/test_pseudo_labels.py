@@ -15,6 +15,7 @@ from pipeline.data.rows import NO_LABEL, POOL
 from pipeline.data.tokenizer import TextReader
 from pipeline.engines.loading import load_classifier
 from pipeline.objectives.classification import pseudo_labels
+from pipeline.streaming.model_inputs import call_model, for_transformers
 from pipeline.students.registry import build_student
 from pipeline.training.job import Job
 from pipeline.training.run import write_student_tokenizer
@@ -37,10 +38,10 @@ def test_the_loss_from_the_cache_is_that_with_the_teacher_in_memory(world: World
     num_rows = num_guessed = 0
     with torch.inference_mode():
         for batch in lesson.batches(0):
-            said = teacher(input_ids=batch.ids_BL, attention_mask=batch.mask_BL.long()).logits.argmax(1)
+            said = teacher(**for_transformers(batch.inputs)).logits.argmax(1)
             unknown = batch.labels_T == NO_LABEL
             wanted = cross_entropy(
-                student(batch.ids_BL, batch.mask_BL), torch.where(unknown, said, batch.labels_T)
+                call_model(student, batch.inputs), torch.where(unknown, said, batch.labels_T)
             )
             assert lesson.loss(student, batch, 0.0).item() == pytest.approx(wanted.item(), abs=1e-6)
             num_rows, num_guessed = num_rows + len(unknown), num_guessed + int(unknown.sum())

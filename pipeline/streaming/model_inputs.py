@@ -1,0 +1,47 @@
+"""What a model reads, as tensors by name, and how a model is called with what it reads of them.
+
+Names are those of transformers (`input_ids`, `attention_mask`, `pixel_values`, ...). A model of ours lists
+the names that it takes in `reads`, in the order of its forward; inputs that it does not list do not reach it.
+
+Shape letters: B batch.
+"""
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+
+from pipeline.data.tokenizer import ModelInputs
+
+InputTensors = Mapping[str, torch.Tensor]  # each with B first
+
+
+def input_tensors(arrays: ModelInputs, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """These arrays as tensors on a device."""
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+
+
+def on_device(inputs: InputTensors, device: torch.device) -> dict[str, torch.Tensor]:
+    """The same inputs on this device."""
+    return {name: value.to(device) for name, value in inputs.items()}
+
+
+def num_rows(inputs: InputTensors) -> int:
+    """Rows of a batch."""
+    return len(next(iter(inputs.values())))
+
+
+def inputs_of(model: torch.nn.Module) -> tuple[str, ...]:
+    """The names of the inputs that a student reads; it may be wrapped, as DistributedDataParallel does."""
+    return cast(tuple[str, ...], getattr(model, "module", model).reads)
+
+
+def call_model(model: torch.nn.Module, inputs: InputTensors) -> torch.Tensor:
+    """The output of a student for the inputs that it reads."""
+    output: torch.Tensor = model(**{name: inputs[name] for name in inputs_of(model)})
+    return output
+
+
+def for_transformers(inputs: InputTensors) -> dict[str, torch.Tensor]:
+    """The same inputs as models of transformers take them: masks are int64, 1 for true."""
+    return {name: value.long() if value.dtype == torch.bool else value for name, value in inputs.items()}
