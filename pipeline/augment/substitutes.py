@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.data.tokenizer import ModelInputs, TextReader
+from pipeline.data.tokenizer import InputArrays, TextReader
 from pipeline.engines.loading import input_embeddings, load_language_model
 from pipeline.runtime.progress import tracked
 from pipeline.streaming.model_inputs import for_transformers, input_tensors
@@ -149,7 +149,7 @@ class Masked:
             words[place] = with_core(words[place], self._mask)
         return " ".join(words)
 
-    def _scores(self, arrays: ModelInputs) -> list[npt.NDArray[np.float64]]:
+    def _scores(self, arrays: InputArrays) -> list[npt.NDArray[np.float64]]:
         """Log-probabilities of the W words at the masked places of each row: [M, W]."""
         inputs = input_tensors(arrays, self._model.device)
         with torch.inference_mode():

@@ -1,6 +1,6 @@
 """What models read of rows: the token ids of their texts, or their pixels, through one interface.
 
-Both are batched by `padded` into ModelInputs: arrays by the names that transformers gives a model's inputs. A
+Both are batched by `padded` into InputArrays: arrays by the names that transformers gives a model's inputs. A
 new input of text is a new array of `Tokens.padded`; only models that read it need to know of it.
 """
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pipeline.config.students import MLPStudent, Student
 from pipeline.data.rows import Rows
-from pipeline.data.tokenizer import ModelInputs, TextReader, Tokens
+from pipeline.data.tokenizer import InputArrays, TextReader, Tokens
 from storage.fingerprints import pixels_hash
 
 PATCH = 256  # numbers of an image that cost about what a token does: a patch of 16 x 16
@@ -40,7 +40,7 @@ class Pixels(NamedTuple):
         chosen = self.values if rows is None else self.values[rows]
         return pa.array([pixels_hash(image.tobytes()) for image in chosen], pa.string())
 
-    def padded(self, rows: npt.NDArray[np.int64], pad_id: int) -> ModelInputs:
+    def padded(self, rows: npt.NDArray[np.int64], pad_id: int) -> InputArrays:
         """`pixel_values` [B, numbers of an image] of these rows, uint8; they need no padding."""
         return {"pixel_values": self.values[rows]}
 

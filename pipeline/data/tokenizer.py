@@ -26,7 +26,7 @@ BATCH_TEXTS = 4096
 NO_WORD = -1  # of tokens that the tokenizer adds
 
 # What a model reads of B rows: arrays by the names that transformers gives them, each with B first.
-ModelInputs = dict[str, npt.NDArray[Any]]
+InputArrays = dict[str, npt.NDArray[Any]]
 
 
 class Tokens(NamedTuple):
@@ -58,7 +58,7 @@ class Tokens(NamedTuple):
         chosen = range(len(self.offsets) - 1) if rows is None else rows
         return pa.array([input_hash(self.row(i)) for i in chosen], pa.string())
 
-    def padded(self, rows: npt.NDArray[np.int64], pad_id: int) -> ModelInputs:
+    def padded(self, rows: npt.NDArray[np.int64], pad_id: int) -> InputArrays:
         """`input_ids` [B, L] of these rows, int64, padded on the right to the longest, and `attention_mask`
         [B, L], bool, true for tokens.
         """

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from onnxruntime import InferenceSession, SessionOptions
 
 from pipeline.config.base import did_you_mean
-from pipeline.data.tokenizer import ModelInputs, TextReader
+from pipeline.data.tokenizer import InputArrays, TextReader
 from storage.errors import AssetError, ConfigError, DataError, ExportError
 
 FACTS = "export.json"
@@ -47,7 +47,7 @@ class OnnxModel:
         self._session = InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._reads = {part.name for part in self._session.get_inputs()}
 
-    def __call__(self, inputs: ModelInputs) -> npt.NDArray[np.float32]:
+    def __call__(self, inputs: InputArrays) -> npt.NDArray[np.float32]:
         """Logits [B, C]; inputs that the model does not read are left out."""
         named = {ONNX_NAMES.get(name, name): array for name, array in inputs.items()}
         fed = {name: array for name, array in named.items() if name in self._reads}

@@ -11,12 +11,12 @@ from typing import cast
 
 import torch
 
-from pipeline.data.tokenizer import ModelInputs
+from pipeline.data.tokenizer import InputArrays
 
 InputTensors = Mapping[str, torch.Tensor]  # each with B first
 
 
-def input_tensors(arrays: ModelInputs, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+def input_tensors(arrays: InputArrays, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
     """These arrays as tensors on a device."""
     return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 

@@ -49,7 +49,7 @@ def test_a_seed_starts_from_the_weights_of_the_same_seed(
         started.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return real(model, *rest)
 
-    monkeypatch.setattr(seed, "fit", look)
+    monkeypatch.setattr("pipeline.training.seed.fit", look)
     params, paths = world.params, world.run_paths(tmp_path)._replace(init=before)
     shutil.copytree(before / "tokenizer", tmp_path / "tokenizer")
     train_seed(Job(seed, 1, params.students["fc"], params.recipes["ce"], paths))
