@@ -16,7 +16,6 @@ from storage.errors import FormatTooNew, ManifestInvalid, NoManifest
 from storage.fingerprints import Count, Sha256, Strict, canonical_json, sha256_json
 from storage.location import Location, Url
 from storage.spec import Identity
-from storage.tasks import ROW_COLUMNS
 
 FORMAT = "stillroom-cache"
 FORMAT_VERSION = 5  # the highest; each cache is written as the lowest that can hold it: needed_version
@@ -192,13 +191,13 @@ def needed_version(
     identity: Identity, weights: WeightsEntry | None, shard_table: FileEntry | None = None
 ) -> int:
     """The lowest format version that can hold all this: an old reader reads what it can."""
-    needed = [1]
+    needed = [identity.spec.stored.format_version]
     if identity.spec.sparse is not None:
         needed.append(2)
-    if weights is not None or identity.spec.per_position:
+    if weights is not None:
         needed.append(3)
     hidden = identity.spec.hidden
-    if identity.spec.task in ROW_COLUMNS or (hidden is not None and hidden.of_version_4):
+    if hidden is not None and hidden.of_version_4:
         needed.append(4)
     if shard_table is not None:
         needed.append(5)

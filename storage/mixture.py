@@ -29,7 +29,7 @@ from storage.reader import LOCAL_COPIES, Cache
 from storage.received import RECEIVED_NAME, open_received
 from storage.records import LogitRows
 from storage.spec import Identity
-from storage.tasks import AVERAGED
+from storage.tasks import STORED_TASKS
 
 MIXTURE_NAME = "mixture.json"
 
@@ -223,8 +223,9 @@ def _parse(raw: bytes, file: Path, again: str) -> MixtureFile:
 
 def _refuse(name: str, member: Member, first: Member) -> None:
     spec, faults = member.cache.identity.spec, []
-    if spec.task not in AVERAGED:
-        faults.append(Mismatch("spec.task", spec.task, " or ".join(AVERAGED)))
+    if not spec.stored.averaged:
+        averaged = [task for task, stored in STORED_TASKS.items() if stored.averaged]
+        faults.append(Mismatch("spec.task", spec.task, " or ".join(averaged)))
     if spec.sparse is not None:
         faults.append(Mismatch("spec.codec", spec.sparse.name, "dense"))
     if member.cache.labels != first.cache.labels:

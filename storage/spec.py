@@ -7,13 +7,13 @@ or reused. Labels' meaning, splits and timings are not in it: they never change 
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from storage.codecs import SparseCodec
 from storage.fingerprints import Seed, Sha256, Strict, sha256_json
-from storage.tasks import LANGUAGE, PER_POSITION, ROW_COLUMNS, Task
+from storage.tasks import STORED_TASKS, Part, StoredTask, Task
 
 QKV_PARTS = 3  # a vector of attention's queries, keys and values is this many vectors of a layer's width
 
@@ -156,35 +156,26 @@ class Spec(Strict):
     embedding: EmbeddingSpec | None = None  # of sentence-embedding
 
     @model_validator(mode="after")
-    def _classes_or_a_vocabulary(self) -> "Spec":
-        if self.task in LANGUAGE:
-            if self.labels or self.vocab_size is None or self.sparse is None:
-                raise ValueError("a language model has a vocab_size and a sparse codec, and no labels")
-        elif self.task == "sentence-embedding":
-            if self.labels or self.vocab_size is not None:
-                raise ValueError("a vector has no labels, and no vocab_size")
-        elif len(self.labels) < (1 if self.task == "regression" else 2) or self.vocab_size is not None:
-            raise ValueError(
-                "a classifier has labels, at least two, and no vocab_size; regression at least one"
-            )
-        if self.task in ROW_COLUMNS and self.task != "image-classification" and self.sparse is not None:
-            raise ValueError(f"{self.task} has the codec dense: its numbers are no distribution")
-        if (self.image is not None) != (self.task == "image-classification"):
-            raise ValueError("a teacher of images says how they are read, and nothing else does")
-        if (self.embedding is not None) != (self.task == "sentence-embedding"):
-            raise ValueError("a teacher of vectors says how they are made, and nothing else does")
-        if self.task == "token-classification" and self.sparse is not None:
-            raise ValueError("a classifier of tokens has the codec dense")
+    def _fits_its_task(self) -> "Spec":
+        task = self.stored
+        for part in get_args(Part):
+            if (getattr(self, part) is None) == (part in task.parts):
+                raise ValueError(f"{self.task} has {'a' if part in task.parts else 'no'} {part}")
+        if not task.min_labels and self.labels:
+            raise ValueError(f"{self.task} has no labels")
+        if len(self.labels) < task.min_labels:
+            raise ValueError(f"{self.task} has labels, at least {task.min_labels}")
+        if task.codecs not in ("any", "dense" if self.sparse is None else "sparse"):
+            expected = "the codec dense" if task.codecs == "dense" else "a sparse codec"
+            raise ValueError(f"{self.task} has {expected}")
         if self.per_position and self.hidden is not None and self.hidden.pool != "none":
             raise ValueError("where there is a target a token, hidden states are one a token: pool is none")
-        if (self.mask is not None) != (self.task == "masked-lm"):
-            raise ValueError("a masked language model has a mask, and nothing else has one")
         return self
 
     @model_serializer(mode="wrap")
     def _without_what_does_not_apply(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         body: dict[str, Any] = handler(self)
-        for name in ("vocab_size", "mask", "image", "embedding"):
+        for name in get_args(Part):
             if body[name] is None:
                 del body[name]
         return body
@@ -210,14 +201,19 @@ class Spec(Strict):
         return self.embedding.width if self.embedding else self.vocab_size or len(self.labels)
 
     @property
+    def stored(self) -> StoredTask:
+        """What the format knows of the task."""
+        return STORED_TASKS[self.task]
+
+    @property
     def per_position(self) -> bool:
         """Whether a row's targets belong to its tokens, and not one to all of it."""
-        return self.task in PER_POSITION
+        return self.stored.per_position
 
     @property
     def column(self) -> str:
         """What the numbers of a row are called in a shard of dense targets."""
-        return ROW_COLUMNS.get(self.task, "logits")
+        return self.stored.column
 
 
 class Identity(Strict):

@@ -114,7 +114,7 @@ class Masked:
     def __init__(self, model: Path, num_candidates: int) -> None:
         self._reader = TextReader(model, MAX_LENGTH, "truncate")
         try:
-            self._model = load_language_model(model, "float64", "masked-lm")
+            self._model = load_language_model(model, "float64", "AutoModelForMaskedLM")
         except TeacherError as error:
             raise TeacherError(f"{error}\nOr write words: embeddings, which needs no such head.") from error
         if "mask_token" not in self._reader.special:

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from pipeline.augment.substitutes import Masked, Neighbours, Request, Substitutes, core, with_core
 from pipeline.config.datasets import Augmented
+from pipeline.config.tasks import tasks_with
 from pipeline.data import counter_rng
 from pipeline.data.rows import VIEWS, Rows, load_rows
 from pipeline.engines.model_files import teacher_identity
@@ -45,10 +46,11 @@ def augment_dataset(name: str, entry: Augmented, dataset: Path, out: Path) -> di
     words can come from.
     """
     rows = load_rows(dataset)
-    if rows.task != "sequence-classification":
+    if rows.task_spec.inputs != "text" or rows.task_spec.labels != "class":
+        known = tasks_with(inputs="text", labels="class")
         raise DataError(
             f"augmented.{name}: views are made of rows with one label each, and the task of "
-            f"{entry.dataset} is {rows.task}.\nName a dataset of the task sequence-classification."
+            f"{entry.dataset} is {rows.task}.\nName a dataset of the task {known}."
         )
     substitutes = None
     if entry.replace:

@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 from pipeline.config.caches import CacheEntry, Hidden, mask_spec
+from pipeline.config.tasks import TASKS
 from pipeline.engines.model_files import teacher_identity
 from pipeline.runtime import hardware
 from pipeline.teachers.record import reading_spec, teacher_reader, teacher_record
 from storage.errors import TeacherError
 from storage.fingerprints import Sha256
 from storage.spec import EmbeddingSpec, HiddenSpec, Identity, ImageSpec, Spec
+from storage.tasks import Task
 
 CAPTURE_VERSION = int((Path(__file__).parents[1] / "CAPTURE_VERSION").read_text())
 
@@ -38,7 +40,7 @@ def capture_identity(
         max_length=reader.max_length,
         too_long=record["too_long"],
         precision=hardware.precision(entry.precision),
-        hidden=_hidden_spec(entry.hidden, teacher, basis),
+        hidden=_hidden_spec(entry.hidden, record["task"], teacher, basis),
         mask=mask_spec(record["task"], entry.mask),
         image=how if isinstance(how, ImageSpec) else None,
         embedding=how if isinstance(how, EmbeddingSpec) else None,
@@ -51,11 +53,10 @@ def capture_identity(
     )
 
 
-def _hidden_spec(entry: Hidden | None, teacher: Path, basis: Sha256 | None) -> HiddenSpec | None:
+def _hidden_spec(entry: Hidden | None, task: Task, teacher: Path, basis: Sha256 | None) -> HiddenSpec | None:
     if entry is None:
         return None
-    task = teacher_record(teacher)["task"]
-    if task != "sequence-classification" and entry.pool != "none":
+    if TASKS[task].stored.per_position and entry.pool != "none":
         raise TeacherError(
             f"hidden.pool: {task} has a target a token, and hidden states are kept like targets; "
             f"write pool: none, not {entry.pool}."

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pipeline.config.base import Layers, Name, Positive, Section, distinct
+from pipeline.config.tasks import TASKS
 from storage.codecs import Codec, NumEntries, Sample, SparseSpec, Tau, Threshold, TopK
 from storage.fingerprints import Seed, Sha256
 from storage.spec import Mask
@@ -175,4 +176,4 @@ class Received(Section):
 
 def mask_spec(task: Task, entry: MaskedShare | None) -> Mask | None:
     """What is hidden from a teacher of this task, as the cache knows it."""
-    return Mask(**(entry or MaskedShare()).model_dump()) if task == "masked-lm" else None
+    return Mask(**(entry or MaskedShare()).model_dump()) if TASKS[task].masked else None

@@ -4,26 +4,26 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from pipeline.config.params import Params
-from pipeline.config.students import LlamaStudent, MLPStudent, Student, TransformersStudent
-from pipeline.config.tasks import DIVERGENCES
+from pipeline.config.students import STUDENTS, LlamaStudent, MLPStudent, Student, TransformersStudent
+from pipeline.config.tasks import TASKS, tasks_with
 
 
 def teacher_inconsistencies(params: "Params") -> Iterator[str]:
     """What caches ask for that their teachers' tasks do not have, field by field. Names are known to fit."""
     for name, entry in params.caches.items():
         task = params.datasets[params.teachers[entry.teacher].dataset].task
-        dense = not entry.targets.sparse
-        if dense and task in ("causal-lm", "masked-lm"):
+        row, dense = TASKS[task], not entry.targets.sparse
+        if dense and row.stored.codecs == "sparse":
             yield f"caches.{name}.targets: dense is for few classes, not {task}; write targets: threshold"
-        if not dense and task in ("token-classification", *DIVERGENCES):
+        if not dense and row.stored.codecs == "dense":
             yield f"caches.{name}.targets: {task} keeps all its numbers; write targets: dense"
-        vectors = params.teachers[entry.teacher].embedding
-        if vectors is not None and task != "sentence-embedding":
+        if params.teachers[entry.teacher].embedding is not None and not row.makes_vectors:
             yield f"teachers.{entry.teacher}.embedding: {task} makes no vectors; remove it"
-        if entry.hidden is not None and task == "image-classification":
+        if entry.hidden is not None and row.inputs == "images":
             yield f"caches.{name}.hidden: no states of {task} are kept; remove it"
-        if entry.mask is not None and task != "masked-lm":
-            yield f"caches.{name}.mask: only masked-lm reads masks, its teacher's task is {task}; remove it"
+        if entry.mask is not None and not row.masked:
+            masked = tasks_with(masked=True)
+            yield f"caches.{name}.mask: only {masked} reads masks, its teacher's task is {task}; remove it"
 
 
 # One optimiser and one schedule: recipes of one run say the same of these.
@@ -51,7 +51,8 @@ def multitask_inconsistencies(params: "Params") -> Iterator[str]:
 
 def _misfits_of_student(where: str, student: Student) -> Iterator[str]:
     if isinstance(student, LlamaStudent | MLPStudent):
-        yield f"{where}: found kind {student.kind}, expected one of rows of text: fc, bilstm, tinybert"
+        kinds = ", ".join(kind for kind, section in STUDENTS.items() if section.inputs == "text")
+        yield f"{where}: found kind {student.kind}, expected one of rows of text: {kinds}"
     elif not isinstance(student, TransformersStudent) and student.init and student.init.from_teacher:
         yield f"{where}: its init takes weights of one teacher, and here are several; remove it"
 

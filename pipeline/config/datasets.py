@@ -13,7 +13,8 @@ from pydantic import (
 )
 
 from pipeline.config.base import Fraction, Name, Positive, Section, distinct
-from storage.tasks import LANGUAGE, Task
+from pipeline.config.tasks import DEFAULT_TASK, TASKS, TaskSpec, tasks_with
+from storage.tasks import Task
 
 Where = dict[str, str | int]  # the values that rows have in these columns
 Having = Annotated[Where, Field(min_length=1)]
@@ -106,7 +107,7 @@ class Blocks(Section):
 class Dataset(Section):
     """Raw rows, and how to read them."""
 
-    task: Task = "sequence-classification"
+    task: Task = DEFAULT_TASK
     """What its text is for: rows with a label each (sequence-classification), with any number of labels
     (multi-label-classification), with numbers (regression) or with nothing (sentence-embedding: a vector
     each), words with a tag each (token-classification), or text without labels, to continue (causal-lm) or to
@@ -144,6 +145,11 @@ class Dataset(Section):
     pool: Pool | None = None
 
     @property
+    def task_spec(self) -> TaskSpec:
+        """What is special about the task."""
+        return TASKS[self.task]
+
+    @property
     def content_column(self) -> str | None:
         """The column of texts, or of images; None where each pixel has one of its own."""
         return self.columns.text if self.images is None else self.columns.image
@@ -159,28 +165,30 @@ class Dataset(Section):
     @field_validator("labels")
     @classmethod
     def _labels_fit_the_task(cls, labels: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        if (task := info.data.get("task")) in (*LANGUAGE, "sentence-embedding"):
-            if labels:
-                raise ValueError(f"documents of a {task} dataset have no labels: remove them")
-        elif task == "regression" and not labels:
-            raise ValueError("regression needs a name for each of its numbers: labels: [...]")
-        elif task != "regression" and len(labels) < 2:
-            raise ValueError("a classifier needs two labels at least")
+        task = info.data.get("task", DEFAULT_TASK)  # of a task that is not known, another line says so
+        fewest = TASKS[task].stored.min_labels
+        if labels and not fewest:
+            raise ValueError(f"rows of a {task} dataset have no labels: remove them")
+        if len(labels) < fewest:
+            raise ValueError(f"{task} needs at least {fewest} labels, found {len(labels)}: labels: [...]")
         return labels
 
     @model_validator(mode="after")
     def _columns_and_images_fit_the_task(self) -> "Dataset":
-        if (self.images is not None) != (self.task == "image-classification"):
-            raise ValueError(f"images is for image-classification and needed there; the task is {self.task}")
+        task = self.task_spec
+        if task.inputs == "images" and self.images is None:
+            raise ValueError(f"{self.task} needs the shape of its images: images: {{shape: [...]}}")
+        if task.inputs != "images" and self.images is not None:
+            raise ValueError(f"images: {self.task} reads {task.inputs}; remove it, or change task")
         if self.images is not None and self.pool is not None:
             raise ValueError("a pool is text: a dataset of images has none")
         if isinstance(label := self.columns.label, dict):
-            if self.task != "multi-label-classification":
+            if task.labels != "set":
                 raise ValueError(f"columns.label: {self.task} has a column of labels, found {label}")
             if set(label) != set(self.labels):
                 raise ValueError(f"columns.label: found {sorted(label)}, expected one for each of labels")
         elif isinstance(label, tuple):
-            if self.task not in ("multi-label-classification", "regression"):
+            if task.labels not in ("set", "numbers"):
                 raise ValueError(f"columns.label: {self.task} has one column of labels, found {len(label)}")
             if len(label) != len(self.labels):
                 raise ValueError(f"columns.label: {len(label)} columns for {len(self.labels)} labels")
@@ -189,8 +197,10 @@ class Dataset(Section):
     @field_validator("blocks")
     @classmethod
     def _blocks_of_documents(cls, blocks: Blocks | None, info: ValidationInfo) -> Blocks | None:
-        if blocks is not None and info.data.get("task") != "causal-lm":
-            raise ValueError("rows with a label stay whole: remove it, or write task: causal-lm")
+        task = info.data.get("task", DEFAULT_TASK)
+        if blocks is not None and TASKS[task].inputs != "documents":
+            documents = tasks_with(inputs="documents")
+            raise ValueError(f"rows of a {task} dataset stay whole: remove it, or write task: {documents}")
         return blocks
 
 

@@ -1,10 +1,11 @@
 """The kinds of students that params.yaml knows, and their sizes. students/registry.py builds them."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from pipeline.config.base import Fraction, Layers, Positive, Section
+from pipeline.config.tasks import ROW_OBJECTIVES, ModelInputs, ObjectiveName, TaskSpec
 
 
 class Start(Section):
@@ -91,7 +92,15 @@ SET_HERE = {"vocab_size", "num_labels", "id2label", "label2id", "pad_token_id", 
 
 
 class _Trained(Section):
+    inputs: ClassVar[ModelInputs] = "text"  # of the tasks that it learns
+    objectives: ClassVar[tuple[ObjectiveName, ...]] = ROW_OBJECTIVES  # what it can be trained for
+
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+
+    @classmethod
+    def learns(cls, task: TaskSpec) -> bool:
+        """Whether students of this kind can be trained on caches of a task."""
+        return task.inputs == cls.inputs and task.objective in cls.objectives
 
 
 class _Reader(_Trained):
@@ -157,6 +166,9 @@ class TinyBERTStudent(_TextStudent):
 class LlamaStudent(_TextStudent, Decoder):
     """A Llama of any small size over the teacher's vocabulary, its head tied to its embeddings."""
 
+    inputs: ClassVar[ModelInputs] = "documents"
+    objectives: ClassVar[tuple[ObjectiveName, ...]] = ("language_model",)
+
     kind: Literal["llama"]
     max_length: Positive = 512
     """The most tokens that it reads at a time. Longer rows are read in pieces, one after the other."""
@@ -172,6 +184,8 @@ class LlamaStudent(_TextStudent, Decoder):
 
 class TransformersStudent(_Reader):
     """Any architecture that transformers has a classifier of rows for, from random weights."""
+
+    objectives: ClassVar[tuple[ObjectiveName, ...]] = ("classification",)
 
     kind: Literal["transformers"]
     model_type: str
@@ -191,6 +205,9 @@ class TransformersStudent(_Reader):
 class MLPStudent(_Trained):
     """Layers of ReLUs over all numbers of an image."""
 
+    inputs: ClassVar[ModelInputs] = "images"
+    objectives: ClassVar[tuple[ObjectiveName, ...]] = ("classification",)
+
     kind: Literal["mlp"]
     hidden: Annotated[tuple[Positive, ...], Field(min_length=1, strict=False)] = (32,)
     """Units of each layer between the pixels and the logits."""
@@ -201,3 +218,8 @@ Student = Annotated[
     FCStudent | BiLSTMStudent | TinyBERTStudent | LlamaStudent | TransformersStudent | MLPStudent,
     Field(discriminator="kind"),
 ]
+# The sections of all kinds of students, by kind.
+STUDENTS: dict[str, type[_Trained]] = {
+    get_args(section.model_fields["kind"].annotation)[0]: section
+    for section in get_args(get_args(Student)[0])
+}

@@ -112,21 +112,22 @@ def row_values(
     regression the numbers, of one column with a number (or a list of them) or of one column each. Raises
     DataError for a label outside the set or that no row has so, and for what is no such number.
     """
-    if config.task not in ("multi-label-classification", "regression"):
+    if config.task_spec.labels not in ("set", "numbers"):
         return None
     if isinstance(config.columns.label, dict):
         having = config.columns.label
         return np.stack([_having(name, label, having[label], columns) for label in config.labels], axis=1)
     own_columns = [columns[column] for column in config.label_columns]
-    if config.task == "multi-label-classification" and isinstance(config.columns.label, str):
+    several = config.task_spec.labels == "set"
+    if several and isinstance(config.columns.label, str):
         return _present(name, config, own_columns[0], class_names)
     rows = list(zip(*own_columns, strict=True)) if len(own_columns) > 1 else own_columns[0]
     made = np.zeros((len(rows), len(config.labels)), np.float32)
-    expected = "0 or 1" if config.task == "multi-label-classification" else "a finite number"
+    expected = "0 or 1" if several else "a finite number"
     for row, value in enumerate(rows):
         own = value if isinstance(value, list | tuple) else [value]
         good = len(own) == len(config.labels) and all(isinstance(v, Real) and math.isfinite(v) for v in own)
-        if not good or (config.task == "multi-label-classification" and not set(own) <= {0, 1}):
+        if not good or (several and not set(own) <= {0, 1}):
             raise DataError(
                 f"datasets.{name}: row {row} has {value!r} for {list(config.labels)}, expected {expected} "
                 f"for each.\nMend the row, or datasets.{name}.columns."

@@ -61,12 +61,12 @@ def prepare_dataset(name: str, config: Dataset, out: Path) -> dict[str, Any]:
     label_column = label_columns[0] if label_columns else ""
     names = raw.class_names.get(label_column)
     labels, tagged = [NO_LABEL] * len(column), [list[int]()] * len(column)
-    if config.task == "token-classification":
+    if config.task_spec.inputs == "words":
         column = join_words(name, column)
         tagged = word_tags(name, config, column, raw.columns[label_column], names)
     texts = _texts(name, config, column, counts)
     numbers = row_values(name, config, raw.columns, names)
-    if config.task in ("sequence-classification", "image-classification"):
+    if config.task_spec.labels == "class":
         labels = label_positions(name, config, raw.columns[label_column], names)
     if config.rows is not None:
         texts = sorted(sorted(texts, key=lambda row: row_id(name, row[1]))[: config.rows])
@@ -155,7 +155,7 @@ def _pool(name: str, config: Dataset, pool: Pool, labelled: set[str], counts: Co
     known = {_folded(text) for text in labelled}
     texts: dict[str, None] = {}
     found = raw.columns[column]
-    if config.task == "token-classification":
+    if config.task_spec.inputs == "words":
         found = join_words(f"{name}.pool", found)
     for value in tracked(f"reading the pool of {name}", found, "texts"):
         whole = unicodedata.normalize("NFC", str(value or ""))
@@ -193,7 +193,7 @@ def _write(
             f"Give it a share under datasets.{name}.split (a few rows may hash past a small share), or, "
             "where that names a column, rows that say so."
         )
-    tagged, several = config.task == "token-classification", config.task == "multi-label-classification"
+    tagged, several = config.task_spec.labels == "tags", config.task_spec.labels == "set"
     classes = Counter(zip(columns["split"], columns["label"], strict=True))
     if tagged:
         pairs = zip(columns["split"], columns["tags"], strict=True)
@@ -213,7 +213,7 @@ def _write(
     }
     if config.blocks is not None:
         summary |= {"documents": num_documents, "blocks": sum(rows[split] for split in SPLITS)}
-    if config.task not in ("sequence-classification", "causal-lm"):
+    if not config.task_spec.inferred:
         summary["task"] = config.task
     if config.images is not None:
         summary["shape"] = list(config.images.shape)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.config.tasks import DEFAULT_TASK, TASKS, TaskSpec, inferred_task
 from storage.errors import DataError
 from storage.tasks import Task
 
@@ -27,12 +28,17 @@ class Rows(NamedTuple):
     labels: npt.NDArray[np.int32]  # N, position in label_names, NO_LABEL for none
     splits: npt.NDArray[np.str_]  # N
     label_names: tuple[str, ...]
-    task: Task = "sequence-classification"
+    task: Task = DEFAULT_TASK
     tags: pa.ListArray | None = None  # N lists of positions in label_names, one a word; token classification
     views: npt.NDArray[np.int32] | None = None  # N, which view of a training row, 0 for rows; augmented data
     values: npt.NDArray[np.float32] | None = None  # N x K; nan where a row has none. See `prepare`
     pixels: npt.NDArray[np.uint8] | None = None  # N x numbers of an image; its text is empty
     shape: tuple[int, ...] = ()  # of each image: height, width, channels
+
+    @property
+    def task_spec(self) -> TaskSpec:
+        """What is special about the task."""
+        return TASKS[self.task]
 
     @property
     def truth(self) -> npt.NDArray[Any]:
@@ -85,7 +91,7 @@ def load_rows(directory: Path) -> Rows:
         columns["label"].to_numpy(),
         np.array(columns["split"].to_pylist(), dtype=np.str_),
         tuple(about["labels"]),
-        about.get("task") or ("sequence-classification" if about["labels"] else "causal-lm"),
+        about.get("task") or inferred_task(has_labels=bool(about["labels"])),
         columns.get("tags"),
         columns["view"].to_numpy() if "view" in columns else None,
         _matrix(columns.get("values"), len(about["labels"])),

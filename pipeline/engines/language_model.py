@@ -21,6 +21,7 @@ import torch
 
 from pipeline.codecs.encoders import rounding_noise
 from pipeline.codecs.sparsify import NotFinite, sparsify_and_measure
+from pipeline.config.tasks import TASKS
 from pipeline.data import counter_rng
 from pipeline.data.counter_rng import Keys
 from pipeline.engines.classifier import TOKENS_PER_BATCH, batches_by_length, explain_unreadable
@@ -118,7 +119,9 @@ class LanguageModelEngine:
     @cached_property
     def _head(self) -> LanguageHead:
         self._q.before_loading()
-        model = load_language_model(self._q.teacher, self._q.spec.precision, self._q.spec.task)
+        model = load_language_model(
+            self._q.teacher, self._q.spec.precision, TASKS[self._q.spec.task].auto_class
+        )
         self._q.overheard(model, np.arange(0))  # what it has none of is refused now
         head = LanguageHead(model, self._q.spec.num_outputs)
         shortest = np.array([self._q.tokens.lengths.argmin()])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from pipeline.config.tasks import AUTO_CLASSES
+from pipeline.config.tasks import DEFAULT_TASK, TASKS
 from pipeline.engines.model_files import check_no_own_code, weight_files
 from pipeline.engines.sentence_encoder import SentenceEncoder
 from pipeline.runtime import hardware
@@ -28,7 +28,7 @@ OFFLINE = {"local_files_only": True, "trust_remote_code": False}
 def load_classifier(
     directory: Path,
     num_labels: int | None = None,
-    task: Task = "sequence-classification",
+    task: Task = DEFAULT_TASK,
     how: ReadingSpec | None = None,
     **config: Any,
 ) -> "PreTrainedModel":
@@ -39,10 +39,10 @@ def load_classifier(
     TeacherError.
     """
     if isinstance(how, ImageSpec):
-        return _load_images(directory, num_labels, how, config)
+        return _load_images(directory, task, num_labels, how, config)
     if num_labels:
         config["num_labels"] = num_labels
-    model, missing = _load(directory, task, "classifier", dtype=torch.float32, **config)
+    model, missing = _load(directory, TASKS[task].auto_class, "classifier", dtype=torch.float32, **config)
     if isinstance(how, EmbeddingSpec):
         missing = ", ".join(n for n in missing.split(", ") if n and not n.startswith("pooler."))
         model = SentenceEncoder(model, how)
@@ -55,7 +55,7 @@ def load_classifier(
 
 
 def _load_images(
-    directory: Path, num_labels: int | None, how: ImageSpec, config: dict[str, Any]
+    directory: Path, task: Task, num_labels: int | None, how: ImageSpec, config: dict[str, Any]
 ) -> "PreTrainedModel":
     from pipeline.engines.image_classifier import (
         ImageModel,
@@ -69,7 +69,8 @@ def _load_images(
     else:
         if num_labels:
             config["num_labels"] = num_labels
-        model, missing = _load(directory, "image-classification", "classifier", dtype=torch.float32, **config)
+        auto_class = TASKS[task].auto_class
+        model, missing = _load(directory, auto_class, "classifier", dtype=torch.float32, **config)
     if num_labels is None and missing:
         raise TeacherError(
             f"the model in {directory} is no trained classifier: its weights lack {missing}.\n"
@@ -78,15 +79,19 @@ def _load_images(
     return ImageModel(model, how).to(hardware.device()).eval()
 
 
-def load_language_model(directory: Path, precision: str, task: Task = "causal-lm") -> "PreTrainedModel":
+def load_language_model(
+    directory: Path, precision: str, auto_class: str = "AutoModelForCausalLM"
+) -> "PreTrainedModel":
     """The language model in `directory`, in this precision on the best device, ready for inference.
+
+    `auto_class` of transformers loads it: TaskSpec.auto_class.
 
     Raises AssetError or TeacherError.
     """
-    model, missing = _load(directory, task, "language model", dtype=getattr(torch, precision))
+    model, missing = _load(directory, auto_class, "language model", dtype=getattr(torch, precision))
     if missing:
         raise TeacherError(
-            f"the model in {directory} is no trained {task} model: its weights lack {missing}.\n"
+            f"the model in {directory} is not a trained model for {auto_class}: its weights lack {missing}.\n"
             "Take one that is."
         )
     return model
@@ -106,11 +111,11 @@ def input_embeddings(directory: Path) -> torch.Tensor:
     return embeddings_VD
 
 
-def _load(directory: Path, task: Task, kind: str, **options: Any) -> "tuple[PreTrainedModel, str]":
+def _load(directory: Path, auto_class: str, kind: str, **options: Any) -> "tuple[PreTrainedModel, str]":
     """(the model, names of weights that it lacks: transformers fills them with random numbers)."""
     import transformers
 
-    model, missing = _from_files(getattr(transformers, AUTO_CLASSES[task]), directory, kind, **options)
+    model, missing = _from_files(getattr(transformers, auto_class), directory, kind, **options)
     return model.to(hardware.device()).eval(), ", ".join(missing[:4])
 
 

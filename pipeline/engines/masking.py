@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.config.tasks import TASKS
 from pipeline.data import counter_rng
 from pipeline.data.tokenizer import Tokens
 from storage.entries import ends, ranges
 from storage.errors import TeacherError
 from storage.spec import Mask
-from storage.tasks import PER_POSITION, Task
+from storage.tasks import Task
 
 MASKING = 2  # the stream of random numbers: those of a codec with the same seed must not depend on it
 ROWS_AT_ONCE = 4096  # of random numbers in memory
@@ -41,8 +42,8 @@ def make_prompts(
     """
     if mask is not None:
         return _masked(mask, tokens, row_ids, special)
-    asked = np.full(len(tokens.ids), task in PER_POSITION)
-    if task == "causal-lm":
+    asked = np.full(len(tokens.ids), TASKS[task].stored.per_position)
+    if TASKS[task].predicts_next:
         asked[tokens.offsets[1:] - 1] = False
     return Prompts(tokens, asked)
 
@@ -51,7 +52,8 @@ def _masked(mask: Mask, tokens: Tokens, row_ids: pa.StringArray, special: Mappin
     """The rows with a share of their tokens (rounded, at least one; never special ones) behind the mask."""
     if "mask_token" not in special:
         raise TeacherError(
-            "the tokenizer has no mask_token in its tokenizer_config.json: masked-lm needs one.\n"
+            "the tokenizer has no mask_token in its tokenizer_config.json, and a masked language model "
+            "needs one.\n"
             "Take the tokenizer that the model was made with."
         )
     asked = np.zeros(len(tokens.ids), bool)

@@ -11,6 +11,7 @@ import torch
 
 from pipeline.config.params import Run, RunInputs
 from pipeline.config.students import LlamaStudent, Student
+from pipeline.config.tasks import TASKS
 from pipeline.config.teachers import Teacher
 from pipeline.data.inputs import Reader, read_inputs, student_reader
 from pipeline.data.rows import Rows, load_rows
@@ -178,7 +179,7 @@ def evaluate_teacher(name: str, entry: Teacher, dataset: Path, teacher: Path) ->
         "train_seconds": record["training"]["seconds"] if record["training"] else None,
     }
     if "reading" in record:  # it was read when it was taken, and that is dear
-        if record["task"] == "causal-lm":
+        if TASKS[record["task"]].predicts_next:
             model = load_language_model(teacher, hardware.precision("auto"))
             head = LanguageHead(model, record["vocab_size"])
             assert isinstance(reader, TextReader)

@@ -69,7 +69,7 @@ def export_run(
     if (
         isinstance(student, MLPStudent)
         or student.kind not in EXPORTED_KINDS
-        or rows.task != "sequence-classification"
+        or (rows.task_spec.inputs, rows.task_spec.labels) != ("text", "class")
     ):
         why = f"only classifiers of texts are exported, and this is a {student.kind} for {rows.task}."
         shutil.rmtree(out, ignore_errors=True)

@@ -1,5 +1,6 @@
 """The objective of each task."""
 
+from pipeline.config.tasks import TASKS
 from pipeline.objectives.base import Objective, mixed_loss
 from pipeline.objectives.classification import CLASSIFICATION
 from pipeline.objectives.embedding import (
@@ -27,12 +28,13 @@ from storage.tasks import Task
 
 
 def objective_of(task: Task) -> Objective:
-    """The one of this task; any classifier's where it is none of its own."""
-    return OBJECTIVES.get(task, CLASSIFICATION)
+    """The objective of a task with one target a row, or one a word."""
+    return OBJECTIVES[TASKS[task].objective]
 
 
-OBJECTIVES: dict[Task, Objective] = {
-    "multi-label-classification": Objective(
+OBJECTIVES: dict[str, Objective] = {
+    "classification": CLASSIFICATION,
+    "multilabel": Objective(
         multilabel_loss, mixed_loss(multilabel_loss, binary_kl),
         validate_labels, False, label_quality, label_agreement,
     ),
@@ -40,7 +42,7 @@ OBJECTIVES: dict[Task, Objective] = {
         squared_error, mixed_loss(squared_error, value_loss),
         validate_values, True, value_quality, value_agreement,
     ),
-    "sentence-embedding": Objective(
+    "embedding": Objective(
         no_label_loss, mixed_loss(no_label_loss, vector_distance),
         validate_vectors, True, no_quality, vector_agreement,
     ),

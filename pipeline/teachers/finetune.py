@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.config.tasks import PROBLEM_TYPES
 from pipeline.config.teachers import TeacherTraining
 from pipeline.data.inputs import Inputs
 from pipeline.data.rows import Rows
@@ -41,8 +40,8 @@ def fine_tune(
     }  # fmt: skip
     changes["id2label"] = dict(enumerate(rows.label_names))
     changes["label2id"] = {n: i for i, n in enumerate(rows.label_names)}
-    if rows.task in PROBLEM_TYPES:
-        changes["problem_type"] = PROBLEM_TYPES[rows.task]
+    if rows.task_spec.problem_type:
+        changes["problem_type"] = rows.task_spec.problem_type
     model = load_classifier(source, len(rows.label_names), rows.task, how, pad_token_id=pad_id, **changes)
     try_extremes(model, tokens, pad_id)
     if train.frozen_layers is not None:

@@ -26,16 +26,16 @@ from pipeline.teachers.scoring import extreme_rows, score_quality, try_extremes
 from storage.disk import link
 from storage.errors import AssetError, TeacherError
 from storage.spec import ImageSpec
-from storage.tasks import LANGUAGE
 
 
 def prepare_teacher(name: str, entry: Teacher, dataset: Path, out: Path) -> dict[str, Any]:
     """Put the teacher `name` into the directory `out`; return its record, which is also out/teacher.json."""
     rows = load_rows(dataset)
     source = Path(entry.model)
-    if rows.task in LANGUAGE:
+    task = rows.task_spec
+    if task.engine == "language_model":
         return _take_language_model(name, entry, rows, source, out)
-    if entry.train and rows.task in ("token-classification", "sentence-embedding"):
+    if entry.train and not task.trainable:
         raise TeacherError(
             f"teachers.{name}.train: only models of labelled rows are fine-tuned here, and the dataset's "
             f"task is {rows.task}.\nTake a model that was trained for it, and remove train."
@@ -53,7 +53,7 @@ def prepare_teacher(name: str, entry: Teacher, dataset: Path, out: Path) -> dict
     if not isinstance(how, ImageSpec):
         _save_tokenizer(source, out)
         reader = TextReader(out, entry.max_length, entry.too_long)
-    words = rows.task == "token-classification"
+    words = task.inputs == "words"
     # All of them: what is too long is said before work starts.
     tokens = read_inputs(reader, rows, words)
     if entry.train:
@@ -94,11 +94,11 @@ def prepare_teacher(name: str, entry: Teacher, dataset: Path, out: Path) -> dict
 
 def _how(name: str, entry: Teacher, source: Path, rows: Rows) -> ReadingSpec | None:
     """How it reads images or makes vectors; None in all other tasks."""
-    if rows.task == "image-classification":
+    if rows.task_spec.inputs == "images":
         from pipeline.engines.image_classifier import image_spec  # transformers, some seconds
 
         return image_spec(source, rows.shape)
-    if rows.task != "sentence-embedding":
+    if not rows.task_spec.makes_vectors:
         return None
     width = json.loads((source / "config.json").read_text()).get("hidden_size")
     if width is None:
@@ -135,7 +135,7 @@ def _take_language_model(name: str, entry: Teacher, rows: Rows, source: Path, ou
     mask = mask_spec(rows.task, None)
     read = make_prompts(rows.task, mask, tokens, rows.row_ids, reader.special)
     truth = tokens.ids if mask else np.roll(tokens.ids, -1)
-    model = load_language_model(out, hardware.precision("auto"), rows.task)
+    model = load_language_model(out, hardware.precision("auto"), rows.task_spec.auto_class)
     head = LanguageHead(model, min(reader.num_ids, model.config.get_text_config().vocab_size))
     probability_mass(head, read, extreme_rows(tokens), reader.pad_id)
     seen = score_language_model(head, read, truth, rows.select("test"), reader.pad_id)

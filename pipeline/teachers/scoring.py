@@ -10,7 +10,8 @@ from pipeline.data.inputs import Inputs
 from pipeline.data.rows import NO_LABEL, Rows
 from pipeline.data.tokenizer import NO_WORD, Tokens
 from pipeline.engines.classifier import infer_rows, infer_tokens
-from pipeline.objectives.registry import OBJECTIVES, objective_of
+from pipeline.objectives.classification import CLASSIFICATION
+from pipeline.objectives.registry import objective_of
 from storage.entries import ends, ranges
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def score_quality(
     model: "PreTrainedModel", rows: Rows, tokens: Inputs, pad_id: int, names: tuple[str, ...]
 ) -> dict[str, Any]:
     """How good it is on the test split: accuracy where there are classes, else the metrics of the task."""
-    if rows.task not in OBJECTIVES:
+    if objective_of(rows.task) is CLASSIFICATION:
         return {"accuracy": {"test": _score(model, rows, tokens, pad_id, names, "test")}}
     if not names:
         return {"quality": {"test": {}}}
@@ -80,7 +81,7 @@ def labelled_logits(
     task.
     """
     names = rows.row_ids.to_pylist()
-    if rows.task != "token-classification":
+    if rows.task_spec.engine != "tokens":
         logits = infer_rows(model, tokens, chosen, pad_id, "float32", names=names).logits
         return logits, rows.truth[chosen]
     assert isinstance(tokens, Tokens)  # words are text

@@ -7,6 +7,7 @@ from pathlib import Path
 from pipeline.config.recipes import Recipe
 from pipeline.config.schedules import ByConfidence, Schedule, bounds
 from pipeline.config.students import (
+    STUDENTS,
     BiLSTMStudent,
     FCStudent,
     LlamaStudent,
@@ -15,7 +16,7 @@ from pipeline.config.students import (
     TinyBERTStudent,
     TransformersStudent,
 )
-from pipeline.config.tasks import CLASS_DIVERGENCES, DIVERGENCES, STUDENT_TASKS
+from pipeline.config.tasks import TASKS
 from pipeline.data.rows import POOL, SPLITS, VIEWS, Rows
 from pipeline.data.tokenizer import TextReader
 from pipeline.streaming.verified import check_verified
@@ -32,36 +33,36 @@ from storage.tasks import Task
 
 def check_task(what: str, task: Task, kind: str) -> None:
     """Raise SpecMismatch where students of this kind cannot be trained on a cache of this task."""
-    if task not in STUDENT_TASKS[kind]:
-        others = [other for other, known in STUDENT_TASKS.items() if task in known]
+    if not STUDENTS[kind].learns(TASKS[task]):
+        others = [other for other, section in STUDENTS.items() if section.learns(TASKS[task])]
+        known = [name for name, row in TASKS.items() if STUDENTS[kind].learns(row)]
         advice = f"Students that learn from a {task} cache: {', '.join(others)}." if others else (
             f"No student learns from a {task} cache yet: it can be captured, verified and read."
         )  # fmt: skip
         raise SpecMismatch(
             f"the cache does not fit the student of {what} ({kind})",
-            [Mismatch("spec.task", task, " or ".join(STUDENT_TASKS[kind]))],
+            [Mismatch("spec.task", task, " or ".join(known))],
             advice,
         )
 
 
 def check_recipe(what: str, task: Task, recipe: "Recipe") -> None:
     """Raise SpecMismatch where a recipe names a loss that this task has not, or labels where it has none."""
-    known = DIVERGENCES.get(task, CLASS_DIVERGENCES)
-    faults = []
-    soft, one_class = min(bounds(recipe.alpha)) < 1, task not in DIVERGENCES
-    if soft and recipe.divergence not in known:
-        faults.append(Mismatch("recipe.divergence", recipe.divergence, " or ".join(known)))
-    tempered = any(end != 1 for end in bounds(recipe.temperature))
-    if soft and task in ("regression", "sentence-embedding") and tempered:
+    row, faults = TASKS[task], []
+    soft = min(bounds(recipe.alpha)) < 1
+    if soft and recipe.divergence not in row.divergences:
+        faults.append(Mismatch("recipe.divergence", recipe.divergence, " or ".join(row.divergences)))
+    if soft and not row.tempered and any(end != 1 for end in bounds(recipe.temperature)):
         faults.append(Mismatch("recipe.temperature", recipe.temperature, 1))
-    elif soft and not one_class and isinstance(recipe.temperature, ByConfidence):
+    elif soft and not row.first_choice and isinstance(recipe.temperature, ByConfidence):
         faults.append(Mismatch("recipe.temperature", recipe.temperature, "a number, or a schedule"))
-    if any(end != 0 for end in bounds(recipe.alpha)) and task == "sentence-embedding":
+    if not row.has_label_loss and any(end != 0 for end in bounds(recipe.alpha)):
         faults.append(Mismatch("recipe.alpha", recipe.alpha, 0))
-    if recipe.pseudo_labels and not one_class:
+    if recipe.pseudo_labels and not row.first_choice:
         faults.append(Mismatch("recipe.pseudo_labels", True, "false: a row has no first choice"))
     if faults:
-        advice = f"{task} has a loss of its own: write what is expected in a recipe for such runs."
+        own = "" if row.tempered else ", which has no temperature"
+        advice = f"{task} has a loss of its own{own}: write what is expected in a recipe for such runs."
         raise SpecMismatch(f"the recipe does not fit {what}", faults, advice)
 
 
@@ -99,7 +100,9 @@ def check_run(name: str, cache: Cache, rows: Rows, student: Student, recipe: Rec
     """Raise ConfigError, DataError or SpecMismatch where this cache cannot teach the student so."""
     check_verified(cache, verified)
     check_task(f"runs.{name}", cache.identity.spec.task, student.kind)
-    check_recipe(f"runs.{name}", cache.identity.spec.task, recipe)
+    candidates = [recipe.chosen(values) for values in recipe.grid] or [recipe]
+    for one in candidates:
+        check_recipe(f"runs.{name}", cache.identity.spec.task, one)
     if student.kind == "llama" and student.tokenizer != "teacher":
         raise ConfigError(
             f"the student of runs.{name} has a tokenizer of its own ({student.tokenizer} entries), but "
@@ -117,16 +120,9 @@ def check_run(name: str, cache: Cache, rows: Rows, student: Student, recipe: Rec
         )
     if recipe.match:
         resolve_layers(f"runs.{name}", recipe.match, student, cache.identity.spec.hidden)
-    for one in [recipe.chosen(values) for values in recipe.grid] or [recipe]:
-        if not one.predicts or min(bounds(one.alpha)) == 1:
-            continue
-        check_truncated(f"runs.{name}", cache.identity.spec.sparse, one.divergence, one.temperature)
-        if cache.identity.spec.per_position and any(end != 1 for end in bounds(one.temperature)):
-            raise SpecMismatch(
-                f"the cache does not fit runs.{name}",
-                [Mismatch("recipe.temperature", one.temperature, 1)],
-                "The loss of a language model's head has no temperature. Write temperature: 1.",
-            )
+    for one in candidates:
+        if one.predicts and min(bounds(one.alpha)) < 1:
+            check_truncated(f"runs.{name}", cache.identity.spec.sparse, one.divergence, one.temperature)
     if not len(rows.select("train")):
         raise DataError(
             f"runs.{name}: no row to train on is in all caches of {cache.path.parent}.\n"

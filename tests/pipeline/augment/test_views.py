@@ -146,7 +146,8 @@ def test_a_masked_model_is_asked_about_the_places_alone_and_offers_what_it_expec
     asked = Masked(masked, 3)
     together = asked(requests)
     assert [asked([request])[0] for request in requests] == together
-    live, reader = load_language_model(masked, "float32", "masked-lm"), TextReader(masked, 32, "error")
+    live = load_language_model(masked, "float32", "AutoModelForMaskedLM")
+    reader = TextReader(masked, 32, "error")
     mask = reader.special["mask_token"]
     ids = reader.read([" ".join(["[MASK]", *words[0][1:-1], "[MASK]"])], ["x"]).ids
     said = live(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits[0][ids == mask]

@@ -210,7 +210,7 @@ def test_a_teacher_takes_the_perplexity_of_what_it_did_not_see(
 ) -> None:
     monkeypatch.setattr(hardware, "computes_in_bfloat16", lambda: False)
     record, rows = own.make_teacher(), own.rows()
-    model = load_language_model(own.teacher, "float32", "masked-lm")
+    model = load_language_model(own.teacher, "float32", "AutoModelForMaskedLM")
     auto, kept = AutoTokenizer.from_pretrained(own.root / "model"), held(Cache.open(own.cache))
     losses = []
     for index in rows.select("test"):

@@ -15,6 +15,7 @@ from pipeline.capture.fitted_tables import BASIS_VECTORS
 from pipeline.capture.identity import capture_identity
 from pipeline.capture.verify import verify_cache
 from pipeline.config.caches import CacheEntry
+from pipeline.config.tasks import TASKS
 from pipeline.engines.engine import engine_inputs
 from pipeline.engines.hidden_states import principal_components
 from pipeline.engines.loading import load_classifier, load_language_model
@@ -241,7 +242,7 @@ def entry_hidden(**hidden: Any) -> Any:
 
 def teachers_model(teacher: Path, task: Any) -> Any:
     if task == "masked-lm":
-        return load_language_model(teacher, "float32", task)
+        return load_language_model(teacher, "float32", TASKS[task].auto_class)
     return load_classifier(teacher, task=task)
 
 

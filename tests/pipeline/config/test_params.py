@@ -144,7 +144,10 @@ def test_a_word_outside_its_choices_is_refused_with_the_choices(
         (lambda p: p["datasets"]["toy"].pop("labels"), "datasets.toy.labels"),
         (lambda p: p["datasets"]["toy"]["split"].update(train=0.9), "datasets.toy.split"),
         (lambda p: p["datasets"]["toy"]["pool"].update(words=[9, 3]), "datasets.toy.pool"),
-        (lambda p: p["datasets"]["toy"].update(blocks={}), "datasets.toy.blocks: rows with a label stay"),
+        (
+            lambda p: p["datasets"]["toy"].update(blocks={}),
+            "datasets.toy.blocks: rows of a sequence-classification dataset stay whole",
+        ),
         (lambda p: p["caches"]["toy"]["hidden"].update(layers=[1, 1]), "caches.toy.hidden.layers"),
         (lambda p: p["caches"]["toy"]["hidden"].update(layers=[]), "caches.toy.hidden: name the layers"),
         (

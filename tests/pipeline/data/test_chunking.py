@@ -194,5 +194,5 @@ def test_a_split_without_a_block_is_refused(tmp_path: Path) -> None:
 
 
 def test_blocks_of_rows_with_labels_are_refused() -> None:
-    with pytest.raises(ValidationError, match="rows with a label stay whole"):
+    with pytest.raises(ValidationError, match="dataset stay whole"):
         Dataset.model_validate({"path": "a.csv", "labels": ["a", "b"], "blocks": {}})
