@@ -21,7 +21,8 @@ STORAGE_LIBRARIES = {"fsspec", "numpy", "pyarrow", "zarr", "pydantic"}
 # Rooms and files of rooms that run without torch: whatever only reads, checks, plans or reports.
 TORCH_FREE = (
     "pipeline.config", "pipeline.data", "pipeline.report", "pipeline.export.predictor",
-    "pipeline.training.run", "pipeline.training.job", "pipeline.training.processes", "pipeline.training.checks",
+    "pipeline.training.run", "pipeline.training.job", "pipeline.training.processes",
+    "pipeline.training.checks",
 )  # fmt: skip
 MOST_LINES = 400
 MOST_FUNCTION_LINES = 50
