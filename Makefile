@@ -1,11 +1,12 @@
 # make demo    set up and run everything on real reviews     make test    set up and run the tests
-# make check   ruff, format, mypy     make fix   what ruff can mend     make bench   benchmarks     make golden
+# make check   ruff, format, mypy     make compat   the wheel by each Python     make fix   what ruff can mend
+# make bench   benchmarks             make golden   the golden caches and the golden export
 PYTHON ?= python3.11
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: demo test check fix bench golden constraints
+.PHONY: demo test check compat fix bench golden constraints
 .DELETE_ON_ERROR:
 
 # All of params.yaml but the entries that end in -full. The report comes last, over what there is.
@@ -22,6 +23,10 @@ check: .venv/ready
 	ruff check .
 	ruff format --check .
 	mypy
+
+# The wheel, used without torch by each of python3.11, 3.12 and 3.13 that is there.
+compat:
+	$(PYTHON) tests/compat.py
 
 fix: .venv/ready
 	ruff check --fix .

@@ -6,13 +6,15 @@ Both hand out a local directory whose files were compared with the manifest befo
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from storage.checksums import check_files
 from storage.errors import CacheError
 from storage.local_copies import LocalCopies
 from storage.manifest import FileEntry
-from storage.remote import Objects
+
+if TYPE_CHECKING:
+    from storage.remote import Objects
 
 
 class Files(Protocol):
@@ -47,7 +49,7 @@ class RemoteFiles:
     one that was damaged meanwhile is fetched again.
     """
 
-    def __init__(self, objects: Objects, copies: LocalCopies) -> None:
+    def __init__(self, objects: "Objects", copies: LocalCopies) -> None:
         self._objects, self._copies = objects, copies
         self._checked: set[str] = set()  # paths
 

@@ -4,12 +4,11 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from storage import hidden, manifest, records
 from storage.checksums import AGAIN, check_no_stray, check_sizes
@@ -22,9 +21,11 @@ from storage.hidden import Basis
 from storage.local_copies import LocalCopies
 from storage.location import Location, location
 from storage.manifest import FileEntry, Manifest, ShardEntry
-from storage.remote import Objects
 from storage.shard_table import ShardTable
 from storage.spec import Identity
+
+if TYPE_CHECKING:
+    from storage.remote import Objects
 
 LOCAL_COPIES = Path(".stillroom/nearby")
 
@@ -56,6 +57,8 @@ class Cache:
             sealed, local_files = manifest.load(path), LocalFiles(path)
             check_sizes(path, sealed.own_files if sealed.shard_table else sealed.files)
             return cls(path, _with_table(path, sealed, local_files), local_files)
+        from storage.remote import Objects  # fsspec takes a tenth of a second to import
+
         objects, copies = Objects(path), LocalCopies(Path(local), limit_bytes)
         remote_files = RemoteFiles(objects, copies)
         sealed = _with_table(path, _load_remote(objects), remote_files)
@@ -235,6 +238,8 @@ class Cache:
         if labels is not None and list(labels) != list(self.labels):
             faults.append(Mismatch("dataset.labels", list(self.labels), list(labels)))
         if row_ids is not None:
+            import pyarrow.compute as pc  # opening a cache does not need it
+
             wanted = pc.unique(row_ids)
             missing = wanted.filter(pc.invert(pc.is_in(wanted, value_set=self.row_ids())))
             if len(missing):
@@ -265,7 +270,7 @@ def _states(shard: ShardEntry) -> list[FileEntry]:
     return [file for file in shard.files if file.path != shard.logits_path]
 
 
-def _load_remote(objects: Objects) -> Manifest:
+def _load_remote(objects: "Objects") -> Manifest:
     """The manifest of the cache at a URL."""
     try:
         raw = objects.read(manifest.MANIFEST_NAME, manifest.MAX_MANIFEST_BYTES)

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from storage import pages
@@ -133,6 +132,8 @@ def read_table(path: Path, spec: Spec) -> pa.Table:
 
 def write_table(path: Path, table: pa.Table, spec: Spec) -> None:
     """Write rows of `read_table`s: the bytes that `write` and `write_sparse` give for them."""
+    import pyarrow.compute as pc  # reading does not need it
+
     a_group = ROW_GROUP_ROWS
     if spec.sparse is not None:
         a_position = table.column(spec.sparse.position_column)

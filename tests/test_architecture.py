@@ -152,7 +152,9 @@ def test_an_install_for_the_command_alone_has_what_it_imports() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     installed = {*project["dependencies"], *project["optional-dependencies"]["predict"]}
     libraries = {name.split(".")[0] for file in closure("stages.main") for name in imported(ROOT / file)}
-    assert libraries - set(sys.stdlib_module_names) - set(PACKAGES) == {n.split(".")[0] for n in installed}
+    assert libraries - set(sys.stdlib_module_names) - set(PACKAGES) == {
+        re.split(r"[.>]", requirement)[0] for requirement in installed
+    }
 
 
 def test_every_file_says_what_it_is_and_is_one_idea_long() -> None:
