@@ -1,8 +1,8 @@
-"""The cache as an artifact: what a teacher said, on disk, and the checks that keep it true.
+"""The cache as an artifact: a teacher's outputs on disk, and the checks that guard them.
 
 This package needs numpy, pyarrow, zarr, pydantic and fsspec. It never imports torch, transformers or dask, so
-a cache can be opened, checked and read on a machine that has none of them. The law of the format is
-docs/cache-format.md.
+a cache can be opened, checked and read on a machine that has none of them. docs/cache-format.md specifies the
+format.
 
     from storage import Cache
     cache = Cache.open("caches/reviews")

@@ -1,4 +1,4 @@
-"""Digests of files: `file_entry` makes them, `check_files` compares them."""
+"""Digests of files: `file_entry` computes them, `check_files` compares them."""
 
 import hashlib
 from collections.abc import Iterable, Set
@@ -7,9 +7,7 @@ from pathlib import Path
 from storage.errors import ShardCorrupt, ShardMissing, ShardTruncated, ShardUnexpected
 from storage.manifest import FileEntry
 
-AGAIN = (
-    "Fetch it again (`dvc checkout --force`, `dvc pull`), or rebuild it: only damaged shards are made again."
-)
+AGAIN = "Fetch it again (`dvc checkout --force`, `dvc pull`), or rebuild it: sound shards are reused."
 
 
 def file_entry(root: Path, relative: str) -> FileEntry:
@@ -21,7 +19,7 @@ def file_entry(root: Path, relative: str) -> FileEntry:
 
 
 def check_sizes(root: Path, files: Iterable[FileEntry]) -> None:
-    """Every file is there with the size that was sealed. Raises ShardMissing or ShardTruncated."""
+    """Raise ShardMissing or ShardTruncated where a file is missing or has another size than was sealed."""
     for file in files:
         path = root / file.path
         if not path.is_file():
@@ -34,7 +32,7 @@ def check_sizes(root: Path, files: Iterable[FileEntry]) -> None:
 
 
 def check_files(root: Path, files: Iterable[FileEntry]) -> None:
-    """Every byte is the one that was sealed. Raises ShardMissing, ShardTruncated or ShardCorrupt."""
+    """Raise ShardMissing, ShardTruncated or ShardCorrupt where a file is not what was sealed."""
     for file in files:
         check_sizes(root, [file])
         found = file_entry(root, file.path)
@@ -46,7 +44,7 @@ def check_files(root: Path, files: Iterable[FileEntry]) -> None:
 
 
 def check_no_stray(root: Path, listed: Set[str], below: str = "") -> None:
-    """Raise ShardUnexpected where a file below `root / below` is none of `listed` (relative to `root`)."""
+    """Raise ShardUnexpected where a file below `root / below` is not in `listed` (relative to `root`)."""
     present = {p.relative_to(root).as_posix() for p in (root / below).rglob("*") if not p.is_dir()}
     if stray := sorted(present - listed):
         raise ShardUnexpected(f"{root / stray[0]} is not part of this cache ({len(stray)} such): remove it.")

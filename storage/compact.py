@@ -1,10 +1,10 @@
 """The arithmetic of the compact layout: ids and weights -> small integers that compress well, and back.
 
-Ids become ranks (frequent ids first, by a table), are sorted within a position, and only the gaps are kept.
+Ids become ranks (frequent ids first, by a table), are sorted within a position, and only the gaps are stored.
 Weights become codes on a grid of arcsines, on which a step costs the same everywhere (the variance-
-stabilising transform of a proportion: Anscombe 1948). What follows from the rest is not kept: the weights of
-sampled entries, and one degree of freedom of the exact ones. Every array below is a typed Parquet column of
-its own; docs/cache-format.md defines each to the bit.
+stabilising transform of a proportion: Anscombe 1948). What can be computed from other columns is not stored:
+the weights of sampled entries, and one degree of freedom of the exact ones. Which codec stores which column
+is in storage/codecs.py; docs/cache-format.md defines each column to the bit.
 
 Shape letters: P positions, E entries, R ranked ids.
 """
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from storage.entries import ends
 
-HEAD_LEVELS = 63  # steps of a head code: the error it adds is a hundredth of the sampling's own variance
+HEAD_LEVELS = 63  # steps of a head code: its error is a hundredth of the variance of the sampling
 TAIL_LEVELS = 65_535
 TOPK_LEVELS = 256  # steps of the square root of a probability
 MAX_RANKED = 65_536
@@ -27,7 +27,7 @@ Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
 _THETA = np.linspace(0.0, np.pi / 2, HEAD_LEVELS + 1)
-HEAD_SHARES = np.sin(_THETA) ** 2  # the share of what is left that a code stands for
+HEAD_SHARES = np.sin(_THETA) ** 2  # the share of the remaining mass that a code is
 HEAD_SHARES[-1] = 1.0
 
 
@@ -53,7 +53,7 @@ class Ranks(NamedTuple):
         return ranks
 
     def id(self, ranks: npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
-        """The id of each rank. Raises IndexError for one that no id has."""
+        """The id of each rank. Raises IndexError for a rank outside the vocabulary."""
         if len(ranks) and not 0 <= int(ranks.min()) <= int(ranks.max()) < self.vocab_size:
             raise IndexError(f"a rank is outside the vocabulary of {self.vocab_size:,}")
         if self.vocab_size <= DENSE_TABLE:
@@ -99,7 +99,7 @@ def tail_codes(log_tail_P: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
 
 
 def tail_masses(codes_P: npt.NDArray[np.generic]) -> Floats:
-    """The mass that each of `tail_codes` stands for [P]."""
+    """The mass of each of `tail_codes` [P]."""
     masses: Floats = np.sin(codes_P.astype(np.float64) * (np.pi / 2 / TAIL_LEVELS)) ** 2
     return masses
 
@@ -127,7 +127,7 @@ def head_masses(codes: npt.NDArray[np.generic], counts_P: Counts) -> tuple[Float
 
 
 def share_codes(weights: Floats, counts: Counts, noise: Floats) -> npt.NDArray[np.uint8]:
-    """The code of each weight as a share of what the weights before it left over, rounded without bias.
+    """The code of each weight as a share of the mass that the weights before it leave, rounded without bias.
 
     `noise`: a uniform number in [0, 1) for each weight. It decides whether a share is rounded up or down.
     """
@@ -139,7 +139,7 @@ def share_codes(weights: Floats, counts: Counts, noise: Floats) -> npt.NDArray[n
     low = np.minimum(
         (np.arcsin(np.sqrt(share)) / (np.pi / 2 / HEAD_LEVELS)).astype(np.int64), HEAD_LEVELS - 1
     )
-    low -= share < HEAD_SHARES[low]  # where the arcsine's own rounding went past a step
+    low -= share < HEAD_SHARES[low]  # where rounding of the arcsine went past a step
     step = HEAD_SHARES[low + 1] - HEAD_SHARES[low]
     codes: npt.NDArray[np.uint8] = (low + (noise < (share - HEAD_SHARES[low]) / step)).astype(np.uint8)
     return codes

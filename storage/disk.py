@@ -19,7 +19,7 @@ REPLACED = "-replaced"  # ends the name of a directory that has made way for a n
 
 @contextlib.contextmanager
 def disk_full_explained(where: Path) -> Iterator[None]:
-    """Turn the system's errors of a full disk into StoreFull, which names `where` was written."""
+    """Turn the system's errors of a full disk into StoreFull, which names the directory `where`."""
     try:
         yield
     except OSError as error:
@@ -27,7 +27,7 @@ def disk_full_explained(where: Path) -> Iterator[None]:
             raise
         raise StoreFull(
             f"no space left while writing below {where}: {os.strerror(error.errno or 0)}.\n"
-            "Finished shards are kept. Free some space and run the same command again: it goes on from there."
+            "Finished shards are kept. Free some space and run the same command again: it reuses them."
         ) from error
 
 
@@ -69,41 +69,41 @@ def _rename_over(aside: Path, out: Path) -> None:
 
 
 def sweep_stale(aside: Path, host: str, pid: str) -> None:
-    """Remove what a writer of this host, a process that is gone, left behind; or anybody, a day ago.
+    """Remove what a dead process of this host has left, or what is a day old.
 
-    Another sweep may be removing it too.
+    Another sweep may remove it at the same time.
     """
     with contextlib.suppress(FileNotFoundError):
         found = aside.lstat()
         stale = found.st_mtime < time.time() - STALE_SECONDS
-        if stale or (host == host_name() and not _lives(pid.removesuffix(REPLACED))):
+        if stale or (host == host_name() and not _is_running(pid.removesuffix(REPLACED))):
             if stat.S_ISDIR(found.st_mode):
                 shutil.rmtree(aside, ignore_errors=True)
             else:
                 aside.unlink()
 
 
-def _lives(pid: str) -> bool:
-    """Whether such a process of this host runs. One that has ended but is not waited for runs no more."""
+def _is_running(pid: str) -> bool:
+    """Whether a process of this host is running. Zombies are not."""
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return False
     except (OSError, OverflowError, ValueError):
-        return True  # another user's, or no number: left to whoever comes after a day
+        return True  # another user's process, or not a number: swept when it is a day old
     with contextlib.suppress(OSError):  # there is no /proc outside Linux
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return True
 
 
 def link(source: str | Path, target: str | Path) -> None:
-    """One file under two names, without a second copy of its bytes where the file system can."""
+    """Give a file a second name; copy it where the file system cannot link."""
     try:
         os.link(source, target)
     except OSError as error:
         if error.errno in DISK_FULL:
             raise
-        shutil.copyfile(source, target)  # the store is on another file system, or links are not allowed there
+        shutil.copyfile(source, target)  # another file system, or one without links
 
 
 def link_all(source: Path, target: Path, names: Iterable[str]) -> None:

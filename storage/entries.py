@@ -1,7 +1,7 @@
-"""Sparse targets in memory: what a teacher said about positions, as (id, weight) pairs.
+"""Sparse targets in memory: a teacher's distributions at positions, as (id, weight) pairs.
 
-A codec (pipeline/sparsify.py) makes them; a layout (storage/compact.py, storage/records.py) keeps them; a
-reader gets them back in this one form, whatever the layout.
+An encoder (pipeline/codecs) makes them, a codec (storage/codecs.py) packs them into columns and unpacks them
+into this form again, whatever the layout.
 
 Shape letters: P positions, E entries of all positions.
 """
@@ -13,16 +13,16 @@ import numpy.typing as npt
 
 
 class Entries(NamedTuple):
-    """Entries of P positions, end to end: those of position p are `offsets[p]` to `offsets[p + 1]`.
+    """Entries of P positions, concatenated: those of position p are `offsets[p]` to `offsets[p + 1]`.
 
     Weights are probabilities at temperature 1. Entries and tail of a position sum to 1. A position without
-    entries has no target. Ids of a position are distinct; exact entries stand before sampled ones.
+    entries has no target. Ids of a position are distinct; exact entries come before sampled ones.
     """
 
     offsets: npt.NDArray[np.int64]  # P + 1
     ids: npt.NDArray[np.int32]  # E
     weights: npt.NDArray[np.float32]  # E, probability
-    num_exact: npt.NDArray[np.int32]  # P, leading entries that hold the teacher's own probability
+    num_exact: npt.NDArray[np.int32]  # P, leading entries that have the teacher's own probability
     log_tail: npt.NDArray[np.float32]  # P, nats: log mass of all ids that were left out; -inf for none
 
     @property
@@ -37,7 +37,7 @@ class Entries(NamedTuple):
 
     def take(self, positions: npt.NDArray[np.int64]) -> Self:
         """The entries of these positions, in this order."""
-        counts = self.offsets[positions + 1] - self.offsets[positions]  # of these alone: all may be many
+        counts = self.offsets[positions + 1] - self.offsets[positions]
         chosen = ranges(self.offsets[positions], counts)
         return type(self)(
             ends(counts), self.ids[chosen], self.weights[chosen],
@@ -54,17 +54,17 @@ class Entries(NamedTuple):
 
 
 def ends(counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Offsets [P + 1] of lists of these lengths laid end to end."""
+    """Offsets [P + 1] of concatenated lists of these lengths."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
 def ranges(starts: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """start, start + 1, ... for each start, as many as its count, end to end."""
+    """start, start + 1, ... for each start, as many as its count, concatenated."""
     return np.arange(counts.sum()) + np.repeat(starts - ends(counts)[:-1], counts)
 
 
 def concatenate(parts: "list[Entries]") -> Entries:
-    """The positions of all parts, one after the other."""
+    """The positions of all parts, in order."""
     return Entries(
         ends(np.concatenate([part.counts for part in parts])),
         np.concatenate([part.ids for part in parts]),

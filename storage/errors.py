@@ -1,20 +1,20 @@
 """Every error that Stillroom raises on purpose, in one tree.
 
-StillroomError: what a person can mend; the message says what, where, found, expected, what to do
-├── ConfigError      (ValueError)       params.yaml or the command line says something that cannot be
-├── AssetError       (OSError)          a download, or a file that should be there, is not what was asked for
+StillroomError: what a user can fix; the message has what, where, found, expected, and what to do
+├── ConfigError      (ValueError)       params.yaml or the command line has an invalid value
+├── AssetError       (OSError)          a download or a file is missing, or is not the expected one
 ├── DataError        (ValueError)       a dataset cannot be used as it is
-├── TeacherError     (ValueError)       a teacher cannot be used as it is, or said something that is no number
-├── TrainingError    (ArithmeticError)  a student's training left the numbers
-├── ExportError      (ValueError)       an exported model is not what the student is, or a run has none
-├── TeacherElsewhere (RuntimeError)     a teacher would start here that has done its work on another machine
+├── TeacherError     (ValueError)       a teacher cannot be used as it is, or returned a non-finite value
+├── TrainingError    (ArithmeticError)  a student's loss became NaN or infinite
+├── ExportError      (ValueError)       an exported model differs from its student, or a run has none
+├── TeacherElsewhere (RuntimeError)     a teacher would start here whose outputs another machine has
 ├── StoreFull        (OSError)          the disk ran full; finished shards are kept
-├── ShardUnwritten   (OSError)          a shard could not be written otherwise; finished shards are kept
+├── ShardUnwritten   (OSError)          another error while a shard was written; finished shards are kept
 ├── StoreInUse       (BlockingIOError)  shards cannot be removed while a capture may take them
-├── ShardsFailed     (RuntimeError)     workers gave up some shards; all others are finished and kept
+├── ShardsFailed     (RuntimeError)     workers gave up on some shards; all others are finished and kept
 ├── WorkersLost      (ConnectionError)  a scheduler or its workers cannot be reached; finished shards are kept
-├── StoreUnreachable (ConnectionError)  a bucket, or what lies in it, could not be read or written
-└── CacheError                          a cache that must not be read
+├── StoreUnreachable (ConnectionError)  a bucket or an object in it could not be read or written
+└── CacheError                          a cache that cannot be used
     ├── NoManifest       (FileNotFoundError)  not a cache, or one that was never sealed
     ├── ManifestInvalid  (ValueError)         the manifest is damaged, or was edited
     ├── FormatTooNew     (ValueError)         written by a later Stillroom
@@ -22,9 +22,9 @@ StillroomError: what a person can mend; the message says what, where, found, exp
     ├── ShardTruncated   (OSError)            a file is shorter or longer than the manifest says
     ├── ShardCorrupt     (OSError)            the bytes of a file are not those that were sealed
     ├── ShardUnexpected  (OSError)            a file that the manifest does not list
-    └── SpecMismatch     (ValueError)         a sound cache that does not fit; lists every field that differs
+    └── SpecMismatch     (ValueError)         an intact cache that does not fit; lists each field that differs
 
-Each class is a builtin too, so `except FileNotFoundError` works for people who have never seen this page.
+Each class is also a builtin error, so `except FileNotFoundError` works without knowing this page.
 """
 
 from collections.abc import Sequence
@@ -32,15 +32,15 @@ from typing import NamedTuple
 
 
 class StillroomError(Exception):
-    """Something that a person can mend. `str(error)` is the whole message, ready to print."""
+    """Something that a user can fix. `str(error)` is the whole message, ready to print."""
 
 
 class ConfigError(StillroomError, ValueError):
-    """params.yaml or the command line says something that cannot be."""
+    """params.yaml or the command line has an invalid value."""
 
 
 class AssetError(StillroomError, OSError):
-    """A download, or a file that should be there, is not what was asked for."""
+    """A download or a file is missing, or is not the expected one."""
 
 
 class DataError(StillroomError, ValueError):
@@ -48,19 +48,19 @@ class DataError(StillroomError, ValueError):
 
 
 class TeacherError(StillroomError, ValueError):
-    """A teacher cannot be used as it is, or said something that is no number."""
+    """A teacher cannot be used as it is, or returned a non-finite value."""
 
 
 class TrainingError(StillroomError, ArithmeticError):
-    """A student's training left the numbers."""
+    """A student's loss became NaN or infinite."""
 
 
 class ExportError(StillroomError, ValueError):
-    """An exported model is not what the student is, or a run has none."""
+    """An exported model differs from its student, or a run has none."""
 
 
 class TeacherElsewhere(StillroomError, RuntimeError):
-    """A teacher would start here that has done its work on another machine."""
+    """A teacher would start here whose outputs another machine has."""
 
 
 class StoreFull(StillroomError, OSError):
@@ -68,7 +68,7 @@ class StoreFull(StillroomError, OSError):
 
 
 class ShardUnwritten(StillroomError, OSError):
-    """A shard could not be written otherwise; finished shards are kept."""
+    """Another error while a shard was written; finished shards are kept."""
 
 
 class StoreInUse(StillroomError, BlockingIOError):
@@ -76,7 +76,7 @@ class StoreInUse(StillroomError, BlockingIOError):
 
 
 class ShardsFailed(StillroomError, RuntimeError):
-    """Workers gave up some shards; all others are finished and kept."""
+    """Workers gave up on some shards; all others are finished and kept."""
 
 
 class WorkersLost(StillroomError, ConnectionError):
@@ -84,11 +84,11 @@ class WorkersLost(StillroomError, ConnectionError):
 
 
 class StoreUnreachable(StillroomError, ConnectionError):
-    """A bucket, or what lies in it, could not be read or written."""
+    """A bucket or an object in it could not be read or written."""
 
 
 class CacheError(StillroomError):
-    """A cache that must not be read."""
+    """A cache that cannot be used."""
 
 
 class NoManifest(CacheError, FileNotFoundError):
@@ -120,7 +120,7 @@ class ShardUnexpected(CacheError, OSError):
 
 
 class Mismatch(NamedTuple):
-    """One field that differs, as people read it."""
+    """One field that differs."""
 
     field: str
     found: object
@@ -128,7 +128,7 @@ class Mismatch(NamedTuple):
 
 
 class SpecMismatch(CacheError, ValueError):
-    """A sound cache that does not fit; `mismatches` holds every field that differs."""
+    """An intact cache that does not fit; `mismatches` has every field that differs."""
 
     def __init__(self, what: str, mismatches: Sequence[Mismatch], advice: str) -> None:
         self.mismatches = tuple(mismatches)
@@ -137,7 +137,7 @@ class SpecMismatch(CacheError, ValueError):
         self._parts = (what, self.mismatches, advice)
 
     def __reduce__(self) -> tuple[type["SpecMismatch"], tuple[str, tuple[Mismatch, ...], str]]:
-        return type(self), self._parts  # survives the way from a worker process
+        return type(self), self._parts  # errors are pickled on the way from a worker process
 
 
 def _table(mismatches: Sequence[Mismatch]) -> str:
@@ -149,7 +149,7 @@ def _table(mismatches: Sequence[Mismatch]) -> str:
 
 
 def _short(value: object) -> str:
-    """Values as people compare them: digests by their first 12 characters, lists in brackets."""
+    """Short text of a value: digests by their first 12 characters, lists in brackets."""
     if isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef"):
         return value[:12] + "..."
     if isinstance(value, list | tuple):

@@ -1,6 +1,6 @@
-"""Where the files of a cache are read: the directory itself, or copies of remote files near by.
+"""The files of a cache: in its own directory, or as local copies of remote files.
 
-Both hand out a local directory whose files were compared with the manifest before anything reads them.
+Both give a local directory whose files were compared with the manifest before anything reads them.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ class Files(Protocol):
     """The checked files of one cache."""
 
     def holding(self, files: Sequence[FileEntry]) -> contextlib.AbstractContextManager[Path]:
-        """The directory that their paths are relative to. They are sound, and stay for as long as the context
-        lasts. Raises ShardMissing, ShardTruncated or ShardCorrupt; of remote files StoreUnreachable too.
+        """The directory that their paths are relative to. They are sound, and stay while the context lasts.
+        Raises ShardMissing, ShardTruncated or ShardCorrupt; for remote files also StoreUnreachable.
         """
 
 
 class LocalFiles:
-    """Files of a cache that lies in a local directory."""
+    """Files of a cache in a local directory."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -43,10 +43,10 @@ class LocalFiles:
 
 
 class RemoteFiles:
-    """Files of a cache that lies at a URL, as copies near by.
+    """Files of a cache at a URL, as local copies.
 
-    A file is checked when it is fetched, and a copy that was there before when this process first uses it;
-    one that was damaged meanwhile is fetched again.
+    A file is checked when it is fetched, and an older copy when this process first uses it; a damaged copy is
+    fetched again.
     """
 
     def __init__(self, objects: "Objects", copies: LocalCopies) -> None:
@@ -55,7 +55,7 @@ class RemoteFiles:
 
     @contextlib.contextmanager
     def holding(self, files: Sequence[FileEntry]) -> Iterator[Path]:
-        """A directory of copies that nobody removes while the context lasts."""
+        """A directory of copies that no process removes while the context lasts."""
         with contextlib.ExitStack() as held:
             root = held.enter_context(self._copies.holding(files, self._fetch))
             try:

@@ -22,7 +22,7 @@ class Strict(BaseModel):
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one way a value becomes bytes to be hashed: sorted keys, no spaces, UTF-8, no NaN."""
+    """The bytes of a value, for hashing: sorted keys, no spaces, UTF-8. Raises ValueError for NaN."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode()
 
@@ -33,10 +33,9 @@ def sha256_json(value: Any) -> str:
 
 
 def row_id(source: str, content: str) -> str:
-    """The name of a row for ever: 32 hex characters of sha256 over where it comes from and what it says.
+    """The permanent name of a row: 32 hex characters of sha256 over its source and its content.
 
-    Labels and splits are left out on purpose, so that mending a label does not send anyone back to the
-    teacher.
+    Labels and splits are left out on purpose: a corrected label must not run the teacher again.
     """
     return hashlib.sha256(f"{source}\x00{content}".encode()).hexdigest()[:ROW_ID_CHARS]
 
@@ -47,7 +46,7 @@ def input_hash(token_ids: npt.ArrayLike) -> str:
 
 
 def pixels_hash(pixels: bytes) -> str:
-    """32 hex characters of sha256 over an image's pixels: the input hash of a row that is an image."""
+    """The input hash of an image: 32 hex characters of sha256 over its pixels."""
     return hashlib.sha256(pixels).hexdigest()[:ROW_ID_CHARS]
 
 

@@ -1,8 +1,8 @@
-"""What a store holds and no cache names, and how it goes: `stillroom gc`.
+"""Finds and removes what is in a store and in no cache: `stillroom gc`.
 
-A shard may go when no sealed cache names it, nobody holds the store (a capture takes shards that no cache
-names yet), and it is not new: what a killed capture has finished is what it goes on from. Bytes are counted
-where the store is the last that holds them: caches link to its files.
+A shard is removed when no sealed cache has it, no capture has locked the store (a capture uses shards that no
+cache has yet), and it is not new (a killed capture continues from its finished shards). Only bytes that no
+cache links to are counted: others stay on disk.
 """
 
 import contextlib
@@ -23,41 +23,42 @@ from storage.writer import LOCK, Store
 
 
 class Unused(NamedTuple):
-    """Something in a store that no cache names."""
+    """A shard or table of a store that no cache has."""
 
     path: Path
     rows: int
-    bytes: int  # that removing it frees
+    bytes: int  # freed by its removal
 
 
 @contextlib.contextmanager
-def alone(store: Store) -> Iterator[None]:
-    """While this lasts no capture takes shards from the store. Raises StoreInUse where one does now."""
+def lock_exclusive(store: Store) -> Iterator[None]:
+    """While the context lasts, no capture uses the store. Raises StoreInUse where one does now."""
     with (store.root / LOCK).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StoreInUse(
-                f"a capture is running that takes shards from {store.root}: wait until it has ended."
+                f"a capture is running that uses shards of {store.root}: wait until it has ended."
             ) from None
         yield
 
 
 def unused(store: Store, caches: Path, keep_seconds: float) -> list[Unused]:
-    """Shards and tables below `store` that no sealed cache below `caches` names, and that are so old.
+    """Shards and tables of `store` that no sealed cache below `caches` has, and that are older than
+    `keep_seconds`.
 
     Raises NoManifest where there is no such directory, and ManifestInvalid for a cache that cannot be read:
-    what it names is not known.
+    its shards are unknown.
     """
     if not caches.is_dir():
-        raise NoManifest(f"there is no {caches} here: run this from the root of the project.")
+        raise NoManifest(f"there is no directory {caches}: run this in the root of the project.")
     named: set[str] = set()
     for found in sorted([*caches.glob("*/manifest.json"), *caches.glob("*/*/manifest.json")]):  # and mixtures
         sealed = manifest.load(found.parent)
         if sealed.shard_table is not None:
             sealed = Cache.open(found.parent).manifest
-        who, first = sealed.identity.fingerprint, unpinned(sealed.identity).fingerprint
-        named |= {f"{who}/{shard.key}" for shard in sealed.every_shard} | {
+        own, first = sealed.identity.fingerprint, unpinned(sealed.identity).fingerprint
+        named |= {f"{own}/{shard.key}" for shard in sealed.every_shard} | {
             f"ranks/{first}.json",
             f"bases/{first}",
         }
@@ -75,13 +76,13 @@ def unused(store: Store, caches: Path, keep_seconds: float) -> list[Unused]:
 
 
 def remove(store: Store, found: Sequence[Unused]) -> None:
-    """Remove these, each at once as others see it, and what killed writers left behind."""
+    """Remove these, each in one step, and what killed writers have left."""
     for item in found:
         aside = store.aside_name()
         aside.parent.mkdir(exist_ok=True)
         os.rename(item.path, aside)
         shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
-        with contextlib.suppress(OSError):  # others lie beside it
+        with contextlib.suppress(OSError):  # not empty
             item.path.parent.rmdir()
     store.sweep()
 
@@ -94,6 +95,8 @@ def _changed(path: Path) -> float:
 def _described(path: Path) -> Unused:
     files = [file.stat() for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
     rows = 0
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged ones may go like others
+    with contextlib.suppress(
+        OSError, ValueError, KeyError, TypeError
+    ):  # damaged ones are removed like others
         rows = int(json.loads((path / "shard.json").read_bytes())["entry"]["rows"])
     return Unused(path, rows, sum(file.st_size for file in files if file.st_nlink == 1))

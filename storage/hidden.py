@@ -1,11 +1,11 @@
-"""Hidden shards: one Zarr v3 group a shard, one array of vectors a name, in the order of the logits beside.
+"""Hidden shards: one Zarr v3 group a shard, one array of vectors a name, in the order of the shard's rows.
 
-zarr writes them and reads them back. Its defaults would hide damage, so they are turned off here: a missing
-chunk reads as NaN (int8: as -128, which no vector has) and not as zeros, and every chunk carries a crc32c.
+The zarr library writes and reads them. Its defaults would hide damage and are turned off: a missing chunk
+reads as NaN (int8: as -128, which no vector has) and not as zeros, and every chunk has a crc32c.
 Files a shard: zarr.json, and for each name `<name>/zarr.json` and one shard file `<name>/c.0.0`. int8 has a
-second array, `<name>.scale`: the float32 that the numbers of each vector are multiplied with.
+second array, `<name>.scale`: the float32 that the numbers of each vector are multiplied by.
 
-Where states are kept as principal components, one more group a cache holds `<name>.mean` and `<name>.axes`.
+For states as principal components, one more group of the cache has `<name>.mean` and `<name>.axes`.
 
 Shape letters: N vectors (of rows, or of positions), W width, M components.
 """
@@ -29,26 +29,26 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 512 * 1024  # inner chunks: one read, one crc
 MAX_METADATA_BYTES = 2**16  # of a zarr.json
-LARGEST, MISSING = 127, -128  # of int8: what the largest number of a vector becomes, and what none does
+LARGEST, MISSING = 127, -128  # int8 codes: of the largest number of a vector; of a missing number
 
 Floats = npt.NDArray[np.float32]
 
 
 class Basis(NamedTuple):
-    """What principal components are components of: a state is about mean + components @ axes."""
+    """Mean and principal axes: a state is about mean + components @ axes."""
 
     mean: Floats  # W
     axes: Floats  # M x W, orthonormal
 
     def components(self, states_NW: Floats) -> Floats:
-        """[N, M]: these states along the axes."""
+        """Components [N, M] of these states along the axes."""
         return np.asarray((states_NW - self.mean) @ self.axes.T, np.float32)
 
 
 def write(group_dir: Path, states: Mapping[str, Floats], spec: HiddenSpec) -> None:
     """Write the vectors of one shard, {name: [N, W]}, as `spec.dtype`. Each array is written whole, once.
 
-    Raises ValueError where one is no finite number in that dtype.
+    Raises ValueError for a number that is not finite in that dtype.
     """
     import zarr
 
@@ -59,7 +59,9 @@ def write(group_dir: Path, states: Mapping[str, Floats], spec: HiddenSpec) -> No
                 states[name], np.dtype("float32" if spec.dtype == "int8" else spec.dtype)
             )
         if not np.isfinite(values).all():
-            raise ValueError(f"states of {name} do not fit {spec.dtype}: keep them as float32 (hidden.dtype)")
+            raise ValueError(
+                f"states of {name} do not fit {spec.dtype}: store them as float32 (hidden.dtype)"
+            )
         if spec.dtype == "int8":
             codes, scale = encode(values)
             _write(group, name, codes, MISSING)
@@ -82,7 +84,7 @@ def read(group_dir: Path, name: str, num: int, spec: HiddenSpec) -> Floats:
 
 
 def read_arrays(group_dir: Path, num: int, spec: HiddenSpec) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of a shard as they are written, undecoded, each of `num` vectors. Raises ShardCorrupt."""
+    """The arrays of a shard, not decoded, each of `num` vectors. Raises ShardCorrupt."""
     arrays = {}
     for name in spec.names:
         arrays[name] = _read(group_dir, name, (num, spec.kept_width(name)), spec.dtype)
@@ -92,7 +94,7 @@ def read_arrays(group_dir: Path, num: int, spec: HiddenSpec) -> dict[str, npt.ND
 
 
 def write_arrays(group_dir: Path, arrays: Mapping[str, npt.NDArray[Any]], spec: HiddenSpec) -> None:
-    """Write vectors of `read_arrays`: the bytes that `write` gives for them."""
+    """Write vectors of `read_arrays`: the same bytes that `write` writes for them."""
     import zarr
 
     group = zarr.create_group(group_dir, zarr_format=3, attributes={"pool": spec.pool})
@@ -101,7 +103,7 @@ def write_arrays(group_dir: Path, arrays: Mapping[str, npt.NDArray[Any]], spec: 
 
 
 def encode(values_NW: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
-    """(codes [N, W], scales [N]): each vector over its largest number / 127, the error at most scale / 2."""
+    """(codes [N, W], scales [N]): each vector over its largest number / 127. Errors are at most scale / 2."""
     largest = np.abs(values_NW).max(axis=1, initial=0)
     scale = np.maximum(largest / np.float32(LARGEST), np.finfo(np.float32).tiny)
     codes = np.rint(values_NW / scale[:, None].astype(np.float64))
@@ -161,14 +163,14 @@ def _write(group: "zarr.Group", name: str, values: npt.NDArray[Any], missing: fl
 
 
 def _chunks(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(shape of an inner chunk, shape of the one shard file), in numbers; zarr wants whole chunks."""
+    """(shape of an inner chunk, shape of the one shard file), in numbers; zarr takes whole chunks."""
     a_vector = math.prod(shape[1:]) * dtype.itemsize
     inside = max(1, min(CHUNK_BYTES // a_vector, shape[0]))
     return (inside, *shape[1:]), (-(-max(shape[0], 1) // inside) * inside, *shape[1:])
 
 
 def _layout(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[dict[str, Any], int]:
-    """(the zarr.json of an array as `_write` makes it, bytes of its shard file)."""
+    """(the zarr.json that `_write` makes for an array, bytes of its shard file)."""
     inside, whole = _chunks(shape, dtype)
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     sharding = {
@@ -192,14 +194,14 @@ def _layout(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[dict[str, Any
 
 
 def _read(group_dir: Path, name: str, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
-    """One array. What its zarr.json says is compared before zarr, or any memory, sees it."""
+    """One array. Its zarr.json is compared with the expected one before zarr reads it or allocates memory."""
     import zarr
 
     where = group_dir / name
     try:
         expected, size = _layout(shape, np.dtype(dtype))
         if (where / "zarr.json").stat().st_size > MAX_METADATA_BYTES:
-            raise ValueError("its zarr.json is longer than any that describes an array")
+            raise ValueError("its zarr.json is longer than that of any array")
         found = json.loads((where / "zarr.json").read_bytes())
         more = [key for key, value in found.items() if value and key != "attributes"]
         for key in [*expected, *more]:

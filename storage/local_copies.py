@@ -1,16 +1,16 @@
-"""Copies of remote files on a local disk: so many bytes of them, the least recently used given up first.
+"""Local copies of remote files, up to a limit in bytes; the least recently used ones are removed first.
 
-A piece is some files that are used together (the Parquet file of a shard, its hidden states, a tokenizer),
+A piece is a set of files that are used together (a shard's Parquet file, its hidden states, a tokenizer),
 named by its content, so caches that share a shard share its copy:
 
     <root>/<sha256 of the piece's paths and digests>-<bytes>/...   complete and checked
-    <root>/<...>-<bytes>.part/...                                  on its way in, or out
-    <root>/lock                                                    held by whoever changes one of these
+    <root>/<...>-<bytes>.part/...                                  being fetched, or removed
+    <root>/lock                                                    locked while one of these changes
 
-Any number of processes and threads may use one directory. A shared lock (flock) lies on a piece for as long
-as somebody reads it, an exclusive one on a part for as long as somebody fetches it. What is locked is not
-given up, and the kernel drops the locks of processes that end. Space is taken before the first byte is
-fetched, so the limit holds at every moment.
+Any number of processes and threads may use one directory. Readers have a shared lock (flock) on a piece, a
+process that fetches has an exclusive one on its part. Locked pieces are not removed, and the kernel drops the
+locks of processes that end. Space is reserved before the first byte is fetched, so the limit holds at every
+moment.
 """
 
 import contextlib
@@ -27,32 +27,32 @@ from storage.fingerprints import sha256_json
 from storage.manifest import FileEntry
 
 PART = ".part"
-TRY_SECONDS = 0.05  # between looks at what others hold
-WAIT_SECONDS = 600.0  # for others to let go of what they read
+TRY_SECONDS = 0.05  # between attempts to find room
+WAIT_SECONDS = 600.0  # for readers to release pieces
 
-Fetch = Callable[[FileEntry, Path], None]  # puts a checked file below a directory
+Fetch = Callable[[FileEntry, Path], None]  # writes a checked file below a directory
 
 
 class LocalCopies:
-    """At most `limit_bytes` of copies below `root`; None: as many as there are."""
+    """At most `limit_bytes` of copies below `root`; None: no limit."""
 
     def __init__(self, root: Path, limit_bytes: int | None = None) -> None:
         self.root, self.limit_bytes = root, limit_bytes
 
-    def refuse_too_small(self, what: object, needed: int) -> None:
-        """Raise ConfigError where the limit is below `needed`, the bytes that must be there at once."""
+    def check_limit(self, what: object, needed: int) -> None:
+        """Raise ConfigError where the limit is below `needed`, the bytes in use at the same time."""
         if self.limit_bytes is not None and self.limit_bytes < needed:
             raise ConfigError(
-                f"{self.limit_bytes:,} bytes of local disk are too few for {what}: its largest shard, and "
-                f"what students keep open beside it, have {needed:,}.\nRaise the limit."
+                f"{self.limit_bytes:,} bytes of local disk are too few for {what}: its largest shard and "
+                f"what students keep open next to it have {needed:,}.\nRaise the limit."
             )
 
     @contextlib.contextmanager
     def holding(self, files: Sequence[FileEntry], fetch: Fetch) -> Iterator[Path]:
-        """The directory that holds these files; they stay for as long as the context lasts.
+        """The directory of these files, which are not removed while the context lasts.
 
-        Those that are not there are fetched first, once for all processes. Raises what `fetch` raises, and
-        StoreFull where there is no room.
+        Missing ones are fetched first, once for all processes. Raises what `fetch` raises, and StoreFull
+        where there is no room.
         """
         handle = self._acquire(files, fetch)
         try:
@@ -61,12 +61,12 @@ class LocalCopies:
             _unlock(handle)
 
     def drop(self, files: Sequence[FileEntry]) -> None:
-        """Give up the copy of these files, though it may be held: its bytes were found to be wrong."""
+        """Remove the copy of these files even if it is locked: its bytes are wrong."""
         with self._lock():
             self._remove(self.root / _name(files))
 
     def _acquire(self, files: Sequence[FileEntry], fetch: Fetch) -> int:
-        """A handle with a shared lock on the complete piece."""
+        """A file descriptor with a shared lock on the complete piece."""
         final = self.root / _name(files)
         part, needed = _part(final), sum(file.bytes for file in files)
         deadline = time.monotonic() + WAIT_SECONDS
@@ -75,15 +75,15 @@ class LocalCopies:
                 if final.is_dir():
                     os.utime(final)
                     return _locked(final, fcntl.LOCK_SH)
-                if not _is_held(part) and self._make_room(needed):
-                    shutil.rmtree(part, ignore_errors=True)  # of a process that ended
+                if not _is_locked(part) and self._make_room(needed):
+                    shutil.rmtree(part, ignore_errors=True)  # left by a process that ended
                     part.mkdir()
                     handle = _locked(part, fcntl.LOCK_EX)
                     break
             if time.monotonic() > deadline:
                 raise StoreFull(
-                    f"no room for {needed:,} bytes in {self.root}: {self.limit_bytes or 0:,} may be, and "
-                    f"others have held what is there for {WAIT_SECONDS:.0f} seconds.\n"
+                    f"no room for {needed:,} bytes in {self.root}: its limit is {self.limit_bytes or 0:,}, "
+                    f"and all copies have been in use for {WAIT_SECONDS:.0f} seconds.\n"
                     "Raise the limit, or train fewer students at once."
                 )
             time.sleep(TRY_SECONDS)
@@ -101,7 +101,7 @@ class LocalCopies:
         return handle
 
     def _make_room(self, needed: int) -> bool:
-        """Give up what was not used for longest until there is room; False where what is held leaves none."""
+        """Remove the least recently used copies until there is room; False where locked ones leave none."""
         if self.limit_bytes is None:
             return True
         there = {path: int(path.name.removesuffix(PART).rpartition("-")[2]) for path in self._pieces()}
@@ -109,7 +109,7 @@ class LocalCopies:
         for path in sorted(there, key=lambda piece: piece.stat().st_mtime_ns):
             if free >= needed:
                 break
-            if not _is_held(path):
+            if not _is_locked(path):
                 self._remove(path)
                 free += there[path]
         return free >= needed
@@ -118,7 +118,7 @@ class LocalCopies:
         return [path for path in self.root.iterdir() if path.is_dir()]
 
     def _remove(self, path: Path) -> None:
-        """In one step for all that look: a process that is killed here leaves a part, never half a piece."""
+        """Remove a piece in one step: a process that is killed here leaves a part, never half a piece."""
         if path.is_dir() and path != _part(path):
             shutil.rmtree(_part(path), ignore_errors=True)
             path = path.rename(_part(path))
@@ -150,12 +150,12 @@ def _locked(path: Path, how: int) -> int:
 
 
 def _unlock(handle: int) -> None:
-    fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough where a forked process has a copy of it
+    fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough: a forked process may have a copy of it
     os.close(handle)
 
 
-def _is_held(path: Path) -> bool:
-    """Whether a living process, this one included, has a lock on it."""
+def _is_locked(path: Path) -> bool:
+    """Whether a process, this one included, has a lock on it."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except FileNotFoundError:

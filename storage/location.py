@@ -1,11 +1,11 @@
-"""Where a cache or a store lies: a local path, or a URL."""
+"""The location of a cache or a store: a local path, or a URL."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 
 class Url(NamedTuple):
-    """Where something lies that is no local path, with as much of pathlib as messages need."""
+    """A URL, with the parts of pathlib that messages need."""
 
     text: str
 
@@ -30,7 +30,7 @@ Location = Path | Url
 
 
 def location(where: str | Path | Url) -> Location:
-    """A URL where it is one (`s3://bucket/caches/reviews`), otherwise a local path."""
+    """A Url for text like `s3://bucket/caches/reviews`, otherwise a local path."""
     if isinstance(where, str) and "://" in where and not where.startswith("file://"):
         return Url(where.rstrip("/"))
     return Path(where.removeprefix("file://")) if isinstance(where, str) else where

@@ -1,7 +1,7 @@
-"""manifest.json: what a cache is, written last. A cache without it does not exist.
+"""manifest.json: the description of a cache, written last. A directory without it is not a cache.
 
 The file is exactly `render(manifest)`: canonical JSON whose `checksum` field is the sha256 of all the rest,
-so a flipped byte anywhere in it is seen. Readers trust the manifest and never a directory listing.
+so a flipped byte anywhere in it is detected. Readers trust the manifest and never a directory listing.
 """
 
 import json
@@ -18,19 +18,19 @@ from storage.location import Location, Url
 from storage.spec import Identity
 
 FORMAT = "stillroom-cache"
-FORMAT_VERSION = 5  # the highest; each cache is written as the lowest that can hold it: needed_version
+FORMAT_VERSION = 5  # the highest; each cache has the lowest that can describe it: needed_version
 MANIFEST_NAME = "manifest.json"
-# Fields that are left out where there is nothing to say.
+# Fields that are left out where they are None.
 OPTIONAL = ("ranks", "weights", "hidden_basis", "shard_table")
 WEIGHTS_DIR = "weights"
 WEIGHTS_FILES = (f"{WEIGHTS_DIR}/config.json", f"{WEIGHTS_DIR}/model.safetensors")
 BASIS_DIR = "hidden-basis"
 TOKENIZER_DIR = "tokenizer"
 TABLE_NAME = "shards.parquet"
-MOST_LISTED = 10_000  # shards that are written into manifest.json itself, and not into a table beside it
-MAX_MANIFEST_BYTES = 2**30  # refuse to load more: the manifest of a billion rows stays far below
-# A value (a number, a string, a list) takes at least so many bytes of a manifest on average, but for so many:
-# labels and ranks are short. "[],[],[]," would take fifty times its size in memory.
+MOST_LISTED = 10_000  # shards that manifest.json lists; more are in a table next to it
+MAX_MANIFEST_BYTES = 2**30  # larger ones are refused: the manifest of a billion rows is far smaller
+# Values (numbers, strings, lists) take at least BYTES_A_VALUE bytes of a manifest on average, apart from
+# SHORT_VALUES labels and ranks. "[],[],[]," would take fifty times its size in memory.
 BYTES_A_VALUE, SHORT_VALUES = 16, 2**18
 
 # Relative, forward slashes, no empty, "." or ".." part: a manifest can never name a file outside its cache.
@@ -61,17 +61,17 @@ class ShardEntry(Strict):
 
     @property
     def logits_path(self) -> str:
-        """Where this shard's Parquet file lies, relative to the cache's root."""
+        """The path of this shard's Parquet file, relative to the cache's root."""
         return f"logits/{self.key}.parquet"
 
     @property
     def hidden_path(self) -> str:
-        """Where this shard's Zarr group lies, relative to the cache's root."""
+        """The path of this shard's Zarr group, relative to the cache's root."""
         return f"hidden/{self.key}"
 
 
 class WeightsEntry(Strict):
-    """Weights of the teacher that students may start from."""
+    """The teacher's weights that students may start from."""
 
     layers: Annotated[tuple[Annotated[int, Field(ge=0, le=10_000)], ...], Field(min_length=1, strict=False)]
     files: Annotated[tuple[FileEntry, ...], Field(max_length=len(WEIGHTS_FILES), strict=False)]
@@ -92,13 +92,13 @@ class Manifest(Strict):
     dataset: Sha256  # storage.spec.content_fingerprint of the rows
     shards: Annotated[tuple[ShardEntry, ...], Field(max_length=10_000_000, strict=False)]
     tokenizer_files: Annotated[tuple[FileEntry, ...], Field(max_length=100, strict=False)]
-    provenance: dict[str, Any]  # versions, hardware, the teacher's score: for people, part of no fingerprint
-    # Compact layouts: the most frequent ids first; their places are the ranks that the shards hold.
+    provenance: dict[str, Any]  # versions, hardware, the teacher's score: to be read, in no fingerprint
+    # Compact layouts: the most frequent ids first; shards store an id as its position in this list.
     ranks: Annotated[tuple[Count, ...], Field(max_length=MAX_RANKED, strict=False)] | None = None
     weights: WeightsEntry | None = None
     # Hidden states as principal components: the files of their mean and axes (storage.hidden.read_bases).
     hidden_basis: Annotated[tuple[FileEntry, ...], Field(max_length=100_000, strict=False)] | None = None
-    # Of very many shards: the file that has them in place of `shards` (storage.shard_table).
+    # Of more shards than MOST_LISTED: the file that has them instead of `shards` (storage.shard_table).
     shard_table: FileEntry | None = None
     _table: Sequence[ShardEntry] = PrivateAttr(default=())
 
@@ -106,14 +106,14 @@ class Manifest(Strict):
     def _version_and_ranks_fit_the_codec(self) -> Self:
         codec = self.identity.spec.sparse
         if self.format_version != needed_version(self.identity, self.weights, self.shard_table):
-            raise ValueError(f"format_version is {self.format_version}: not that of what it holds")
+            raise ValueError(f"format_version is {self.format_version}: not that of its content")
         known = None if codec is None else codec.ranks
         if known != (None if self.ranks is None else sha256_json(list(self.ranks))):
-            raise ValueError("ranks are not those that the codec names")
+            raise ValueError("ranks are not those of the codec")
         if self.ranks is not None and len(set(self.ranks)) != len(self.ranks):
-            raise ValueError("ranks hold an id twice")
+            raise ValueError("ranks have an id twice")
         if self.ranks and max(self.ranks) >= self.identity.spec.num_outputs:
-            raise ValueError(f"ranks hold ids outside the vocabulary of {self.identity.spec.num_outputs:,}")
+            raise ValueError(f"ranks have ids outside the vocabulary of {self.identity.spec.num_outputs:,}")
         return self
 
     @model_validator(mode="after")
@@ -128,13 +128,11 @@ class Manifest(Strict):
     def _components_have_their_basis(self) -> Self:
         kept = self.identity.spec.hidden
         if (kept is not None and kept.pca is not None) != (self.hidden_basis is not None):
-            raise ValueError("hidden_basis is there where hidden.pca is, and only there")
+            raise ValueError("hidden_basis and hidden.pca are not both there")
         if kept is not None and kept.pca is not None and kept.basis is None:
-            raise ValueError("hidden.pca names no basis")
+            raise ValueError("hidden.pca has no basis")
         if kept is not None and self.hidden_basis is not None:
-            _refuse_other_files(
-                "hidden_basis", self.hidden_basis, {f"{BASIS_DIR}/{f}" for f in kept.basis_files}
-            )
+            _check_listed("hidden_basis", self.hidden_basis, {f"{BASIS_DIR}/{f}" for f in kept.basis_files})
         return self
 
     @model_validator(mode="after")
@@ -146,9 +144,9 @@ class Manifest(Strict):
         own = () if kept is None else kept.files
         for shard in self.shards:
             expected = {shard.logits_path, *(f"{shard.hidden_path}/{file}" for file in own)}
-            _refuse_other_files(f"shard {shard.key[:12]}", shard.files, expected)
+            _check_listed(f"shard {shard.key[:12]}", shard.files, expected)
         if stray := [f.path for f in self.tokenizer_files if not f.path.startswith(f"{TOKENIZER_DIR}/")]:
-            raise ValueError(f"tokenizer_files lists what is no file of a tokenizer: {stray[0]}")
+            raise ValueError(f"tokenizer_files lists a file that is not a tokenizer's: {stray[0]}")
         return self
 
     @property
@@ -164,11 +162,11 @@ class Manifest(Strict):
 
     @property
     def every_shard(self) -> Sequence[ShardEntry]:
-        """The shards, in order, wherever they are written; of a table once it was read (`with_table`)."""
+        """The shards, in order, of the list or of the table (once it was read: `with_table`)."""
         return self._table or self.shards
 
     def with_table(self, table: Sequence[ShardEntry]) -> Self:
-        """The same manifest, with the shards that its table holds."""
+        """The same manifest, with the shards of its table."""
         self._table = table
         return self
 
@@ -178,8 +176,8 @@ class Manifest(Strict):
         return sum(shard.rows for shard in self.every_shard)
 
 
-def _refuse_other_files(what: str, files: Iterable[FileEntry], expected: set[str]) -> None:
-    """A file that is not listed would be read unchecked; one that is not expected would not be read."""
+def _check_listed(what: str, files: Iterable[FileEntry], expected: set[str]) -> None:
+    """Raise ValueError where a list has not the expected files: every file that is read must be listed."""
     found = {file.path for file in files}
     if stray := found - expected:
         raise ValueError(f"{what} lists files that are not its own: {min(stray)}")
@@ -190,7 +188,7 @@ def _refuse_other_files(what: str, files: Iterable[FileEntry], expected: set[str
 def needed_version(
     identity: Identity, weights: WeightsEntry | None, shard_table: FileEntry | None = None
 ) -> int:
-    """The lowest format version that can hold all this: an old reader reads what it can."""
+    """The lowest format version that can describe a cache, so that old readers read all they can."""
     needed = [identity.spec.stored.format_version]
     if identity.spec.sparse is not None:
         needed.append(2)
@@ -205,7 +203,7 @@ def needed_version(
 
 
 def fields(manifest: Manifest) -> dict[str, Any]:
-    """Everything that the checksum covers. Those of `OPTIONAL` are there only where there are some."""
+    """Everything that the checksum covers, without those of `OPTIONAL` that are None."""
     body = manifest.model_dump(mode="json")
     return {key: value for key, value in body.items() if value is not None or key not in OPTIONAL}
 
@@ -218,26 +216,26 @@ def render(manifest: Manifest) -> bytes:
 def load(cache: Path) -> Manifest:
     """The manifest of the cache at `cache`.
 
-    Raises NoManifest, ManifestInvalid or FormatTooNew; each says what to do.
+    Raises NoManifest, ManifestInvalid or FormatTooNew.
     """
     path = cache / MANIFEST_NAME
     if not cache.is_dir():
         raise NoManifest(
             f"there is no cache at {cache}.\n"
-            f"Fetch it with `dvc pull {cache}`, or make it with `dvc repro cache@{cache.name}`."
+            f"Fetch it with `dvc pull {cache}`, or capture it with `dvc repro cache@{cache.name}`."
         )
     if not path.is_file():
         raise NoManifest(
             f"{path} is missing: {cache} is not a cache, or was never sealed.\n"
-            f"It is written last. Run `dvc repro cache@{cache.name}` again: finished shards are kept."
+            f"It is written last. Run `dvc repro cache@{cache.name}` again: finished shards are reused."
         )
     if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise ManifestInvalid(f"{path} has {path.stat().st_size:,} bytes: more than a manifest can have.")
+        raise ManifestInvalid(f"{path} has {path.stat().st_size:,} bytes: more than a manifest may have.")
     return parse(path.read_bytes(), path)
 
 
 def parse(raw: bytes, path: Location) -> Manifest:
-    """The manifest in `raw`, refused unless it is byte for byte what `render` would write."""
+    """The manifest in `raw`. Raises ManifestInvalid unless it is byte for byte what `render` writes."""
     again = f"Copy the cache again (`dvc checkout --force {path.parent}`), or rebuild it."
     if isinstance(path, Url):
         again = "Upload the cache again."
@@ -246,7 +244,7 @@ def parse(raw: bytes, path: Location) -> Manifest:
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise FormatTooNew(
             f"{path} has format version {version}; this Stillroom reads up to {FORMAT_VERSION}.\n"
-            "Upgrade Stillroom, or ask for a cache in the older format."
+            "Upgrade Stillroom, or have the cache written in the older format."
         )
     try:
         manifest = Manifest.model_validate(body)
@@ -255,9 +253,9 @@ def parse(raw: bytes, path: Location) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "manifest"
         raise ManifestInvalid(
-            f"{path}: {where}: {first['msg']} (of {error.error_count()} faults).\n{again}"
+            f"{path}: {where}: {first['msg']} (of {error.error_count()} errors).\n{again}"
         ) from None
-    except (ValueError, RecursionError) as error:  # what lies in provenance is anybody's
+    except (ValueError, RecursionError) as error:  # provenance may have any content
         raise ManifestInvalid(f"{path} cannot be written again: {error}.\n{again}") from None
     if written != raw:
         raise ManifestInvalid(f"{path} is not in canonical form: it was edited or re-encoded.\n{again}")
@@ -265,12 +263,12 @@ def parse(raw: bytes, path: Location) -> Manifest:
 
 
 def seal(body: dict[str, Any]) -> bytes:
-    """The bytes of a file that knows its own checksum: canonical JSON, and a newline."""
+    """The bytes of a file with its own checksum: canonical JSON, and a newline."""
     return canonical_json({**body, "checksum": sha256_json(body)}) + b"\n"
 
 
 def open_sealed(raw: bytes, path: Location, kind: str, again: str) -> dict[str, Any]:
-    """What `seal` was given, of the format `kind`. Raises ManifestInvalid; `again` says what to do."""
+    """The argument of `seal`, of the format `kind`. Raises ManifestInvalid with the advice `again`."""
     try:
         body = _read_json(raw)
         if not isinstance(body, dict) or body.get("format") != kind:
@@ -293,12 +291,12 @@ def open_sealed(raw: bytes, path: Location, kind: str, again: str) -> dict[str, 
 
 
 def _read_json(raw: bytes) -> Any:
-    """Raises ValueError for what is no JSON, or would take far more memory than its bytes."""
+    """Raises ValueError for bytes that are not JSON, or would take far more memory than their number."""
 
     def refuse(token: str) -> Any:
-        raise ValueError(f"{token} is not a number that JSON knows")
+        raise ValueError(f"{token} is not a number in JSON")
 
     values = sum(raw.count(mark) for mark in (b",", b"[", b"{"))
     if values > SHORT_VALUES + len(raw) // BYTES_A_VALUE:
-        raise ValueError(f"{values:,} values in {len(raw):,} bytes are more than a manifest has")
+        raise ValueError(f"{values:,} values in {len(raw):,} bytes are more than a manifest may have")
     return json.loads(raw, parse_constant=refuse)

@@ -1,9 +1,8 @@
-"""Caches of one identity, made on several machines, as one.
+"""Merges caches of one identity, captured on several machines.
 
-Shards are taken over as they are. Rows that an earlier cache holds too must be there with the same bytes, and
-are left out of the later one: what is left of such a shard is written as a new one, with the bytes that a
-capture of these rows gives. All shards stay in the store too, where the next capture of this identity finds
-them.
+Shards are linked as they are. Rows that an earlier cache has too must have the same bytes there, and are left
+out of the later one: the rest of such a shard is written as a new one, with the same bytes that a capture of
+these rows writes. All shards are also in the store, where the next capture of this identity finds them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,20 +26,20 @@ from storage.seal import CarriedWeights, SealedParts, seal
 from storage.spec import Identity, shard_key
 from storage.writer import Store, StoredShard
 
-MOST_SHOWN = 10  # fields that differ
+MOST_SHOWN = 10  # differing fields of an error
 
 Indices = npt.NDArray[np.int64]
 
 
 class Merged(NamedTuple):
-    """What a merge did."""
+    """The result of a merge."""
 
     manifest: Manifest
-    dropped_rows: int  # that an earlier cache held too
+    dropped_rows: int  # in an earlier cache too
 
 
 class _Part(NamedTuple):
-    """Some rows of a shard, undecoded."""
+    """Some rows of a shard, not decoded."""
 
     table: pa.Table
     arrays: Mapping[str, npt.NDArray[Any]]  # hidden states, row after row
@@ -57,19 +56,19 @@ class _Part(NamedTuple):
 def merge(caches: Sequence[Cache], out: Path, store: Store) -> Merged:
     """Seal the rows of all `caches`, in this order, into `out`.
 
-    Raises SpecMismatch with every field that differs where they are not of one identity, or where a row that
-    several of them hold is not the same in all; and what Cache.read raises for damage.
+    Raises SpecMismatch with every field that differs where they have different identities, or where a row of
+    several of them is not the same in all; and what Cache.read raises for damage.
     """
     for cache in caches:
         if not isinstance(cache.path, Path):
             raise ConfigError(
-                f"{cache.path} is no directory: copy it here first (`dvc pull`), then merge it."
+                f"{cache.path} is not a directory: copy it here first (`dvc pull`), then merge it."
             )
     first = caches[0]
     if out.exists():
-        raise ConfigError(f"{out} is there already: give the merged cache another name, or remove it.")
+        raise ConfigError(f"{out} exists already: give the merged cache another name, or remove it.")
     for cache in caches[1:]:
-        _refuse_another(cache, first)
+        _check_identity(cache, first)
     store.lock_shared()
     _keep_tables(store, first)
     held: dict[str, tuple[Cache, ShardEntry, int]] = {}
@@ -80,7 +79,7 @@ def merge(caches: Sequence[Cache], out: Path, store: Store) -> Merged:
             row_ids = records.read_columns(_root(cache) / shard.logits_path, "row_id")[0].to_pylist()
             known = np.array([row in held for row in row_ids])
             if known.any():
-                _refuse_other_rows(cache, shard, np.flatnonzero(known), [held.get(row) for row in row_ids])
+                _check_rows(cache, shard, np.flatnonzero(known), [held.get(row) for row in row_ids])
                 dropped += int(known.sum())
             if not known.all():
                 taken.append(_take(store, cache, shard, np.flatnonzero(~known)))
@@ -100,7 +99,7 @@ def merge(caches: Sequence[Cache], out: Path, store: Store) -> Merged:
 
 
 def unpinned(identity: Identity) -> Identity:
-    """The identity under which a store keeps the tables that the first capture makes for all later ones."""
+    """The identity under which a store has the tables that the first capture fits for all later ones."""
     spec = identity.spec
     if spec.sparse is not None:
         spec = spec.model_copy(update={"codec": spec.sparse.model_copy(update={"ranks": None})})
@@ -109,20 +108,20 @@ def unpinned(identity: Identity) -> Identity:
     return identity.model_copy(update={"spec": spec})
 
 
-def _refuse_another(cache: Cache, first: Cache) -> None:
+def _check_identity(cache: Cache, first: Cache) -> None:
     advice = "Only caches of one teacher, tokenizer and spec can be merged; capture one of them again."
-    cache.check(f"beside {first.path}", identity=first.identity, advice=advice)
+    cache.check(f"next to {first.path}", identity=first.identity, advice=advice)
     faults = []
     for name in ("tokenizer_files", "weights"):
         one, other = getattr(cache.manifest, name), getattr(first.manifest, name)
         if one != other and (name != "weights" or (one and other)):
             faults.append(Mismatch(name, _digest(one), _digest(other)))
     if faults:
-        raise SpecMismatch(f"{cache.path} does not fit beside {first.path}", faults, advice)
+        raise SpecMismatch(f"{cache.path} does not fit next to {first.path}", faults, advice)
 
 
 def _root(cache: Cache) -> Path:
-    assert isinstance(cache.path, Path)  # others were refused
+    assert isinstance(cache.path, Path)  # merge refuses caches at a URL
     return cache.path
 
 
@@ -131,7 +130,7 @@ def _digest(value: Any) -> str:
 
 
 def _keep_tables(store: Store, cache: Cache) -> None:
-    """So that the next capture of this identity goes on with these shards."""
+    """Store the cache's tables, so that the next capture of this identity reuses these shards."""
     named, spec = unpinned(cache.identity), cache.identity.spec
     if cache.manifest.ranks is not None and store.ranks(named) is None:
         store.keep_ranks(named, np.array(cache.manifest.ranks, np.int64))
@@ -140,7 +139,7 @@ def _keep_tables(store: Store, cache: Cache) -> None:
 
 
 def _part(cache: Cache, shard: ShardEntry) -> _Part:
-    cache.read(shard)  # what the manifest says of it is true
+    cache.read(shard)  # checks it
     spec, arrays = cache.identity.spec, {}
     if spec.hidden is not None:
         num = shard.positions if cache.hidden_per_position else shard.rows
@@ -148,10 +147,10 @@ def _part(cache: Cache, shard: ShardEntry) -> _Part:
     return _Part(records.read_table(_root(cache) / shard.logits_path, spec), arrays)
 
 
-def _refuse_other_rows(
+def _check_rows(
     cache: Cache, shard: ShardEntry, rows: Indices, places: Sequence[tuple[Cache, ShardEntry, int] | None]
 ) -> None:
-    """Raise SpecMismatch where one of these rows is not what an earlier cache holds of it."""
+    """Raise SpecMismatch where one of these rows has other targets in an earlier cache."""
     own, faults = _part(cache, shard), []
     earlier: dict[str, list[int]] = {}
     for row in rows:
@@ -167,9 +166,9 @@ def _refuse_other_rows(
             faults += _differences(one, other, cache.hidden_per_position)
     if faults:
         raise SpecMismatch(
-            f"{cache.path} says something else of rows that a cache before it holds too",
+            f"{cache.path} has other targets than an earlier cache for the same rows",
             faults[:MOST_SHOWN],
-            "Machines that round differently give other numbers: leave these rows out of one dataset.",
+            "Machines that round differently compute other numbers: leave these rows out of one dataset.",
         )
 
 
@@ -179,7 +178,7 @@ def _equal(one: _Part, other: _Part) -> bool:
 
 
 def _differences(one: _Part, other: _Part, per_position: bool) -> list[Mismatch]:
-    """What differs, of the first rows that do."""
+    """The differing fields of the first differing rows."""
     faults: list[Mismatch] = []
     for index in range(len(one.table)):
         mine, theirs = (part.take(np.array([index]), per_position) for part in (one, other))
@@ -199,23 +198,23 @@ def _differences(one: _Part, other: _Part, per_position: bool) -> list[Mismatch]
 
 def _take(store: Store, cache: Cache, shard: ShardEntry, rows: Indices) -> StoredShard:
     """These rows of a shard as a shard of the store."""
-    who = cache.identity
+    identity = cache.identity
     if len(rows) == shard.rows:
 
         def whole(aside: Path) -> ShardEntry:
             link_all(_root(cache), aside, [file.path for file in shard.files])
             return shard
 
-        return store.take_in(who, shard.key, 0.0, whole)
+        return store.add(identity, shard.key, 0.0, whole)
     part = _part(cache, shard).take(rows, cache.hidden_per_position)
     row_ids, inputs = (part.table.column(name).to_pylist() for name in ("row_id", "input_hash"))
-    key = shard_key(who, row_ids, inputs)
+    key = shard_key(identity, row_ids, inputs)
 
     def write(aside: Path) -> ShardEntry:
         (aside / "logits").mkdir()
-        records.write_table(aside / "logits" / f"{key}.parquet", part.table, who.spec)
-        if who.spec.hidden is not None:
-            hidden.write_arrays(aside / "hidden" / key, part.arrays, who.spec.hidden)
+        records.write_table(aside / "logits" / f"{key}.parquet", part.table, identity.spec)
+        if identity.spec.hidden is not None:
+            hidden.write_arrays(aside / "hidden" / key, part.arrays, identity.spec.hidden)
         return ShardEntry(
             key=key,
             rows=len(row_ids),
@@ -224,7 +223,7 @@ def _take(store: Store, cache: Cache, shard: ShardEntry, rows: Indices) -> Store
             files=file_entries(aside),
         )
 
-    return store.take_in(who, key, 0.0, write)
+    return store.add(identity, key, 0.0, write)
 
 
 def _tokenizer(cache: Cache) -> dict[str, bytes]:

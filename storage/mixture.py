@@ -1,8 +1,8 @@
-"""Several caches read as one: what their teachers said of a row, side by side, and how much each counts.
+"""Several caches read as one: the logits of several teachers for each row, and the weight of each teacher.
 
-A mixture is a directory that explains itself: mixture.json, and the whole caches below it. Nothing is
-averaged in it, because the mean of probabilities depends on the temperature that a student asks for
-(pipeline.losses.MixedTargets). docs/cache-format.md is its law.
+A mixture is a directory with mixture.json and the whole caches below it. It has no averages, because the mean
+of probabilities depends on the temperature of the loss (MixedTargets of pipeline/losses).
+docs/cache-format.md specifies it.
 
 Shape letters: M caches, N rows, C classes.
 """
@@ -42,11 +42,11 @@ VERSION: Version = 2  # 1 had no checksum
 
 
 class MemberEntry(Strict):
-    """One cache of a mixture: the directory of this name beside mixture.json."""
+    """One cache of a mixture: the directory of this name next to mixture.json."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
     weight: Annotated[float, Field(gt=0, le=1)]
-    manifest: Sha256  # Cache.manifest_sha256: it stands for every byte of the cache
+    manifest: Sha256  # Cache.manifest_sha256
 
 
 class MixtureFile(Strict):
@@ -107,17 +107,17 @@ class Mixture(Cache):
             if member.cache.manifest_sha256 != entry.manifest
         ]
         if wrong:
-            raise SpecMismatch(f"{root} holds other caches than it names", wrong, again)
+            raise SpecMismatch(f"{root} has other caches than mixture.json lists", wrong, again)
         return cls(root, members, read.missing, read.format_version)
 
     @property
     def manifest_sha256(self) -> str:
-        """sha256 hex of the content of mixture.json: it stands for every byte of every cache in it."""
+        """sha256 hex of the content of mixture.json, which determines every byte of its caches."""
         return sha256_json(_file(self.members, self.missing, self.version))
 
     @property
     def weights_M(self) -> npt.NDArray[np.float32]:  # noqa: N802 (the letter of its shape)
-        """How much each cache counts; they sum to 1."""
+        """The weight of each cache; they sum to 1."""
         return np.array([member.weight for member in self.members], np.float32)
 
     def check(
@@ -128,9 +128,9 @@ class Mixture(Cache):
         labels: Iterable[str] | None = None,
         row_ids: pa.StringArray | None = None,
         whole: bool = False,
-        advice: str = "Choose a cache that was made for this data, or rebuild it.",
+        advice: str = "Choose a cache of this data, or rebuild it.",
     ) -> None:
-        """Refuse the first of the caches that does not fit `what`: see Cache.check."""
+        """Raise SpecMismatch for the first cache that does not fit `what`: see Cache.check."""
         for member in self.members:
             member.cache.check(
                 what, identity=identity, labels=labels, row_ids=row_ids, whole=whole, advice=advice
@@ -145,12 +145,12 @@ class Mixture(Cache):
         return held
 
     def others(self, row_ids: pa.StringArray) -> npt.NDArray[np.float32]:
-        """Logits of these rows in all caches but the first [M - 1, N, C], in memory; 0 where one has none."""
+        """Logits of these rows in all caches but the first [M - 1, N, C], in memory; 0 for missing rows."""
         logits_MNC = np.zeros((len(self.members) - 1, len(row_ids), len(self.labels)), np.float32)
         for logits_NC, member in zip(logits_MNC, self.members[1:], strict=True):
             for shard in member.cache.shards:
                 held = member.cache.read(shard)
-                assert isinstance(held, LogitRows)  # others were refused when it was mixed
+                assert isinstance(held, LogitRows)  # `mix` refuses others
                 place = pc.index_in(row_ids, value_set=held.row_ids)
                 here = place.is_valid().to_numpy(zero_copy_only=False)
                 logits_NC[here] = held.logits[place.drop_null().to_numpy()]
@@ -158,7 +158,7 @@ class Mixture(Cache):
 
 
 def open_cache(path: Path, limit_bytes: int | None = None) -> Cache:
-    """The cache at `path`, the mixture, or the cache at a URL that it stands for: see Cache.open."""
+    """The cache or the mixture in `path`, or the cache at a URL that it represents: see Cache.open."""
     if (path / RECEIVED_NAME).is_file():
         return open_received(path, limit_bytes=limit_bytes)
     return Mixture.open(path) if (path / MIXTURE_NAME).is_file() else Cache.open(path)
@@ -167,9 +167,9 @@ def open_cache(path: Path, limit_bytes: int | None = None) -> Cache:
 def mix(out: Path, caches: Mapping[str, tuple[Cache, float]], missing: Missing) -> Mixture:
     """Link caches into the directory `out` and write its mixture.json last. Replaces what was there.
 
-    `caches` maps names to caches or mixtures and how much each counts, relative to the others; a mixture is
-    taken apart, and a cache that is met twice counts twice. Raises SpecMismatch where one cannot be averaged
-    with the first: not dense, not of one distribution a row, or other labels, or in another order.
+    `caches` maps names to (cache or mixture, relative weight). A mixture counts as its caches, and a cache
+    that occurs twice has both weights. Raises SpecMismatch where one cannot be averaged with the first: not
+    dense, not one distribution a row, other labels, or labels in another order.
     """
     found: dict[str, Member] = {}
     total = sum(weight for _, weight in caches.values())
@@ -179,7 +179,7 @@ def mix(out: Path, caches: Mapping[str, tuple[Cache, float]], missing: Missing) 
             found[part.name] = part._replace(weight=before + part.weight * weight / total)
     members = tuple(found.values())
     for member in members:
-        _refuse(out.name, member, members[0])
+        _check_member(out.name, member, members[0])
     with replaced_directory(out) as aside:
         for member in members:
             shutil.copytree(_local_path(out.name, member), aside / member.name, copy_function=link)
@@ -194,7 +194,7 @@ def _local_path(name: str, member: Member) -> Path:
     raise SpecMismatch(
         f"mixtures.{name} cannot be made",
         [Mismatch(f"caches.{member.name}", member.cache.path, "a cache on this disk")],
-        "A mixture holds the caches that it is made of: copy this one here first.",
+        "A mixture contains its caches: copy this one here first.",
     )
 
 
@@ -208,7 +208,7 @@ def _file(members: Iterable[Member], missing: Missing, version: Version) -> dict
 
 def _parse(raw: bytes, file: Path, again: str) -> MixtureFile:
     """The content of mixture.json. Raises ValueError, and ManifestInvalid for a wrong checksum."""
-    if raw.startswith(VERSION_1):  # of before there was a checksum: in canonical form, at least
+    if raw.startswith(VERSION_1):  # has no checksum, but is in canonical form
         read = MixtureFile.model_validate(json.loads(raw))
         written = canonical_json(read.model_dump(mode="json")) + b"\n"
     else:
@@ -221,7 +221,7 @@ def _parse(raw: bytes, file: Path, again: str) -> MixtureFile:
     return read
 
 
-def _refuse(name: str, member: Member, first: Member) -> None:
+def _check_member(name: str, member: Member, first: Member) -> None:
     spec, faults = member.cache.identity.spec, []
     if not spec.stored.averaged:
         averaged = [task for task, stored in STORED_TASKS.items() if stored.averaged]

@@ -1,8 +1,8 @@
 """The order of training rows, as a function of (seed, epoch) and the shards alone.
 
-Shards are permuted, taken in windows of a few, and the rows of a window are permuted together: reads stay
-whole shards, and no worker, rank or earlier batch can change the order. Only numpy's guaranteed bit stream is
-used (`PCG64(SeedSequence).random_raw`); `Generator.permutation` may change between numpy versions.
+Shards are permuted, taken in windows of a few, and the rows of a window are permuted together: whole
+shards are read, and no worker, rank or earlier batch can change the order. Only numpy's guaranteed bit stream
+is used (`PCG64(SeedSequence).random_raw`); `Generator.permutation` may change between numpy versions.
 
 ORDER_VERSION goes up whenever the same arguments would give another order.
 """
@@ -32,8 +32,8 @@ def windows(num_shards: int, per_window: int, *key: int) -> list[Indices]:
 def part(batch: Indices, rank: int, ranks: int) -> Indices:
     """The contiguous part of a global batch that process `rank` of `ranks` takes, all about equally large.
 
-    The parts of all ranks, end to end, are the batch. Where it has fewer rows than there are ranks, some
-    parts are empty: nothing is ever repeated.
+    The concatenated parts of all ranks are the batch. Where it has fewer rows than there are ranks, some
+    parts are empty: no row is repeated.
     """
     return batch[len(batch) * rank // ranks : len(batch) * (rank + 1) // ranks]
 
@@ -44,8 +44,8 @@ def batches(
     """Batches of row indices of one window: rows permuted, sorted by length in buckets, batches permuted.
 
     `lengths` are tokens a row. Buckets of `bucket_batches` batches keep padding small and the order random:
-    rows of one batch have like lengths, but which rows meet changes with the key. The last batch may be
-    short; none is repeated and none is lost.
+    rows of one batch have similar lengths, but which rows share a batch changes with the key. The last batch
+    may be short; no row is repeated or lost.
     """
     lengths_N = np.asarray(lengths, np.int64)
     rows = permutation(len(lengths_N), 1, *key)

@@ -1,9 +1,9 @@
-"""What a Parquet file would take in memory, found out before any of it is decoded.
+"""Bounds the memory that a Parquet file takes, before any of it is decoded.
 
-The sizes in a footer are only somebody's word. Pages are read by their own headers, and a header that claims
-gigabytes gets them. So all headers are read first, and only pages as our columns are written in them are let
-through: of data, version 1, PLAIN or BYTE_STREAM_SPLIT, no dictionaries. A header is a struct of Thrift's
-compact protocol (apache/parquet-format, parquet.thrift: PageHeader); what is needed of that is small.
+The sizes in a footer cannot be trusted: pages are read by their own headers, and a header that claims
+gigabytes gets them. So all headers are read first, and only pages of the kind that shards have are accepted:
+of data, version 1, PLAIN or BYTE_STREAM_SPLIT, no dictionaries. A header is a struct of Thrift's compact
+protocol (apache/parquet-format, parquet.thrift: PageHeader), of which a small part is needed.
 """
 
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ from typing import IO, Any, NamedTuple
 
 import pyarrow.parquet as pq
 
-MAX_CONTAINERS = 10_000  # row groups, columns, ... that a footer may list; nothing is made for more
-MOST_EXPANDED = 100  # a file may take so many times its size in memory, ...
-ALWAYS_FINE = 2**28  # ... and this much, in bytes, in any case: what is all the same compresses well
+MAX_CONTAINERS = 10_000  # row groups, columns, ... that a footer may list; more are refused
+MOST_EXPANDED = 100  # a file may take this many times its size in memory, ...
+ALWAYS_FINE = 2**28  # ... and this many bytes in any case: equal values compress well
 MAX_HEADER_BYTES = 2**14
 DATA_PAGE, PLAIN, BYTE_STREAM_SPLIT = 0, 0, 9
-LARGEST_NUMBER = 8  # bytes: a number that is decoded, or its place in its lists
+LARGEST_NUMBER = 8  # bytes of a decoded number, or of its place in its lists
 
 
 class _Page(NamedTuple):
@@ -27,9 +27,9 @@ class _Page(NamedTuple):
 
 
 def open_bounded(path: Path) -> pq.ParquetFile:
-    """The Parquet file at `path`, pages to be read with their checksums.
+    """The Parquet file at `path`, opened to be read with page checksums.
 
-    Raises ValueError where it would take far more memory than it has bytes, or is not written as a shard is.
+    Raises ValueError where it would take far more memory than it has bytes, or has pages that no shard has.
     """
     size = path.stat().st_size
     file = pq.ParquetFile(
@@ -51,7 +51,7 @@ def open_bounded(path: Path) -> pq.ParquetFile:
                         raise ValueError(f"its {size:,} bytes would take more than {most:,} in memory")
                 if left:
                     raise ValueError(
-                        f"pages of {column.path_in_schema} hold other values than its footer says"
+                        f"pages of {column.path_in_schema} have another number of values than its footer"
                     )
                 if column.num_values < group.num_rows:
                     raise ValueError(f"{column.path_in_schema} has fewer values than there are rows")
@@ -59,7 +59,7 @@ def open_bounded(path: Path) -> pq.ParquetFile:
 
 
 def _pages(raw: IO[bytes], start: int, end: int) -> Iterator[_Page]:
-    """The pages between two places of a file. Raises ValueError for any that we do not write."""
+    """The pages between two offsets of a file. Raises ValueError for a page that no shard has."""
     while start < end:
         raw.seek(start)
         header = _Compact(raw.read(MAX_HEADER_BYTES))
@@ -69,9 +69,9 @@ def _pages(raw: IO[bytes], start: int, end: int) -> Iterator[_Page]:
             page = _Page(data[1], fields[3], fields[2])
             known = fields[1] == DATA_PAGE and data[2] in (PLAIN, BYTE_STREAM_SPLIT)
         except (IndexError, KeyError, TypeError):
-            raise ValueError(f"there is no page of data at byte {start:,}") from None
+            raise ValueError(f"byte {start:,} does not start a data page") from None
         if not known or min(page) < 0:
-            raise ValueError(f"the page at byte {start:,} is none that a shard has")
+            raise ValueError(f"the page at byte {start:,} is not of a kind that shards have")
         yield page
         start += header.at + page.compressed
     if start != end:
@@ -85,7 +85,7 @@ class _Compact:
         self.raw, self.at = raw, 0
 
     def struct(self, depth: int = 3) -> dict[int, Any]:
-        """The fields of a struct by number: integers and structs; what else there is, is None."""
+        """The fields of a struct by number: integers and structs; None for other types."""
         if depth < 0:
             raise IndexError("structs within structs")
         found: dict[int, Any] = {}
@@ -96,7 +96,7 @@ class _Compact:
         return found
 
     def _value(self, kind: int, depth: int) -> Any:
-        if kind in (1, 2):  # a boolean is its own type
+        if kind in (1, 2):  # booleans are encoded in their type
             return kind == 1
         if kind in (4, 5, 6):
             return self._integer()

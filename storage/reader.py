@@ -1,4 +1,4 @@
-"""`Cache`: the door through which everything reads a sealed cache."""
+"""`Cache`: reads a sealed cache. Everything that reads one does so through it."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -31,25 +31,25 @@ LOCAL_COPIES = Path(".stillroom/nearby")
 
 
 class Cache:
-    """A sealed cache. Nothing that it returns is unchecked: a file's digest is compared before it is used."""
+    """A sealed cache. Every file's digest is compared before the file is used."""
 
     def __init__(self, path: Location, sealed: Manifest, files: Files) -> None:
         self.path = path
         self.manifest = sealed
         self.files = files
-        self._kept: dict[str, Path] = {}  # directories that are handed out for as long as this is there
+        self._kept: dict[str, Path] = {}  # directories that stay while this object lives
         self._holding = ExitStack()
 
     @classmethod
     def open(
         cls, path: str | Location, local: str | Path = LOCAL_COPIES, limit_bytes: int | None = None
     ) -> Self:
-        """The cache at `path`: its manifest is sound, each file that it lists is there with its size (those
-        of very many shards, which are in a table, are looked at when they are read).
+        """The cache at `path`. Checks its manifest, and that each listed file is there with its size (files
+        of shards in a table are checked when they are read).
 
-        `path` may be a URL (s3://bucket/caches/reviews). Then only the manifest is looked at now; files are
-        copied below the directory `local` when they are first read, at most `limit_bytes` at a time (None:
-        all). Raises NoManifest, ManifestInvalid, FormatTooNew, ShardMissing or ShardTruncated; of a URL also
+        `path` may be a URL (s3://bucket/caches/reviews). Then only the manifest is read now; files are copied
+        below the directory `local` when they are first read, at most `limit_bytes` at a time (None: all).
+        Raises NoManifest, ManifestInvalid, FormatTooNew, ShardMissing or ShardTruncated; for a URL also
         StoreUnreachable, and ConfigError where the limit has no room for a shard.
         """
         path = location(path)
@@ -62,12 +62,12 @@ class Cache:
         objects, copies = Objects(path), LocalCopies(Path(local), limit_bytes)
         remote_files = RemoteFiles(objects, copies)
         sealed = _with_table(path, _load_remote(objects), remote_files)
-        copies.refuse_too_small(path, _at_once(sealed))
+        copies.check_limit(path, _at_once(sealed))
         return cls(path, sealed, remote_files)
 
     @property
     def identity(self) -> Identity:
-        """Who was asked, and what was kept."""
+        """Teacher, tokenizer, and what is stored of the teacher's outputs."""
         return self.manifest.identity
 
     @property
@@ -88,29 +88,29 @@ class Cache:
 
     @property
     def hidden_names(self) -> tuple[str, ...]:
-        """The vectors of the teacher that are kept: `layer.<n>` for states (0 = embeddings), `qkv.<n>` for
-        queries, keys and values (1 = the first block); empty where none are.
+        """The stored vectors of the teacher: `layer.<n>` for states (0 = embeddings), `qkv.<n>` for queries,
+        keys and values (1 = the first block); empty for none.
         """
         return self.identity.spec.hidden.names if self.identity.spec.hidden else ()
 
     @property
     def hidden_per_position(self) -> bool:
-        """Whether there is a vector for each token, and not one for all of a row."""
+        """Whether there is a vector for each token, and not one a row."""
         return self.identity.spec.hidden is not None and self.identity.spec.hidden.pool == "none"
 
     @property
     def tokenizer_dir(self) -> Path:
-        """The directory of the teacher's tokenizer files, checked; it holds no others."""
+        """The directory of the teacher's tokenizer files, checked; it has no other files."""
         return self._keep(self.manifest.tokenizer_files, manifest.TOKENIZER_DIR)
 
     @property
     def weights_layers(self) -> tuple[int, ...]:
-        """The teacher's layers whose weights the cache carries (0 = the first); empty where it has none."""
+        """The teacher's layers whose weights the cache carries (0 = the first); empty for none."""
         return self.manifest.weights.layers if self.manifest.weights else ()
 
     @property
     def weights_dir(self) -> Path:
-        """The directory of the teacher's weights, checked; it holds nothing else. Raises SpecMismatch where
+        """The directory of the teacher's weights, checked; it has no other files. Raises SpecMismatch where
         the cache has none.
         """
         if self.manifest.weights is None:
@@ -118,13 +118,13 @@ class Cache:
                 f"{self.path} carries no weights of its teacher",
                 [Mismatch("weights", "none", "some layers")],
                 f"Write weights: {{layers: [...]}} under caches.{self.path.name} in params.yaml and run "
-                f"`dvc repro cache@{self.path.name}`: the teacher is not asked again.",
+                f"`dvc repro cache@{self.path.name}`: finished shards are reused.",
             )
         return self._keep(self.manifest.weights.files, manifest.WEIGHTS_DIR)
 
     @property
     def manifest_sha256(self) -> str:
-        """sha256 hex of manifest.json: it stands for every byte of the cache."""
+        """sha256 hex of manifest.json, which determines every byte of the cache."""
         return sha256_json(manifest.fields(self.manifest))
 
     @property
@@ -134,13 +134,13 @@ class Cache:
 
     @property
     def ranks(self) -> Ranks:
-        """The order of the vocabulary in which compact shards number ids; the ids themselves elsewhere."""
+        """The order in which compact shards number ids; the order of ids for other caches."""
         frequent = np.array(self.manifest.ranks or (), np.int64)
         return Ranks(frequent, self.identity.spec.num_outputs)
 
     def read(self, shard: ShardEntry) -> records.LogitRows | records.EntryRows:
-        """The rows of one shard: logits where the codec is dense (of each row, or of each token), entries
-        where it is sparse, whatever their layout. Raises ShardMissing, ShardTruncated or ShardCorrupt.
+        """The rows of one shard: logits for the dense codec (of each row, or of each token), entries for a
+        sparse one, whatever its layout. Raises ShardMissing, ShardTruncated or ShardCorrupt.
         """
         path, spec = self.path / shard.logits_path, self.identity.spec
         rows: records.LogitRows | records.EntryRows
@@ -153,7 +153,7 @@ class Cache:
         found = (len(rows.row_ids), int(rows.num_tokens.sum()), sha256_json(rows.input_hashes.to_pylist()))
         if found != (shard.rows, shard.positions, shard.inputs):
             raise ShardCorrupt(
-                f"{path} is not the shard that the manifest describes.\n"
+                f"{path} is not the shard in the manifest.\n"
                 f"  rows, positions, inputs found    {found}\n"
                 f"  rows, positions, inputs expected {(shard.rows, shard.positions, shard.inputs)}\n{AGAIN}"
             )
@@ -165,14 +165,14 @@ class Cache:
         return rows
 
     def hidden(self, shard: ShardEntry, name: str) -> npt.NDArray[np.float32]:
-        """The vectors of one of `hidden_names`, beside `read(shard)`: [rows, W], or [positions, W] row after
-        row. With pca W is the number of components, and of queries, keys and values three widths.
+        """The vectors of one of `hidden_names`, for the rows of `read(shard)`: [rows, W], or [positions, W]
+        row after row. W is the number of components with pca, and three widths for queries, keys and values.
 
-        Raises ValueError for a name that was not kept, and what `read` raises for damage.
+        Raises ValueError for a name that is not stored, and what `read` raises for damage.
         """
         spec = self.identity.spec.hidden
         if spec is None or name not in spec.names:
-            raise ValueError(f"{self.path} keeps the hidden states {list(self.hidden_names)}, not {name}")
+            raise ValueError(f"{self.path} has the hidden states {list(self.hidden_names)}, not {name}")
         num = shard.positions if self.hidden_per_position else shard.rows
         with self.files.holding(_states(shard)) as root:
             return hidden.read(root / shard.hidden_path, name, num, spec)
@@ -180,22 +180,22 @@ class Cache:
     def hidden_basis(self, name: str) -> Basis:
         """(mean [W], axes [m, W]) of one of `hidden_names`: a state is about mean + components @ axes.
 
-        Raises ValueError for a name whose vectors are kept as they are, and what `read` raises for damage.
+        Raises ValueError for a name that is not stored as components, and what `read` raises for damage.
         """
         spec = self.identity.spec.hidden
         if spec is None or self.manifest.hidden_basis is None or name not in spec.component_names:
-            raise ValueError(f"{self.path} does not keep {name} as principal components: it needs no basis")
+            raise ValueError(f"{self.path} does not have {name} as principal components: there is no basis")
         with self.files.holding(self.manifest.hidden_basis) as root:
             bases = hidden.read_bases(root / manifest.BASIS_DIR, spec)
         if (found := hidden.fingerprint(bases)) != spec.basis:
             raise ShardCorrupt(
-                f"{self.path / manifest.BASIS_DIR} is not the basis that the components were made with.\n"
+                f"{self.path / manifest.BASIS_DIR} is not the basis of these components.\n"
                 f"  found    {found}\n  expected {spec.basis}\n{AGAIN}"
             )
         return bases[name]
 
     def input_hashes(self) -> pa.StringArray:
-        """The hashes of what the teacher read of each row, in cache order."""
+        """The hashes of each row's inputs, in cache order."""
         return pa.concat_arrays([self._columns(shard, "input_hash")[0] for shard in self.shards])
 
     def row_ids(self) -> pa.StringArray:
@@ -224,13 +224,12 @@ class Cache:
         labels: Iterable[str] | None = None,
         row_ids: pa.StringArray | None = None,
         whole: bool = False,
-        advice: str = "Choose a cache that was made for this data, or rebuild it.",
+        advice: str = "Choose a cache of this data, or rebuild it.",
     ) -> None:
-        """Refuse the cache where it does not fit `what`, with every field that differs.
+        """Raise SpecMismatch, with every field that differs, where the cache does not fit `what`.
 
-        `identity`: the teacher, tokenizer and spec that it should come from. `labels`: class names in order.
-        `row_ids`: rows that must all have a target; with `whole`, the cache must hold these rows and no
-        others. Raises SpecMismatch.
+        `identity`: the expected teacher, tokenizer and spec. `labels`: class names in order. `row_ids`: rows
+        that must all have a target; with `whole`, the cache must have these rows and no others.
         """
         faults: list[Mismatch] = []
         if identity is not None:
@@ -254,9 +253,9 @@ class Cache:
             raise SpecMismatch(f"{self.path} does not fit {what}", faults, advice)
 
     def _keep(self, files: Sequence[FileEntry], directory: str) -> Path:
-        """Where the files of a directory of the cache lie, for as long as this object lives; no others do."""
+        """A directory of the cache, with these files and no others, for as long as this object lives."""
         if directory not in self._kept:
-            if isinstance(self.path, Path):  # copies of remote files are made one by one
+            if isinstance(self.path, Path):  # copies of remote files are made one by one, by name
                 check_no_stray(self.path, {file.path for file in files}, directory)
             self._kept[directory] = self._holding.enter_context(self.files.holding(files)) / directory
         return self._kept[directory]
@@ -277,13 +276,13 @@ def _load_remote(objects: "Objects") -> Manifest:
     except FileNotFoundError:
         raise NoManifest(
             f"there is no cache at {objects.url}: no {manifest.MANIFEST_NAME}, which is written last.\n"
-            "Look whether the URL is right, and whether its upload has ended."
+            "Check the URL, and that the upload has ended."
         ) from None
     return manifest.parse(raw, objects.url / manifest.MANIFEST_NAME)
 
 
 def _at_once(sealed: Manifest) -> int:
-    """Bytes that a student needs at the same time: what it keeps open, and the largest piece beside it."""
+    """Bytes that a student needs at the same time: the files that it keeps open, and the largest piece."""
     kept = [*sealed.tokenizer_files, *(sealed.weights.files if sealed.weights else ())]
     shards = sealed.every_shard
     if isinstance(shards, ShardTable):
@@ -298,7 +297,7 @@ def _size(files: Iterable[FileEntry]) -> int:
 
 
 def _with_table(where: Location, sealed: Manifest, files: Files) -> Manifest:
-    """The manifest with its shards, where they are in a table."""
+    """The manifest with the shards of its table, if it has one."""
     if sealed.shard_table is None:
         return sealed
     with files.holding([sealed.shard_table]) as root:
@@ -307,7 +306,7 @@ def _with_table(where: Location, sealed: Manifest, files: Files) -> Manifest:
 
 
 def _differences(found: Any, expected: Any, field: str = "") -> list[Mismatch]:
-    """Every leaf in which two nested descriptions differ, by its dotted name."""
+    """Every leaf in which two nested dicts differ, by its dotted name."""
     if isinstance(found, dict) and isinstance(expected, dict):
         keys = list(dict.fromkeys([*found, *expected]))
         return [

@@ -1,9 +1,9 @@
-"""Caches that lie at a URL: how they get there, and the directory that stands for one on another machine.
+"""Caches at a URL: uploads them, and makes the directory that represents one on another machine.
 
-    caches/NAME/remote.json    the URL, and the digest of the manifest that is meant
+    caches/NAME/remote.json    the URL, and the digest of the expected manifest
 
-The digest stands for every byte of the cache, so a directory with this one file is as good an input of a run
-as the whole cache: where another one lies at the URL later, this is seen when it is opened.
+The digest determines every byte of the cache, so a run can depend on a directory with this one file as on the
+whole cache: another cache at the URL is detected when it is opened.
 """
 
 import json
@@ -36,9 +36,11 @@ class ReceivedFile(Strict):
 
 
 def publish(path: Path, url: Url, sent: Callable[[int], None] = lambda num_bytes: None) -> Cache:
-    """Copy the cache in `path` to a URL, its manifest last; what the manifest there lists is not sent again.
+    """Copy the cache in `path` to a URL, its manifest last; files that the manifest there lists are not sent
+    again.
 
-    `sent` is told the bytes of each file. Raises what reading a damaged cache raises, and StoreUnreachable.
+    `sent` is called with the bytes of each file. Raises what reading a damaged cache raises, and
+    StoreUnreachable.
     """
     cache, objects = Cache.open(path), Objects(url)
     try:
@@ -55,7 +57,7 @@ def publish(path: Path, url: Url, sent: Callable[[int], None] = lambda num_bytes
 
 
 def receive(out: Path, url: str, manifest: str) -> None:
-    """Let the directory `out` stand for the cache at `url`. Replaces what was there.
+    """Make `out` a directory that represents the cache at `url`. Replaces what was there.
 
     Raises SpecMismatch where the manifest there has another digest, and what opening the cache raises.
     """
@@ -66,9 +68,9 @@ def receive(out: Path, url: str, manifest: str) -> None:
 
 
 def open_received(path: Path, local: str | Path = LOCAL_COPIES, limit_bytes: int | None = None) -> Cache:
-    """The cache that the directory `path` stands for: see Cache.open.
+    """The cache that the directory `path` represents: see Cache.open.
 
-    Raises ManifestInvalid for a damaged remote.json, and SpecMismatch where another cache lies there now.
+    Raises ManifestInvalid for a damaged remote.json, and SpecMismatch where the URL has another cache now.
     """
     file = path / RECEIVED_NAME
     try:
@@ -76,7 +78,8 @@ def open_received(path: Path, local: str | Path = LOCAL_COPIES, limit_bytes: int
         read = ReceivedFile.model_validate(json.loads(raw))
     except (OSError, ValidationError, ValueError, RecursionError) as error:
         raise ManifestInvalid(
-            f"{file} does not say where a cache is: {error}.\nWrite it again: dvc repro receive@{path.name}"
+            f"{file} does not name the URL of a cache: {error}.\n"
+            f"Write it again: dvc repro receive@{path.name}"
         ) from None
     return _open(read, path, local, limit_bytes)
 
@@ -85,8 +88,8 @@ def _open(read: ReceivedFile, path: Path, local: str | Path, limit_bytes: int | 
     cache = Cache.open(read.url, local, limit_bytes)
     if cache.manifest_sha256 != read.manifest:
         raise SpecMismatch(
-            f"{read.url} holds another cache than received.{path.name} names",
+            f"{read.url} has another cache than received.{path.name}",
             [Mismatch("manifest", cache.manifest_sha256, read.manifest)],
-            f"Where the new one is meant, write manifest: {cache.manifest_sha256} in params.yaml.",
+            f"To take the new one, write manifest: {cache.manifest_sha256} in params.yaml.",
         )
     return cache

@@ -1,12 +1,12 @@
-"""Logit shards: Parquet that pandas, DuckDB, Polars and `datasets` read without us.
+"""Logit shards: Parquet files that pandas, DuckDB, Polars and `datasets` read without this package.
 
 One row of the file is one row of the dataset, in dataset order. Every shard has
     row_id      string    32 hex characters, storage.spec.row_id
     input_hash  string    32 hex characters, storage.spec.input_hash of the token ids that the teacher read
     num_tokens  int32     how many token ids it read; 1 for an image
-then, where targets belong to tokens, `token_ids` int32; and then what the codec keeps: `logits` float32[C]
-(dense; `values` or `embedding` where they are no logits; a list of these where they belong to tokens), or
-lists over the positions and entries of the row (sparse; docs/cache-format.md has their columns).
+then, for targets a token, `token_ids` int32; and then the targets: `logits` float32[C] (dense; `values` or
+`embedding` for other numbers than logits; a list of them for targets a token), or lists over the positions
+and entries of the row (sparse: storage/codecs.py has their columns).
 
 Shape letters: N rows, C classes, P positions of all rows, E entries.
 """
@@ -28,8 +28,8 @@ from storage.errors import ShardCorrupt
 from storage.fingerprints import canonical_json
 from storage.spec import Spec
 
-ROW_GROUP_ROWS = 16_384  # about 1 MB encoded for a handful of classes; never read single rows
-ROW_GROUP_POSITIONS = 2**18  # 4 MB encoded at 15 bytes a position; of dense targets so many numbers
+ROW_GROUP_ROWS = 16_384  # about 1 MB encoded for a handful of classes; single rows are never read
+ROW_GROUP_POSITIONS = 2**18  # 4 MB encoded at 15 bytes a position; for dense targets: numbers
 FIRST_COLUMNS = pa.schema(
     [
         pa.field("row_id", pa.string(), nullable=False),
@@ -45,8 +45,8 @@ class LogitRows(NamedTuple):
     row_ids: pa.StringArray  # N
     input_hashes: pa.StringArray  # N
     num_tokens: npt.NDArray[np.int32]  # N, tokens
-    logits: npt.NDArray[np.float32]  # N x C; P x C, row after row, where each token has a target; nats
-    token_ids: npt.NDArray[np.int32] | None = None  # P, what the teacher read, where each has a target
+    logits: npt.NDArray[np.float32]  # N x C; P x C, row after row, for targets a token; nats
+    token_ids: npt.NDArray[np.int32] | None = None  # P, what the teacher read, for targets a token
 
     @property
     def owners(self) -> npt.NDArray[np.int64]:
@@ -72,10 +72,10 @@ class EntryRows(NamedTuple):
     row_ids: pa.StringArray  # N
     input_hashes: pa.StringArray  # N
     num_tokens: npt.NDArray[np.int32]  # N, tokens
-    num_positions: npt.NDArray[np.int32]  # N, positions that the entries are of
+    num_positions: npt.NDArray[np.int32]  # N, positions with or without entries
     entries: Entries  # P positions, row after row
-    # Where there is a target a token: what the teacher read, and the entropy of its answers.
-    token_ids: npt.NDArray[np.int32] | None = None
+    # For targets a token: what the teacher read, and the entropy of its distributions.
+    token_ids: npt.NDArray[np.int32] | None = None  # tokens of all rows
     entropy: npt.NDArray[np.float32] | None = None  # N, nats, summed over the row's targets
 
     def take(self, rows: npt.NDArray[np.int64]) -> "EntryRows":
@@ -96,8 +96,8 @@ class EntryRows(NamedTuple):
 def schema(
     num_classes: int, labels: tuple[str, ...] = (), tokens: bool = False, column: str = "logits"
 ) -> pa.Schema:
-    """The Arrow schema of a shard of dense targets, one a row (called `column`) or one a token; label names
-    go into the metadata (stillroom.labels).
+    """The Arrow schema of a shard of dense targets, one a row (in `column`) or one a token. Label names are
+    in its metadata (stillroom.labels).
     """
     logits = pa.list_(_element(pa.float32()), num_classes)
     if not tokens:
@@ -110,7 +110,7 @@ def schema(
 def sparse_schema(codec: SparseCodec, labels: tuple[str, ...] = (), tokens: bool = False) -> pa.Schema:
     """The Arrow schema of a shard of sparse targets: lists of small numbers.
 
-    With `tokens`, for targets a token, `entropy` and `token_ids` stand before them.
+    With `tokens`, for targets a token, `entropy` and `token_ids` come before them.
     """
     kinds = {"token_ids": pa.int32()} if tokens else {}
     kinds |= {name: column.kind for name, column in codec.columns.items()}
@@ -126,32 +126,32 @@ def layout(spec: Spec) -> pa.Schema:
 
 
 def read_table(path: Path, spec: Spec) -> pa.Table:
-    """A shard as it is written, undecoded. Raises ShardCorrupt for anything but a file of `layout`."""
+    """The columns of a shard, not decoded. Raises ShardCorrupt for anything but a file of `layout`."""
     return _table(path, layout(spec))
 
 
 def write_table(path: Path, table: pa.Table, spec: Spec) -> None:
-    """Write rows of `read_table`s: the bytes that `write` and `write_sparse` give for them."""
+    """Write rows of `read_table`s: the same bytes that `write` and `write_sparse` write for them."""
     import pyarrow.compute as pc  # reading does not need it
 
-    a_group = ROW_GROUP_ROWS
+    group_rows = ROW_GROUP_ROWS
     if spec.sparse is not None:
         a_position = table.column(spec.sparse.position_column)
-        a_group = _rows_a_group(len(table), pc.sum(pc.list_value_length(a_position)).as_py())
+        group_rows = _group_rows(len(table), pc.sum(pc.list_value_length(a_position)).as_py())
     elif spec.per_position:
         numbers = pc.sum(table.column("num_tokens")).as_py() * spec.num_outputs
-        a_group = _rows_a_group(len(table), numbers)
+        group_rows = _group_rows(len(table), numbers)
     table = pa.Table.from_arrays([c.combine_chunks() for c in table.columns], schema=layout(spec))
-    _write(path, table, level=3 if spec.sparse is None else 1, row_group_rows=a_group)
+    _write(path, table, level=3 if spec.sparse is None else 1, row_group_rows=group_rows)
 
 
 def write(path: Path, rows: LogitRows, labels: tuple[str, ...], column: str = "logits") -> None:
-    """Write one shard of dense targets, called `column`.
+    """Write one shard of dense targets, in the column `column`.
 
     The same rows give the same bytes (for one version of pyarrow).
     """
     tokens = rows.token_ids is not None
-    layout, a_group = schema(rows.logits.shape[1], labels, tokens, column), ROW_GROUP_ROWS
+    layout, group_rows = schema(rows.logits.shape[1], labels, tokens, column), ROW_GROUP_ROWS
     targets = layout.field(column).type
     logits = pa.FixedSizeListArray.from_arrays(
         pa.array(np.ascontiguousarray(rows.logits).reshape(-1)),
@@ -164,14 +164,14 @@ def write(path: Path, rows: LogitRows, labels: tuple[str, ...], column: str = "l
             first, pa.array(rows.token_ids, pa.int32()), type=layout.field("token_ids").type
         )
         columns[3:] = [read, pa.ListArray.from_arrays(first, logits, type=targets)]
-        a_group = _rows_a_group(len(rows.row_ids), rows.logits.size)
-    _write(path, pa.Table.from_arrays(columns, schema=layout), level=3, row_group_rows=a_group)
+        group_rows = _group_rows(len(rows.row_ids), rows.logits.size)
+    _write(path, pa.Table.from_arrays(columns, schema=layout), level=3, row_group_rows=group_rows)
 
 
 def write_sparse(
     path: Path, rows: EntryRows, codec: SparseCodec, labels: tuple[str, ...], packed: Columns | None
 ) -> None:
-    """Write one shard of sparse targets; `packed` are its columns, where the layout is compact."""
+    """Write one shard of sparse targets. `packed`: what `codec.pack` returned; None for a plain layout."""
     layout = sparse_schema(codec, labels, tokens=rows.token_ids is not None)
     values = dict(packed if packed is not None else codec.pack(rows.entries))
     if rows.token_ids is not None:
@@ -190,20 +190,20 @@ def write_sparse(
             offsets = first if counted_by is None else ends(values[counted_by])[first]
         data = pa.array(values[field.name], field.type.value_type)
         columns.append(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), data, type=field.type))
-    a_group = _rows_a_group(len(rows.row_ids), int(first[-1]))
-    _write(path, pa.Table.from_arrays(columns, schema=layout), level=1, row_group_rows=a_group)
+    group_rows = _group_rows(len(rows.row_ids), int(first[-1]))
+    _write(path, pa.Table.from_arrays(columns, schema=layout), level=1, row_group_rows=group_rows)
 
 
 def read(path: Path, num_classes: int, tokens: bool = False, column: str = "logits") -> LogitRows:
     """All rows of one dense shard. Raises ShardCorrupt for anything but a file of `schema`.
 
-    `tokens`: whether each token of a row has a target, and the rows hold the token ids.
+    `tokens`: whether each token of a row has a target, so that the rows have their token ids.
     """
     columns = _read(path, schema(num_classes, tokens=tokens, column=column))
     num_tokens, logits, read_ids = columns["num_tokens"].to_numpy(), columns[column], None
     # flatten() respects slices and offsets; .values would not (a classic wrong-rows bug)
     if tokens:
-        _refuse_other_counts(path, columns, num_tokens, "token_ids", "logits")
+        _check_lengths(path, columns, num_tokens, "token_ids", "logits")
         read_ids = columns["token_ids"].flatten().to_numpy(zero_copy_only=True)
         logits = logits.flatten()
     dense = logits.flatten().to_numpy(zero_copy_only=True).reshape(-1, num_classes)
@@ -211,9 +211,9 @@ def read(path: Path, num_classes: int, tokens: bool = False, column: str = "logi
 
 
 def read_sparse(path: Path, codec: SparseCodec, ranks: Ranks, tokens: bool = False) -> EntryRows:
-    """All rows of one sparse shard, in one form whatever its layout. Raises ShardCorrupt for another shard.
+    """All rows of one sparse shard, whatever its layout. Raises ShardCorrupt for anything else.
 
-    `tokens`: whether its rows hold the token ids that the teacher read.
+    `tokens`: whether its rows have the token ids that the teacher read.
     """
     layout = sparse_schema(codec, tokens=tokens)
     columns = _read(path, layout)
@@ -224,14 +224,14 @@ def read_sparse(path: Path, codec: SparseCodec, ranks: Ranks, tokens: bool = Fal
         entries = codec.unpack(values, ranks)
         _check_entries(entries, ranks.vocab_size)
     except (ValueError, IndexError) as error:
-        raise ShardCorrupt(f"{path} holds no {codec.name} targets: {error}.") from error
+        raise ShardCorrupt(f"{path} does not have {codec.name} targets: {error}.") from error
     num_positions = columns[codec.position_column].value_lengths().to_numpy()
     num_tokens = columns["num_tokens"].to_numpy()
     if tokens:
-        _refuse_other_counts(path, columns, num_tokens, "token_ids", codec.position_column)
+        _check_lengths(path, columns, num_tokens, "token_ids", codec.position_column)
     entropy = columns["entropy"].to_numpy() if tokens else None
     if entropy is not None and not (np.isfinite(entropy) & (entropy >= -0.01)).all():
-        raise ShardCorrupt(f"{path} has rows whose entropy is no entropy.")
+        raise ShardCorrupt(f"{path} has rows with an impossible entropy.")
     return EntryRows(
         columns["row_id"], columns["input_hash"], num_tokens, num_positions, entries,
         values.get("token_ids"), entropy,
@@ -239,7 +239,7 @@ def read_sparse(path: Path, codec: SparseCodec, ranks: Ranks, tokens: bool = Fal
 
 
 def read_columns(path: Path, *names: str) -> list[pa.Array]:
-    """Some of FIRST_COLUMNS of any shard, no targets. Raises ShardCorrupt."""
+    """Some of FIRST_COLUMNS of any shard, without its targets. Raises ShardCorrupt."""
     table = _table(path, FIRST_COLUMNS, names)
     return [table.column(name).combine_chunks() for name in names]
 
@@ -268,11 +268,11 @@ def _write(path: Path, table: pa.Table, level: int, row_group_rows: int) -> None
 
 
 def _leaf(name: str, kind: pa.DataType) -> str:
-    """What Parquet calls the numbers inside lists."""
+    """The Parquet name of the numbers inside lists."""
     return _leaf(f"{name}.list.element", kind.value_type) if pa.types.is_nested(kind) else name
 
 
-def _rows_a_group(num_rows: int, num_positions: int) -> int:
+def _group_rows(num_rows: int, num_positions: int) -> int:
     return max(1, int(ROW_GROUP_POSITIONS * num_rows / max(num_positions, 1)))
 
 
@@ -282,7 +282,7 @@ def _read(path: Path, expected: pa.Schema) -> dict[str, pa.Array]:
 
 
 def _table(path: Path, expected: pa.Schema, names: Sequence[str] | None = None) -> pa.Table:
-    """The columns of `expected`, or those of `names`. Nothing is decoded before layout and size are known."""
+    """The columns of `expected`, or those of `names`. Decodes nothing before layout and size are checked."""
     try:
         file = pages.open_bounded(path)
         found = file.schema_arrow
@@ -295,12 +295,12 @@ def _table(path: Path, expected: pa.Schema, names: Sequence[str] | None = None) 
         raise ShardCorrupt(f"{path} cannot be read as Parquet: {error}") from error
 
 
-def _refuse_other_counts(
+def _check_lengths(
     path: Path, columns: dict[str, pa.Array], num_tokens: npt.NDArray[np.int32], *names: str
 ) -> None:
     for name in names:
         if (columns[name].value_lengths().to_numpy() != num_tokens).any():
-            raise ShardCorrupt(f"{path} has rows with another number of {name} than num_tokens says.")
+            raise ShardCorrupt(f"{path} has rows with another number of {name} than num_tokens.")
 
 
 def _check_counts(values: Columns, codec: SparseCodec) -> None:
@@ -323,4 +323,4 @@ def _check_entries(entries: Entries, vocab_size: int) -> None:
             entries.log_tail <= 0.001
         )
     if not possible or np.any(entries.num_exact > entries.counts):
-        raise ValueError("a weight is no probability")
+        raise ValueError("a weight is not a probability")

@@ -1,10 +1,10 @@
-"""Whole objects below a URL, through fsspec: the one file that knows it (storage/ opens local paths itself).
+"""Objects below a URL, through fsspec. No other file imports it.
 
-Objects are read and written whole, by name; nothing is ever listed, because a listing may lag behind. Where
-a bucket is, and who may read it, is fsspec's own business: its environment variables and configuration files,
-and those of the service. Nothing here knows a secret.
+Objects are read and written whole, by name. Nothing is listed, because a listing may lag behind. Endpoints
+and credentials are configured for fsspec and the service (environment variables, configuration files); no
+secret passes through this code.
 
-A file system retries as its own library does (s3fs: five times, over some seconds); what then still fails is
+The library of a service retries (s3fs: five times, over some seconds); what fails after that is
 StoreUnreachable.
 """
 
@@ -29,11 +29,11 @@ from storage.errors import (
 from storage.location import Url
 from storage.manifest import FileEntry
 
-AGAIN = "Upload the cache again; or, where it was replaced on purpose, open it again."
+AGAIN = "Upload the cache again; if it was replaced on purpose, open it again."
 
 
 class Objects:
-    """The objects below a URL. Raises ConfigError where no installed library reads such URLs."""
+    """The objects below a URL. Raises ConfigError where no installed library reads URLs of this kind."""
 
     def __init__(self, url: Url) -> None:
         self.url = url
@@ -42,12 +42,12 @@ class Objects:
         except (ImportError, ValueError) as error:
             raise ConfigError(
                 f"{url} cannot be used: {error}.\n"
-                "Install what reads such URLs: 'stillroom[s3]' for s3://, gcsfs for gs://, adlfs for abfs://."
+                "Install a library for such URLs: 'stillroom[s3]' for s3://, gcsfs for gs://, adlfs for abfs://."
             ) from error
 
     def read(self, path: str, max_bytes: int) -> bytes:
-        """A small object. Raises FileNotFoundError where there is none, ShardTruncated where it has more than
-        `max_bytes`, and StoreUnreachable.
+        """A small object. Raises FileNotFoundError, ShardTruncated for more than `max_bytes`,
+        StoreUnreachable.
         """
         with tempfile.TemporaryDirectory() as aside:
             self._get(path, Path(aside) / "object", _Watch(self.url / path, max_bytes))
@@ -56,8 +56,8 @@ class Objects:
     def fetch(self, file: FileEntry, root: Path) -> None:
         """Copy one file of a cache below the local directory `root`, and check it there.
 
-        Raises ShardMissing, ShardTruncated, ShardCorrupt or StoreUnreachable. Of an object that is too large
-        little more than the entry's bytes is written.
+        Raises ShardMissing, ShardTruncated, ShardCorrupt or StoreUnreachable. Of an object that is too large,
+        little more than the entry's bytes are written.
         """
         target, where = root / file.path, self.url / file.path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -77,9 +77,10 @@ class Objects:
             )
 
     def write(self, path: str, content: bytes | Path, once: bool = False) -> bool:
-        """Write one object whole: bytes, or a local file. With `once` bytes, and only where there is none.
+        """Write one object whole: bytes, or a local file. With `once`: bytes, and only if there is no object
+        yet.
 
-        Returns whether the object is now what was to be written. Raises StoreUnreachable.
+        Returns whether the object now has this content. Raises StoreUnreachable.
         """
         with self._explained("written", path):
             try:
@@ -104,34 +105,34 @@ class Objects:
             yield
         except StillroomError:
             raise
-        except Exception as error:  # each service's library has errors of its own, with no class in common
+        except Exception as error:  # each service's library has its own errors, with no class in common
             missing = isinstance(error, FileNotFoundError) and done == "read"
             if missing or (isinstance(error, OSError) and error.errno in DISK_FULL):
                 raise
             raise StoreUnreachable(
                 f"{self.url / path} could not be {done}: {type(error).__name__}: {error}\n"
-                "Look whether the service runs, the bucket is there, and you may use it (for s3:// see "
+                "Check that the service runs, the bucket exists and you have access to it (for s3:// see "
                 "AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile)."
             ) from error
 
 
 class _Watch(Callback):  # type: ignore[misc]  # fsspec has no types
-    """Ends a transfer of more bytes than there may be."""
+    """Ends a transfer of more bytes than allowed."""
 
     def __init__(self, where: Url, most: int) -> None:
         super().__init__()
         self._where, self._most = where, most
 
     def set_size(self, size: int | None) -> None:
-        """Told by most file systems before the first byte comes."""
-        self._refuse(size or 0)
+        """Called by most file systems before the first byte."""
+        self._check(size or 0)
 
     def relative_update(self, inc: int = 1) -> None:
-        """Told of each part."""
+        """Called for each part."""
         self.value += inc
-        self._refuse(self.value)
+        self._check(self.value)
 
-    def _refuse(self, size: int) -> None:
+    def _check(self, size: int) -> None:
         if size > self._most:
             raise ShardTruncated(
                 f"{self._where} has {size:,} bytes or more; at most {self._most:,} were expected.\n{AGAIN}"

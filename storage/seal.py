@@ -1,4 +1,4 @@
-"""Finished shards become a cache: linked into a directory, the manifest written last, renamed into place."""
+"""Seals a cache: links finished shards into a directory, writes the manifest last, renames the directory."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,10 +15,10 @@ from storage.writer import StoredShard
 
 
 class CarriedWeights(NamedTuple):
-    """Weights of the teacher for a cache to carry."""
+    """The teacher's weights for a cache to carry."""
 
     layers: tuple[int, ...]
-    write: Callable[[Path], None]  # puts config.json and model.safetensors into a directory
+    write: Callable[[Path], None]  # writes config.json and model.safetensors into a directory
 
 
 class SealedParts(NamedTuple):
@@ -26,11 +26,11 @@ class SealedParts(NamedTuple):
 
     identity: Identity
     shards: Sequence[StoredShard]  # in the cache's order
-    tokenizer_files: Mapping[str, bytes]  # name -> content, for students that read with the teacher's
+    tokenizer_files: Mapping[str, bytes]  # name -> content, for students with the teacher's tokenizer
     provenance: Mapping[str, Any]
-    ranks: Sequence[int] | None = None  # the table of frequent ids, where shards number ids by it
+    ranks: Sequence[int] | None = None  # the table of frequent ids of a compact layout
     weights: CarriedWeights | None = None
-    basis: Path | None = None  # the directory of `Store.basis`, where hidden states are principal components
+    basis: Path | None = None  # `Store.basis`, for hidden states as principal components
 
 
 def seal(cache: Path, parts: SealedParts) -> Manifest:

@@ -1,8 +1,8 @@
-"""The shards of a cache that has very many: columns in a Parquet file, and no list in manifest.json.
+"""The shards of a cache with more than MOST_LISTED: a Parquet file instead of a list in manifest.json.
 
-A list of a million shards would be half a gigabyte of JSON, and as many objects. Here a shard is a line of a
-few arrays, and becomes a ShardEntry when it is asked for. Which files a shard has follows from the cache's
-spec; the table holds their sizes and digests. docs/cache-format.md has its columns.
+A list of a million shards would be half a gigabyte of JSON, and a million objects. Here a shard is a row of a
+few arrays, and becomes a ShardEntry when it is read. The names of a shard's files follow from the cache's
+spec; the table has their sizes and digests. docs/cache-format.md specifies its columns.
 
 Shape letters: S shards, F files of a shard.
 """
@@ -29,7 +29,7 @@ Digests = npt.NDArray[np.uint8]
 
 
 class Columns(NamedTuple):
-    """What is known of each shard."""
+    """The table, column by column."""
 
     keys: Digests  # S x 32
     rows: Counts  # S
@@ -113,9 +113,9 @@ class ShardTable(Sequence[ShardEntry]):
 
     @classmethod
     def read(cls, path: Path, spec: Spec, where: object) -> "ShardTable":
-        """The table in `path`, whose bytes are those that the manifest names; messages call it `where`.
+        """The table in `path`, whose digest the manifest has checked; messages call it `where`.
 
-        Raises ManifestInvalid for anything but a file of such columns, or for numbers that cannot be.
+        Raises ManifestInvalid for a file with other columns, or with impossible numbers.
         """
         names, again = file_names(spec), "Copy the cache again, or rebuild it."
         try:
@@ -134,14 +134,14 @@ class ShardTable(Sequence[ShardEntry]):
                     target[first:last] = _numbers(column.combine_chunks(), target)
                 first = last
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-            raise ManifestInvalid(f"{where} is no table of shards: {error}.\n{again}") from error
+            raise ManifestInvalid(f"{where} is not a table of shards: {error}.\n{again}") from error
         if fault := _fault(c):
             raise ManifestInvalid(f"{where}: {fault}.\n{again}")
         return cls(spec, c)
 
 
 def file_names(spec: Spec) -> tuple[str, ...]:
-    """The files of a shard of this spec, `*` in place of its key; the Parquet file is the last one."""
+    """The files of a shard of this spec, `*` for its key; the Parquet file is the last one."""
     states = [] if spec.hidden is None else [f"hidden/*/{file}" for file in spec.hidden.files]
     return (*sorted(states, key=lambda path: path.split("/")), "logits/*.parquet")
 
@@ -184,13 +184,13 @@ def _numbers(column: pa.Array, target: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _fault(c: Columns) -> str | None:
-    """What cannot be of shards."""
+    """What is impossible in these columns; None for nothing."""
     if not len(c.rows):
-        return "it holds no shard"
+        return "it has no shard"
     if c.rows.min() < 1 or c.rows.max() > MOST_ROWS:
-        return "a shard has less than one row, or more than there can be"
+        return "a shard has less than one row, or too many"
     if min(c.positions.min(), c.sizes.min()) < 0 or max(c.positions.max(), c.sizes.max()) > MOST:
-        return "a number of positions or bytes cannot be"
+        return "a number of positions or bytes is negative or too large"
     words = np.sort(c.keys.view(np.uint64)[:, 0])
     if (words[1:] == words[:-1]).any() and len({bytes(key) for key in c.keys}) < len(c.keys):
         return "a shard is listed twice"
@@ -198,5 +198,5 @@ def _fault(c: Columns) -> str | None:
 
 
 def _bytes(names: Any) -> Digests:
-    """64 hex characters each, as bytes [S, 32]."""
+    """Digests [S, 32] of names of 64 hex characters each."""
     return np.frombuffer(bytes.fromhex("".join(names)), np.uint8).reshape(-1, 32)

@@ -1,17 +1,17 @@
 """A store whose finished shards several machines share through a URL.
 
-Work is done in a local store (storage/writer.py), and what is finished is offered at the URL; what others
-offered is brought here, whole and checked. Nothing is listed: a shard is asked for by its key, which follows
-from its rows.
+Shards are written to a local store (storage/writer.py) and uploaded when they are finished; those of other
+machines are fetched, whole and checked. Nothing is listed: a shard is found by its key, which follows from
+its rows.
 
-    <url>/<identity fingerprint>/<key>/shard.json       its entry; written last, and by one machine alone
-    <url>/<identity fingerprint>/<key>/<offer>/...      its files; <offer> is made of the entry
-    <url>/bases/<identity fingerprint>/basis.json       the same for bases: the list of files
+    <url>/<identity fingerprint>/<key>/shard.json       its entry; written last, by one machine
+    <url>/<identity fingerprint>/<key>/<offer>/...      its files; <offer> is a digest of the entry
+    <url>/bases/<identity fingerprint>/basis.json       the list of files of bases
     <url>/bases/<identity fingerprint>/<offer>/...
     <url>/ranks/<identity fingerprint>.json             frequent ids
 
 Two machines that finish the same shard may differ in the last bits of a number. The first shard.json stays
-(S3's If-None-Match), the other machine takes what the first one offered, and both seal the same bytes.
+(S3's If-None-Match), the other machine fetches the files of the first one, and both seal the same bytes.
 """
 
 import json
@@ -39,14 +39,14 @@ from storage.writer import Store, StoredShard
 
 MAX_RECORD_BYTES = 2**24  # of a shard.json or a basis.json
 MAX_RANKS_BYTES = 16 * MAX_RANKED
-AT_ONCE = 16  # shards that are asked for at a time
-SHARED = "shared"  # in a shard's local directory: the URL that has it
+AT_ONCE = 16  # shards that are fetched at a time
+SHARED = "shared"  # a file in a shard's local directory: the URL that has the shard
 
 Files = TypeAdapter(list[FileEntry])
 
 
 def open_store(root: Path, where: str | None) -> Store:
-    """The store at `where`, a path or a URL; None: the one at `root`, where work for a URL is done too."""
+    """The store at `where`, a path or a URL; None: the one at `root`. A store at a URL works in `root`, too."""
     if where is None:
         return Store(root)
     there = location(where)
@@ -61,18 +61,19 @@ class SharedStore(Store):
         self.objects = Objects(url)
 
     def fetch(self, identity: Identity, keys: Iterable[str]) -> None:
-        """Take those of these shards that the URL has and this machine lacks, and offer what it has alone.
+        """Fetch those of these shards that only the URL has, and upload finished ones that only this machine
+        has.
 
-        A shard that is damaged there counts as unfinished. Raises StoreUnreachable.
+        A shard that is damaged at the URL counts as unfinished. Raises StoreUnreachable.
         """
         if not all(
             self._is_shared(meta.parent) for meta in (self.root / identity.fingerprint).glob("*/shard.json")
         ):
             for shard in self.finished(identity):
                 if not self._is_shared(shard.root):
-                    self._offer_shard(identity, shard)
+                    self._share_shard(identity, shard)
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            list(pool.map(lambda key: self._take_shard(identity, key), keys))
+            list(pool.map(lambda key: self._fetch_missing(identity, key), keys))
 
     def put(
         self,
@@ -82,11 +83,11 @@ class SharedStore(Store):
         seconds: float,
         packed: Columns | None = None,
     ) -> StoredShard:
-        """Write one finished shard here, and offer it; return the one that is shared, perhaps another's.
+        """Write one finished shard and upload it; return the shared one, perhaps another machine's.
 
-        Raises StoreFull, and StoreUnreachable: then the shard is here, and is offered by the next capture.
+        Raises StoreFull, and StoreUnreachable: then the next capture uploads the shard.
         """
-        return self._offer_shard(identity, super().put(identity, rows, states, seconds, packed))
+        return self._share_shard(identity, super().put(identity, rows, states, seconds, packed))
 
     def ranks(self, identity: Identity) -> npt.NDArray[np.int64] | None:
         """The table of frequent ids that captures of this identity share, on any machine."""
@@ -97,7 +98,7 @@ class SharedStore(Store):
         return super().keep_ranks(identity, np.array(json.loads(raw), np.int64))
 
     def keep_ranks(self, identity: Identity, ranks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Keep the table of frequent ids; return the one that is there now, perhaps another machine's."""
+        """Store the table of frequent ids; return the shared one, perhaps another machine's."""
         self.objects.write(f"ranks/{identity.fingerprint}.json", canonical_json(ranks.tolist()), once=True)
         shared = self.ranks(identity)
         assert shared is not None
@@ -113,27 +114,27 @@ class SharedStore(Store):
         path = self.root / name
         shutil.rmtree(path, ignore_errors=True)
         with self._aside() as aside, disk_full_explained(self.root):
-            self._take(f"{name}/{_offer(record)}", files, aside / "basis")
+            self._download(f"{name}/{_offer(record)}", files, aside / "basis")
             path.parent.mkdir(parents=True, exist_ok=True)
             (aside / "basis").rename(path)
         return path
 
     def keep_basis(self, identity: Identity, bases: Mapping[str, hidden.Basis]) -> Path:
-        """Keep these bases; return the directory of those that are there now, perhaps another machine's."""
+        """Store these bases; return the directory of the shared ones, perhaps another machine's."""
         path, name = super().keep_basis(identity, bases), f"bases/{identity.fingerprint}"
-        self._offer(name, "basis.json", path, [file.model_dump(mode="json") for file in file_entries(path)])
+        self._upload(name, "basis.json", path, [file.model_dump(mode="json") for file in file_entries(path)])
         shared = self.basis(identity)
         assert shared is not None
         return shared
 
-    def _offer_shard(self, identity: Identity, shard: StoredShard) -> StoredShard:
-        """Share a finished shard; the one that is shared then."""
+    def _share_shard(self, identity: Identity, shard: StoredShard) -> StoredShard:
+        """Upload a finished shard; return the shared one."""
         key, name = shard.entry.key, f"{identity.fingerprint}/{shard.entry.key}"
         body = json.loads((shard.root / "shard.json").read_bytes())
-        if not self._offer(name, "shard.json", shard.root, body):
+        if not self._upload(name, "shard.json", shard.root, body):
             theirs = self._fetch_shard(identity, key)
-            if theirs is None:  # what is there is damaged: ours takes its place
-                self._offer(name, "shard.json", shard.root, body, replace=True)
+            if theirs is None:  # the shared one is damaged: replace it
+                self._upload(name, "shard.json", shard.root, body, replace=True)
             else:
                 return theirs
         (shard.root / SHARED).write_text(str(self.objects.url))
@@ -143,12 +144,12 @@ class SharedStore(Store):
         mark = shard / SHARED
         return mark.is_file() and mark.read_text() == str(self.objects.url)
 
-    def _take_shard(self, identity: Identity, key: str) -> None:
+    def _fetch_missing(self, identity: Identity, key: str) -> None:
         if not (self.root / identity.fingerprint / key).is_dir():
             self._fetch_shard(identity, key)
 
     def _fetch_shard(self, identity: Identity, key: str) -> StoredShard | None:
-        """The shard that is shared under this key, in place of what is here; None: none, or a damaged one."""
+        """The shared shard of this key, in place of a local one; None where there is none, or a damaged one."""
         name, final = f"{identity.fingerprint}/{key}", self.root / identity.fingerprint / key
         try:
             body = self._record(f"{name}/shard.json")
@@ -158,10 +159,10 @@ class SharedStore(Store):
             if entry.key != key or not all(_own(entry, file) for file in entry.files):
                 return None
             with self._aside() as aside, disk_full_explained(self.root):
-                self._take(f"{name}/{_offer(body)}", entry.files, aside)
+                self._download(f"{name}/{_offer(body)}", entry.files, aside)
                 (aside / "shard.json").write_bytes(canonical_json(body))
                 (aside / SHARED).write_text(str(self.objects.url))
-                shutil.rmtree(final, ignore_errors=True)  # other last bits than those that are shared
+                shutil.rmtree(final, ignore_errors=True)  # it may differ from the shared one in last bits
                 final.parent.mkdir(parents=True, exist_ok=True)
                 aside.rename(final)
         except (CacheError, ValidationError, ValueError, KeyError, TypeError):
@@ -174,14 +175,14 @@ class SharedStore(Store):
         except FileNotFoundError:
             return None
 
-    def _offer(self, name: str, record: str, root: Path, body: Any, replace: bool = False) -> bool:
-        """Upload files, then their record; whether this record is the one that is there now."""
+    def _upload(self, name: str, record: str, root: Path, body: Any, replace: bool = False) -> bool:
+        """Upload files, then their record; return whether this record is the shared one."""
         files = body["entry"]["files"] if isinstance(body, dict) else body
         for file in files:
             self.objects.write(f"{name}/{_offer(body)}/{file['path']}", root / file["path"])
         return self.objects.write(f"{name}/{record}", canonical_json(body), once=not replace)
 
-    def _take(self, name: str, files: Iterable[FileEntry], root: Path) -> None:
+    def _download(self, name: str, files: Iterable[FileEntry], root: Path) -> None:
         below = Objects(self.objects.url / name)
         for file in files:
             below.fetch(file, root)
@@ -192,5 +193,5 @@ def _own(entry: ShardEntry, file: FileEntry) -> bool:
 
 
 def _offer(body: Any) -> str:
-    """The name of the directory that holds what a record describes: another content, another name."""
+    """The name of the directory of a record's files: another content has another name."""
     return sha256_json(body)[:16]

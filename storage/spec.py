@@ -1,8 +1,8 @@
-"""Who was asked, and what was kept: the identity of a cache's contents, and the fingerprints that name it.
+"""The identity of a cache's contents: teacher, tokenizer, and what is stored of the teacher's outputs.
 
-Two captures with the same `Identity` over the same rows hold the same numbers (up to the rounding of one
-machine against another), so the identity decides where finished shards live and which of them may be shared
-or reused. Labels' meaning, splits and timings are not in it: they never change what the teacher says.
+Two captures with the same `Identity` over the same rows have the same numbers (up to the rounding of
+different machines), so the identity decides where finished shards are stored and which of them may be shared
+or reused. The meaning of labels, splits and timings are not in it: they never change the teacher's outputs.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ class TeacherIdentity(Strict):
 
 
 class TokenizerIdentity(Strict):
-    """What turns text into ids: the tokenizer file's content and the settings that live outside it."""
+    """The tokenizer: the content of its file and the settings outside it."""
 
     content: Sha256
     vocab_size: Annotated[int, Field(ge=1, le=2**31)]
@@ -35,7 +35,7 @@ class TokenizerIdentity(Strict):
 
 
 class HiddenSpec(Strict):
-    """Which vectors of the teacher are kept: its states behind some layers (0 = embeddings), its queries,
+    """Which vectors of the teacher are stored: its states after some layers (0 = embeddings), its queries,
     keys and values in some attention blocks (1 = the first); one a row, or (pool `none`) one a token.
     """
 
@@ -45,33 +45,33 @@ class HiddenSpec(Strict):
     dtype: Literal["float16", "float32", "int8"]
     qkv: Annotated[tuple[Annotated[int, Field(ge=1, le=10_000)], ...], Field(strict=False)] = ()
     pca: Annotated[int, Field(ge=1, le=2**20)] | None = None  # components that are kept of each layer's state
-    basis: Sha256 | None = None  # with pca: storage.hidden.fingerprint of what they are components of
+    basis: Sha256 | None = None  # with pca: storage.hidden.fingerprint of mean and axes
 
     @model_validator(mode="after")
-    def _something_that_there_is(self) -> "HiddenSpec":
+    def _check(self) -> "HiddenSpec":
         if not self.layers and not self.qkv:
-            raise ValueError("neither layers nor qkv are kept")
+            raise ValueError("neither layers nor qkv are stored")
         if self.qkv and self.pool != "none":
-            raise ValueError("queries, keys and values are kept of each token: pool is none")
+            raise ValueError("queries, keys and values are stored for each token: pool is none")
         if self.pca is not None and (not self.layers or self.pca > self.width):
-            raise ValueError(f"pca is of layers, and at most their width {self.width}")
+            raise ValueError(f"pca needs layers, and is at most their width {self.width}")
         if self.basis is not None and self.pca is None:
-            raise ValueError("a basis is that of pca")
+            raise ValueError("a basis needs pca")
         return self
 
     @model_serializer(mode="wrap")
-    def _without_what_is_not_used(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         body: dict[str, Any] = handler(self)
         return {key: value for key, value in body.items() if value or key not in ("qkv", "pca", "basis")}
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the kept vectors are called: `layer.<n>`, then `qkv.<n>`."""
+        """The names of the stored vectors: `layer.<n>`, then `qkv.<n>`."""
         return (*(f"layer.{n}" for n in self.layers), *(f"qkv.{n}" for n in self.qkv))
 
     @property
     def component_names(self) -> tuple[str, ...]:
-        """Those of `names` that are kept as principal components."""
+        """Those of `names` that are stored as principal components."""
         return () if self.pca is None else self.names[: len(self.layers)]
 
     @property
@@ -84,12 +84,12 @@ class HiddenSpec(Strict):
 
     @property
     def basis_files(self) -> tuple[str, ...]:
-        """The files of the Zarr group of the principal axes, relative to it, sorted; none without pca."""
+        """The files of the Zarr group of the principal axes, relative to it, sorted; empty without pca."""
         arrays = [f"{name}.{part}" for name in self.component_names for part in ("axes/c.0.0", "mean/c.0")]
         return _group_files(arrays) if arrays else ()
 
     def kept_width(self, name: str) -> int:
-        """Numbers that are kept of a vector of this name."""
+        """Numbers that are stored for a vector of this name."""
         return QKV_PARTS * self.width if name.startswith("qkv.") else self.pca or self.width
 
     @property
@@ -99,7 +99,7 @@ class HiddenSpec(Strict):
 
 
 def _group_files(arrays: Iterable[str]) -> tuple[str, ...]:
-    """Those of a Zarr group of arrays with one shard file each."""
+    """The files of a Zarr group of arrays with one shard file each."""
     own = [file for array in arrays for file in (array, f"{array.rpartition('/')[0]}/zarr.json")]
     return tuple(sorted([*own, "zarr.json"]))
 
@@ -123,8 +123,8 @@ class ImageSpec(Strict):
 
 
 class EmbeddingSpec(Strict):
-    """How a row's vector of `width` numbers is made: from the last hidden state of its first token, or of the
-    mean over its tokens; divided by its length where `normalised`.
+    """How a row's vector of `width` numbers is made: the last hidden state of its first token, or the mean
+    over its tokens; divided by its length if `normalised`.
     """
 
     width: Annotated[int, Field(ge=1, le=2**20)]
@@ -133,14 +133,14 @@ class EmbeddingSpec(Strict):
 
 
 class Mask(Strict):
-    """Which positions of a row are hidden from a masked language model, and asked about."""
+    """Which positions of a row a masked language model does not see and predicts."""
 
     share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]  # of the tokens that are not special
     seed: Seed
 
 
 class Spec(Strict):
-    """What was asked of the teacher, and how its answers are coded."""
+    """What is stored of a teacher's outputs, and how it is encoded."""
 
     task: Task
     # None: ids of a vocabulary, or a vector.

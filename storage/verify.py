@@ -1,7 +1,4 @@
-"""Is every byte of a cache the byte that was sealed, and does what it says hang together?
-
-`check_files` compares files with their entries; `verify` reads a whole cache and returns what it counted.
-"""
+"""Verifies a whole cache: every byte is the sealed one, and rows, token ids and numbers are consistent."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Counts(NamedTuple):
-    """What `verify` saw on its way through a sound cache."""
+    """What `verify` counted in a sound cache."""
 
     rows: int
     positions: int  # token ids that the teacher read
@@ -31,12 +28,12 @@ class Counts(NamedTuple):
 
 def verify(cache: "Cache", on_shard: Callable[[int], None] = lambda rows: None) -> Counts:
     """Read all of `cache` and check it: digests, no stray file, rows unique and covered, every number finite,
-    token ids those that the row's hash was made of.
+    token ids those of the row's hash.
 
     `on_shard` is called with the number of rows after each shard, for progress. Raises a CacheError that
-    names the first fault; returns what was counted otherwise.
+    names the first fault.
     """
-    if isinstance(cache.path, Path):  # nothing remote is ever listed
+    if isinstance(cache.path, Path):  # remote directories are not listed
         check_no_stray(cache.path, {file.path for file in cache.manifest.files} | {MANIFEST_NAME})
     with cache.files.holding(cache.manifest.tokenizer_files):
         pass
@@ -57,7 +54,7 @@ def verify(cache: "Cache", on_shard: Callable[[int], None] = lambda rows: None) 
         seen.update(row_ids)
         positions += int(rows.num_tokens.sum())
         if rows.token_ids is not None:
-            _refuse_other_tokens(cache, rows)
+            _check_tokens(cache, rows)
         owners = np.arange(len(row_ids))
         if cache.hidden_per_position:
             owners = np.repeat(owners, rows.num_tokens)
@@ -68,19 +65,17 @@ def verify(cache: "Cache", on_shard: Callable[[int], None] = lambda rows: None) 
                 raise ShardCorrupt(f"{cache.path}: the hidden state of row {bad} ({name}) is not finite.")
         on_shard(len(row_ids))
     if content_fingerprint(seen) != cache.manifest.dataset:
-        raise ShardCorrupt(
-            f"{cache.path}: its rows are not those of the dataset that its manifest names.\n{AGAIN}"
-        )
+        raise ShardCorrupt(f"{cache.path}: its rows are not those of its manifest's dataset.\n{AGAIN}")
     files = cache.manifest.files
     return Counts(len(seen), positions, len(cache.shards), len(files), sum(file.bytes for file in files))
 
 
-def _refuse_other_tokens(cache: "Cache", rows: "LogitRows | EntryRows") -> None:
+def _check_tokens(cache: "Cache", rows: "LogitRows | EntryRows") -> None:
     assert rows.token_ids is not None
     parts = np.split(rows.token_ids, np.cumsum(rows.num_tokens)[:-1])
     for row, expected, read in zip(rows.row_ids, rows.input_hashes, parts, strict=True):
         if (found := input_hash(read)) != expected.as_py():
             raise ShardCorrupt(
-                f"{cache.path}: row {row} holds other token ids than its input hash was made of.\n"
+                f"{cache.path}: row {row} has other token ids than those of its input hash.\n"
                 f"  found    {found}\n  expected {expected}\n{AGAIN}"
             )

@@ -1,19 +1,15 @@
-"""Finished shards, and how they become a cache.
+"""The store: finished shards, each in a directory named by its content.
 
-A store is a directory of finished shards, each in a directory named by what it is made of:
-
-    <store>/<identity fingerprint>/<shard key>/shard.json          its manifest entry, and what it cost
+    <store>/<identity fingerprint>/<shard key>/shard.json          its manifest entry, and seconds
                                               /logits/<key>.parquet
                                               /hidden/<key>/...
     <store>/ranks/<identity fingerprint>.json      frequent ids, for compact layouts
     <store>/bases/<identity fingerprint>/...       mean and axes, for hidden states as principal components
-    <store>/in-use                                 who holds it, takes shards from here now
-    <store>/tmp/                                   what is being written, swept when its writer is gone
+    <store>/in-use                                 locked by captures that take shards from here
+    <store>/tmp/                                   unfinished files, swept when their writer has died
 
-A shard is written aside, flushed to disk and renamed, so it is there whole or not at all, whoever else writes
-it too.
-`seal` links finished shards into a cache and writes the manifest last, in a directory that is renamed into
-place.
+A shard is written in tmp/, flushed to disk and renamed, so it is there whole or not at all, even if several
+processes write it. storage/seal.py links finished shards into a cache.
 """
 
 import contextlib
@@ -41,7 +37,7 @@ from storage.manifest import ShardEntry
 from storage.spec import Identity, shard_key
 
 RANKS_FORMAT = "stillroom-ranks"
-LOCK = "in-use"  # a file of the store: captures hold it together, a clean-up alone
+LOCK = "in-use"  # a file of the store: captures have shared locks on it, a clean-up an exclusive one
 
 
 class StoredShard(NamedTuple):
@@ -49,7 +45,7 @@ class StoredShard(NamedTuple):
 
     root: Path  # the directory that its entry's paths are relative to
     entry: ShardEntry
-    seconds: float  # what the teacher needed for it
+    seconds: float  # of the teacher's computation
 
     def row_ids(self) -> pa.StringArray:
         """The ids of its rows, in order."""
@@ -64,9 +60,9 @@ class Store:
         self._tmp = root / "tmp"
 
     def lock_shared(self) -> None:
-        """Say that this process takes shards from here, for as long as this object lives: none may go.
+        """Keep clean-ups away from the store for as long as this object lives.
 
-        Any number of processes hold a store at once, and one that is killed lets go. Waits for a clean-up.
+        Any number of processes share the lock, and a killed process loses it. Waits for a running clean-up.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT)
@@ -74,21 +70,19 @@ class Store:
         fcntl.flock(handle, fcntl.LOCK_SH)
 
     def finished(self, identity: Identity) -> list[StoredShard]:
-        """Every sound shard made under `identity`, largest first. Damaged ones are removed."""
+        """Every sound shard of `identity`, largest first. Damaged ones are removed."""
         found = []
         for meta in sorted((self.root / identity.fingerprint).glob("*/shard.json")):
             try:
                 shard = _stored(meta.parent)
             except (CacheError, ValueError, KeyError, TypeError):
-                shutil.rmtree(
-                    meta.parent
-                )  # shards are renamed into place whole: this one is damaged, not unfinished
+                shutil.rmtree(meta.parent)  # shards are renamed into place whole: not unfinished, damaged
             else:
                 found.append(shard)
         return sorted(found, key=lambda shard: (-shard.entry.rows, shard.entry.key))
 
     def shard(self, identity: Identity, key: str) -> StoredShard | None:
-        """The finished shard of this name, or None. Raises CacheError where it is damaged."""
+        """The finished shard of this key, or None. Raises CacheError where it is damaged."""
         root = self.root / identity.fingerprint / key
         return _stored(root) if root.is_dir() else None
 
@@ -100,9 +94,9 @@ class Store:
         seconds: float,
         packed: Columns | None = None,
     ) -> StoredShard:
-        """Write one finished shard; `packed` are its entries in the compact layout, where that is asked for.
+        """Write one finished shard. `packed`: see records.write_sparse.
 
-        Raises StoreFull where the disk ends; earlier shards stay.
+        Raises StoreFull where the disk is full; earlier shards stay.
         """
         row_ids, inputs = rows.row_ids.to_pylist(), rows.input_hashes.to_pylist()
         key = shard_key(identity, row_ids, inputs)
@@ -124,14 +118,13 @@ class Store:
                 files=file_entries(aside),
             )
 
-        return self.take_in(identity, key, seconds, write)
+        return self.add(identity, key, seconds, write)
 
-    def take_in(
+    def add(
         self, identity: Identity, key: str, seconds: float, write: Callable[[Path], ShardEntry]
     ) -> StoredShard:
-        """The finished shard of this name; where it is not there, `write` puts its files into a directory.
-
-        Raises StoreFull.
+        """Add a shard whose files `write` puts into a directory; return the one in the store, perhaps another
+        worker's. Raises StoreFull.
         """
         final = self.root / identity.fingerprint / key
         with self._aside() as aside, disk_full_explained(self.root):
@@ -143,35 +136,34 @@ class Store:
             try:
                 os.rename(aside, final)
             except OSError:
-                if (
-                    not final.is_dir()
-                ):  # else another worker finished the same shard first: its bytes are ours
+                if not final.is_dir():
                     raise
+                # Another worker finished the same shard first: with the same bytes.
                 entry = ShardEntry.model_validate(json.loads((final / "shard.json").read_bytes())["entry"])
             fsync(final.parent)
         return StoredShard(final, entry, seconds)
 
     def fetch(self, identity: Identity, keys: Iterable[str]) -> None:
-        """Have shards here that were finished elsewhere: nothing to do for a store in one place."""
+        """Copy shards of other machines into the store. A local store has no others."""
 
     def ranks(self, identity: Identity) -> npt.NDArray[np.int64] | None:
-        """The table of frequent ids that captures of this identity share, where one was kept.
+        """The table of frequent ids that captures of this identity share; None before the first one.
 
-        Raises ManifestInvalid where it is damaged: with another table no shard would be found again.
+        Raises ManifestInvalid where it is damaged: with another table no finished shard would fit.
         """
         path = self._ranks_path(identity)
         if not path.is_file():
             return None
-        raw, again = path.read_bytes(), "Remove it: the same table is made again from the same first rows."
-        if raw.startswith(b"["):  # of before there were checksums
+        raw, again = path.read_bytes(), "Remove it: the same first rows give the same table again."
+        if raw.startswith(b"["):  # written before tables had checksums
             try:
                 return np.array(json.loads(raw), np.int64)
             except ValueError as error:
-                raise ManifestInvalid(f"{path} is no table of ids: {error}.\n{again}") from None
+                raise ManifestInvalid(f"{path} is not a table of ids: {error}.\n{again}") from None
         return np.array(manifest.open_sealed(raw, path, RANKS_FORMAT, again)["ranks"], np.int64)
 
     def keep_ranks(self, identity: Identity, ranks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Keep the table of frequent ids; return the one that is there now, perhaps another worker's."""
+        """Store the table of frequent ids; return the stored one, perhaps another worker's."""
         path = self._ranks_path(identity)
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._aside() as aside, disk_full_explained(self.root):
@@ -179,17 +171,19 @@ class Store:
             (aside / path.name).write_bytes(manifest.seal(body))
             fsync(aside / path.name)
             os.replace(aside / path.name, path)
-        kept = Store.ranks(self, identity)  # the one here, also of a store that shares its own elsewhere
+        kept = Store.ranks(self, identity)  # the local one, also where a subclass shares it
         assert kept is not None
         return kept
 
     def basis(self, identity: Identity) -> Path | None:
-        """The directory of the bases that captures of this identity share (storage.hidden.read_bases)."""
+        """The directory of the bases that captures of this identity share (storage.hidden.read_bases), or
+        None.
+        """
         path = self.root / "bases" / identity.fingerprint
         return path if path.is_dir() else None
 
     def keep_basis(self, identity: Identity, bases: Mapping[str, hidden.Basis]) -> Path:
-        """Keep these bases; return the directory of those that are there now, perhaps another worker's."""
+        """Store these bases; return the directory of the stored ones, perhaps another worker's."""
         path = self.root / "bases" / identity.fingerprint
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._aside() as aside, disk_full_explained(self.root):
@@ -206,13 +200,13 @@ class Store:
         return self.root / "ranks" / f"{identity.fingerprint}.json"
 
     def sweep(self) -> None:
-        """Remove what killed writers left behind: their process is gone, or they are a day old."""
+        """Remove what killed writers have left: their process has ended, or it is a day old."""
         for aside in self._tmp.glob("*"):
             host, pid, *_ = [*aside.name.split("."), ""]
             sweep_stale(aside, host, pid)
 
     def aside_name(self) -> Path:
-        """A path below tmp/ that is this process's own."""
+        """A path below tmp/ that no other process uses."""
         return self._tmp / f"{host_name()}.{os.getpid()}.{uuid.uuid4().hex}"
 
     @contextlib.contextmanager
@@ -227,7 +221,7 @@ class Store:
 
 
 def _stored(root: Path) -> StoredShard:
-    """A shard of a store, its files checked."""
+    """The shard in a directory of a store, its files checked."""
     body = json.loads((root / "shard.json").read_bytes())
     shard = StoredShard(root, ShardEntry.model_validate(body["entry"]), float(body["seconds"]))
     check_files(shard.root, shard.entry.files)

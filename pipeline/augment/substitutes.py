@@ -1,11 +1,11 @@
-"""Other words for words of a text, from a model: neighbours of its input embeddings, or its masked-word head.
+"""Substitutes for words of a text, from a model: neighbours of its input embeddings, or its masked-word head.
 
-Words that are offered are entries of the model's vocabulary that it reads as one token. Scores are computed
-in float64 and rounded to a grid much coarser than its errors, and ties go to the smaller id. So the same
-words are offered on every machine, whatever stands beside a text.
+Substitutes are entries of the model's vocabulary that its tokenizer reads as one token. Scores are computed
+in float64 and rounded to a grid much coarser than its errors, and ties go to the smaller id, so a word has
+the same substitutes on every machine and in every batch.
 
-Shape letters: W whole words of the vocabulary, D width of an embedding, Q words that are asked about,
-B texts, L tokens, M masked places, K candidates.
+Shape letters: W whole words of the vocabulary, D width of an embedding, Q queried words, B texts, L tokens,
+M masked places, K candidates.
 """
 
 import re
@@ -23,31 +23,31 @@ from pipeline.runtime.progress import tracked
 from pipeline.streaming.model_inputs import for_transformers, input_tensors
 from storage.errors import TeacherError
 
-PARTS = re.compile(r"^(\W*)(.*?)(\W*)$", re.DOTALL)  # of a word: what stands around it stays
+PARTS = re.compile(r"^(\W*)(.*?)(\W*)$", re.DOTALL)  # punctuation, word, punctuation
 BEFORE_WORDS = "\u0120\u2581"  # how byte-level and sentencepiece vocabularies write the space before a word
 GRID = 1e6  # steps of a score from 0 to 1
 WORDS_AT_ONCE = 512
-TOKENS_AT_ONCE = 2048  # each has a float64 for every id: half a GB for 30,000 ids
+TOKENS_AT_ONCE = 2048  # each takes a float64 for every id: half a GB for 30,000 ids
 MAX_LENGTH = 512  # tokens of a text; fewer where the model has fewer positions
 
 
 class Request(NamedTuple):
-    """Words of a text, and the places that others are wanted for, in their order."""
+    """Words of a text, and the places of those to replace, in order."""
 
     words: list[str]
     places: Sequence[int]
 
 
 class Substitutes(Protocol):
-    """Somebody who knows other words."""
+    """Finds substitutes for words of texts."""
 
     def __call__(self, requests: Sequence[Request]) -> list[list[list[str]]]:
-        """For each request and each of its places the candidates, best first; none where none is known."""
+        """For each request and each of its places the candidates, best first; empty for none."""
         ...
 
 
 class Vocabulary:
-    """The whole words that a tokenizer reads as one token each. W words."""
+    """The W words that a tokenizer reads as one token each."""
 
     def __init__(self, reader: TextReader) -> None:
         self.tokenizer = reader.tokenizer
@@ -71,12 +71,12 @@ class Vocabulary:
         self._place = {word: place for place, word in enumerate(self.words)}
 
     def place(self, word: str) -> int | None:
-        """Which of the W a word of a text is, as this tokenizer writes it."""
+        """The index of a word of a text, as this tokenizer normalises it; None for other words."""
         normalizer = self.tokenizer.normalizer
         return self._place.get(normalizer.normalize_str(word) if normalizer else word)
 
     def same(self, word: str) -> npt.NDArray[np.bool_]:
-        """Which of the W are this word, whatever their case."""
+        """Which of the W words are this word, in any case [W]."""
         found: npt.NDArray[np.bool_] = self._folded == self._number.get(word.casefold(), -1)
         return found
 
@@ -93,14 +93,14 @@ class Neighbours:
         self._known: dict[int, list[str]] = {}
 
     def __call__(self, requests: Sequence[Request]) -> list[list[list[str]]]:
-        """See Substitutes. Words that are not whole ones of the vocabulary have no neighbours."""
+        """See Substitutes. Words outside the vocabulary have no neighbours."""
         places = [[self._vocabulary.place(core(r.words[p])) for p in r.places] for r in requests]
         self._look_up(sorted({p for row in places for p in row if p is not None} - set(self._known)))
         return [[[] if p is None else self._known[p] for p in row] for row in places]
 
-    def _look_up(self, asked: list[int]) -> None:
-        for start in tracked("neighbours of words", range(0, len(asked), WORDS_AT_ONCE), "batches"):
-            part = asked[start : start + WORDS_AT_ONCE]
+    def _look_up(self, words: list[int]) -> None:
+        for start in tracked("neighbours of words", range(0, len(words), WORDS_AT_ONCE), "batches"):
+            part = words[start : start + WORDS_AT_ONCE]
             cosine_QW = self._unit_WD[part] @ self._unit_WD.T
             for word, scores_W in zip(part, cosine_QW, strict=True):
                 same = self._vocabulary.same(self._vocabulary.words[word])
@@ -109,7 +109,7 @@ class Neighbours:
 
 
 class Masked:
-    """The words that a masked language model expects where a word stood; all that are wanted are masked."""
+    """The words that a masked language model predicts for masked words; all places are masked at once."""
 
     def __init__(self, model: Path, num_candidates: int) -> None:
         self._reader = TextReader(model, MAX_LENGTH, "truncate")
@@ -134,7 +134,7 @@ class Masked:
         for part in tracked("words for masks", _batches(tokens.lengths), "batches"):
             inputs = tokens.padded(part, self._reader.pad_id)
             for row, scores_MW in zip(part, self._scores(inputs), strict=True):
-                # Places that the maximum cut off have no scores, and keep their words.
+                # Places beyond the maximum length have no scores, and keep their words.
                 request = requests[row]
                 found[row] = [
                     self._candidates(core(request.words[place]), scores_W)
@@ -155,8 +155,9 @@ class Masked:
         with torch.inference_mode():
             logits_BLV = self._model(**for_transformers(inputs)).logits
             masked = (inputs["input_ids"] == self._mask_id) & inputs["attention_mask"]
-            said = logits_BLV[masked].double().log_softmax(-1)[:, torch.from_numpy(self._vocabulary.ids)]
-        return np.split(said.cpu().numpy(), np.cumsum(masked.sum(1).cpu().numpy())[:-1])
+            log_probs = logits_BLV[masked].double().log_softmax(-1)
+            scores = log_probs[:, torch.from_numpy(self._vocabulary.ids)]
+        return np.split(scores.cpu().numpy(), np.cumsum(masked.sum(1).cpu().numpy())[:-1])
 
     def _candidates(self, word: str, scores_W: npt.NDArray[np.float64]) -> list[str]:
         best = best_first(scores_W, self._vocabulary.same(word), self._num)
@@ -179,7 +180,7 @@ def best_first(
 
 
 def _batches(lengths: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
-    """Rows of like length, the longest first, so many as make TOKENS_AT_ONCE."""
+    """Batches of rows of similar length, the longest first, of at most TOKENS_AT_ONCE padded tokens."""
     longest_first = np.argsort(-lengths, kind="stable")
     parts, start = [], 0
     while start < len(lengths):
@@ -190,7 +191,7 @@ def _batches(lengths: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
 
 
 def core(word: str) -> str:
-    """A word without the punctuation around it."""
+    """A word without its punctuation."""
     return _parts(word)[1]
 
 

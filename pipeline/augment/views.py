@@ -1,14 +1,14 @@
-"""The augment stage: a prepared dataset -> its rows, and views of its training rows as rows of their own.
+"""The augment stage: a prepared dataset -> its rows, and views of its training rows as more rows.
 
-A view is a text with some words exchanged, left out (Tang et al. 2019; Jiao et al. 2020, TinyBERT), or in
-other places (Wei and Zou 2019, EDA). It is a function of (seed, the row's text, the view's number) and of the
-model that words come from: neither order nor the company of rows changes it. The original rows keep their
-names, so a cache of the dataset has their targets already, and the teacher is asked about the views alone.
+A view is a text with some words replaced, left out (Tang et al. 2019; Jiao et al. 2020, TinyBERT), or moved
+(Wei and Zou 2019, EDA). It is a function of (seed, the row's text, the view's number) and of the model that
+words come from: other rows and their order do not change it. The original rows keep their ids, so a cache of
+the dataset has their targets already, and only the views are captured.
 
-What is written is what data.py writes, and a column `view`: the view's number from 1; 0 for the rows
-themselves. Views are a split of their own, and carry the label of their row: whether it still holds for a
-text that lost a "not" is for the recipe to say. A view that says the same as its row, an earlier view of it,
-or a row of validation or test is left out, and counted.
+The output has the files of pipeline/data/prepare.py, with one more column `view`: the view's number from 1; 0
+for original rows. Views are a split of their own, and have the label of their row: the recipe decides whether
+to use it, since a text that lost a "not" may have another one. A view with the same text as its row, as an
+earlier view of it, or as a row of validation or test is left out, and counted.
 """
 
 import hashlib
@@ -36,14 +36,14 @@ from storage.fingerprints import content_fingerprint, row_id
 
 Uniforms = npt.NDArray[np.float64]
 
-DRAWS = 4  # of a word: what becomes of it, which word takes its place, whether it moves, and where to
+DRAWS = 4  # of a word: replaced or left out, its substitute, whether it moves, and where to
 
 
 def augment_dataset(name: str, entry: Augmented, dataset: Path, out: Path) -> dict[str, Any]:
     """Write the rows of `dataset` and their views into the directory `out`; return the summary.
 
-    Raises DataError for a dataset of another task, AssetError or TeacherError where the model is none that
-    words can come from.
+    Raises DataError for a dataset of another task, AssetError or TeacherError where the model has no words to
+    offer.
     """
     rows = load_rows(dataset)
     if rows.task_spec.inputs != "text" or rows.task_spec.labels != "class":
@@ -56,8 +56,8 @@ def augment_dataset(name: str, entry: Augmented, dataset: Path, out: Path) -> di
     if entry.replace:
         if not (Path(entry.model) / "config.json").is_file():
             raise AssetError(
-                f"augmented.{name}.model: {entry.model} is no directory with a config.json.\n"
-                "Name a model's directory; one of a hub is added to assets and written assets/NAME."
+                f"augmented.{name}.model: {entry.model} is not a directory with a config.json.\n"
+                "Name a model's directory; add one of a hub to assets and write assets/NAME."
             )
         kind = Neighbours if entry.words == "embeddings" else Masked
         substitutes = kind(Path(entry.model), entry.candidates)
@@ -103,13 +103,13 @@ def make_views(
 
 
 def _draws(text: str, num_words: int, seed: int, number: int) -> Uniforms:
-    """[words, DRAWS] numbers in [0, 1) that belong to this view of this text."""
+    """[words, DRAWS] random numbers in [0, 1) of this view of this text."""
     rows = counter_rng.row_words([hashlib.sha256(text.encode()).hexdigest()])
     return counter_rng.uniforms(seed, rows.repeat(num_words, 0), np.arange(num_words), DRAWS, stream=number)
 
 
 def _moved(words: list[str], u: Uniforms, entry: Augmented) -> str:
-    """The words that are left of a text, after some have changed places."""
+    """The text without its left-out words, after some words have changed places."""
     gone = (u[:, 0] >= entry.replace) & (u[:, 0] < entry.replace + entry.delete)
     left = np.flatnonzero(~gone) if not gone.all() else np.array([u[:, 1].argmin()])
     kept = [words[place] for place in left]
@@ -121,7 +121,7 @@ def _moved(words: list[str], u: Uniforms, entry: Augmented) -> str:
 
 
 def _as(word: str, other: str) -> str:
-    """Another word where this one stood: its punctuation, and its capital."""
+    """Another word in place of this one: with its punctuation and its capital."""
     capital = core(word)[:1].isupper()
     return with_core(word, other[:1].upper() + other[1:] if capital else other)
 
@@ -129,10 +129,10 @@ def _as(word: str, other: str) -> str:
 def _added(
     entry: Augmented, dataset: Path, rows: Rows, texts: list[str], views: list[list[str]]
 ) -> tuple[pa.Table, Counter[str]]:
-    """(the rows with their views behind them, why views were left out)."""
+    """(the rows followed by their views, numbers of left-out views by reason)."""
     train = rows.select("train")
     held_out = {_folded(text) for text in rows.texts.take(rows.select("validation", "test")).to_pylist()}
-    said = [{_folded(text)} for text in texts]
+    known = [{_folded(text)} for text in texts]
     counts = Counter({"says what its row or an earlier view says": 0, "says what a held-out row says": 0})
     chosen: list[int] = []  # rows of the dataset
     numbers: list[int] = []
@@ -141,10 +141,10 @@ def _added(
         for place, text in enumerate(own):
             if _folded(text) in held_out:
                 counts["says what a held-out row says"] += 1
-            elif _folded(text) in said[place]:
+            elif _folded(text) in known[place]:
                 counts["says what its row or an earlier view says"] += 1
             else:
-                said[place].add(_folded(text))
+                known[place].add(_folded(text))
                 chosen.append(int(train[place]))
                 numbers.append(number)
                 kept.append(text)

@@ -14,9 +14,9 @@ from pipeline.data.counter_rng import I64, Keys
 from storage.codecs import Sample, SparseCodec, SparseSpec, Threshold, TopK
 from storage.entries import Entries, ends, ranges
 
-# A head entry is above 0.75 tau (its tail's r / m, with m = round(r / tau) >= 2), so none is missed here.
+# A head entry is above 0.75 tau (r / m of its tail, with m = round(r / tau) >= 2), so this bound misses none.
 CANDIDATE = 0.6
-# Tail entries stay this far below the step of the walk, so that rounding never lands on one twice.
+# Tail entries are this much shorter than the step of the walk, so that rounding never selects one twice.
 MARGIN = 1e-5
 SYSTEMATIC, ROUNDING = 0, 1  # streams of random numbers
 
@@ -34,7 +34,7 @@ def rounding_noise(codec: SparseCodec, entries: Entries, keys: Keys) -> F64 | No
 def top_entries(blocks: BlockSums, codec: TopK, keys: Keys) -> Entries:
     """The k largest probabilities of each position, and the mass of the rest. Draws no random number."""
     num, k = len(blocks), min(codec.k, blocks.num_blocks * BLOCK)
-    if k < blocks.num_blocks:  # k blocks have an id at least as large as the k-th largest block's largest
+    if k < blocks.num_blocks:  # the k largest block maxima bound the k-th largest id from below
         largest = blocks.largest()
         bounds: F64 = largest.topk(k).values[:, -1].double().cpu().numpy()
         may_hold = largest.double().cpu().numpy() >= bounds[:, None]
@@ -44,7 +44,7 @@ def top_entries(blocks: BlockSums, codec: TopK, keys: Keys) -> Entries:
     has = np.bincount(found.positions, minlength=num)
     counts = np.minimum(has, k)
     chosen = ranges(ends(has)[:-1], counts)
-    real = chosen[found.values[chosen] > 0]  # the last block's padding and what float32 cannot hold are none
+    real = chosen[found.values[chosen] > 0]  # not padding of the last block, nor below float32
     positions, ids, values = found.positions[real], found.ids[real], found.values[real]
     counts = np.bincount(positions, minlength=num)
     blocks.remove(positions, ids)
@@ -57,7 +57,7 @@ def top_entries(blocks: BlockSums, codec: TopK, keys: Keys) -> Entries:
 
 
 def sampled_entries(blocks: BlockSums, codec: Sample, keys: Keys) -> Entries:
-    """Draws with replacement, counted."""
+    """Counted draws with replacement."""
     num = len(blocks)
     points = counter_rng.uniforms(codec.seed, keys.rows, keys.positions, codec.draws) * blocks.mass[:, None]
     ids = blocks.land(np.full(num, codec.draws), points.reshape(-1))
@@ -69,7 +69,7 @@ def sampled_entries(blocks: BlockSums, codec: Sample, keys: Keys) -> Entries:
 
 
 def threshold_entries(blocks: BlockSums, codec: Threshold, keys: Keys) -> Entries:
-    """Large probabilities as they are; the tail by systematic sampling."""
+    """Large probabilities exactly; the tail by systematic sampling."""
     num = len(blocks)
     bounds = CANDIDATE * codec.tau * blocks.mass
     found = blocks.above(bounds, blocks.sums >= bounds[:, None])
@@ -107,7 +107,7 @@ def _heads(found: FoundIds, mass: F64, tau: float) -> tuple[I64, I64]:
     """(ids kept exactly, ids to sample) of each position.
 
     The smallest head h with t_(h+1) <= r / m, where r is the mass behind the head and m = max(1, round(r /
-    tau)): then no id of the tail is longer than a step of the walk, and none is met twice.
+    tau)): then no id of the tail is longer than a step of the walk, and none is selected twice.
     """
     num = len(mass)
     has = np.bincount(found.positions, minlength=num)
@@ -117,7 +117,7 @@ def _heads(found: FoundIds, mass: F64, tau: float) -> tuple[I64, I64]:
     rest_PH = 1 - np.concatenate([np.zeros((num, 1)), np.cumsum(large_PH[:, :-1], axis=1)], axis=1)
     steps_PH = np.maximum(1, np.rint(rest_PH / tau))
     enough = (steps_PH == 1) | (large_PH <= (1 - MARGIN) * rest_PH / steps_PH)
-    head = enough.argmax(1)  # the last column is always enough: nothing large is left
+    head = enough.argmax(1)  # the last column is always enough: no large id is left
     return head, steps_PH[np.arange(num), head].astype(np.int64)
 
 

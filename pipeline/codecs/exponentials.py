@@ -1,4 +1,4 @@
-"""Exponentials of a chunk of positions with the sums of blocks of 256 ids: what all encoders look into.
+"""Exponentials of a chunk of positions and their sums over blocks of 256 ids, for all encoders.
 
 Shape letters: P positions, V vocabulary, B blocks, K ids of a block.
 """
@@ -13,7 +13,7 @@ from pipeline.data.counter_rng import I64
 from storage.entries import ends
 
 BLOCK = 256
-PASS_BYTES = 2 * 2**20  # of them that one pass after the other goes over, while they are in a core's cache
+PASS_BYTES = 2 * 2**20  # of logits that all passes go over while they are in a core's cache
 LEAST = torch.finfo(torch.float32).min
 
 F64 = npt.NDArray[np.float64]
@@ -47,7 +47,7 @@ class BlockSums:
     def __len__(self) -> int:
         return len(self.sums)
 
-    def look(self, positions: I64, blocks: I64) -> F64:
+    def read(self, positions: I64, blocks: I64) -> F64:
         """The exponentials of some blocks: [N, K]."""
         at = (torch.from_numpy(positions).to(self.exps.device), torch.from_numpy(blocks).to(self.exps.device))
         found: F64 = self._view[at].double().cpu().numpy()
@@ -58,31 +58,32 @@ class BlockSums:
         return self._view.amax(-1)
 
     def above(self, bounds: F64, may_hold: npt.NDArray[np.bool_]) -> "FoundIds":
-        """All ids whose exponential reaches its position's bound, largest first (ties by id), by position.
+        """All ids whose exponential reaches its position's bound, by position, largest first (ties by id).
 
-        Only blocks [P, B] that `may_hold` one are looked into.
+        Only the blocks [P, B] of `may_hold` are searched.
         """
         positions, blocks = np.nonzero(may_hold)
-        values = self.look(positions, blocks)
+        values = self.read(positions, blocks)
         which, inside = np.nonzero(values >= bounds[positions, None])
         found, position, ids = values[which, inside], positions[which], blocks[which] * BLOCK + inside
         order = np.lexsort((ids, -found, position))
         return FoundIds(position[order], ids[order], found[order])
 
     def remove(self, positions: I64, ids: I64) -> None:
-        """Take ids out: what is left in `exps` and `sums` is the tail. `mass` stays that of all."""
+        """Remove ids, so that `exps` and `sums` are those of the tail. `mass` stays that of all ids."""
         if len(ids) == 0:
             return
         device = self.exps.device
         self.exps[torch.from_numpy(positions).to(device), torch.from_numpy(ids).to(device)] = 0
         touched = np.unique(positions * self.num_blocks + ids // BLOCK)
         position, block = np.divmod(touched, self.num_blocks)
-        self.sums[position, block] = self.look(position, block).sum(1)
+        self.sums[position, block] = self.read(position, block).sum(1)
 
     def land(self, counts: I64, points: F64) -> I64:
-        """The id that each point falls on, when the exponentials of a position are laid end to end.
+        """The id whose interval has each point, where a position's exponentials are intervals one after the
+        other.
 
-        `counts` points of each position, laid end to end, each in [0, sum of its position).
+        `counts` points of each position, concatenated, each in [0, sum of its position).
         """
         owners = np.repeat(np.arange(len(self)), counts)
         edges = np.cumsum(self.sums, axis=1)
@@ -93,9 +94,9 @@ class BlockSums:
             ]
         )
         block = np.minimum(block, self.num_blocks - 1)
-        inside = np.cumsum(self.look(owners, block), axis=1)
+        inside = np.cumsum(self.read(owners, block), axis=1)
         total, held = inside[:, -1], self.sums[owners, block]
-        # Block sums were rounded otherwise than these: a point keeps its share of the block.
+        # These sums are rounded differently from the block sums: a point keeps its share of the block.
         local = (points - (edges[owners, block] - held)) * (total / np.where(held > 0, held, 1))
         local = np.clip(local, 0, np.nextafter(total, 0))
         ids: I64 = block * BLOCK + (inside <= local[:, None]).sum(1)

@@ -1,9 +1,9 @@
-"""Dense logits -> entries: the codecs. docs/codecs.md says how to choose one.
+"""Dense logits -> entries, in chunks of positions. docs/codecs.md explains how to choose a codec.
 
-Each makes one pass of exponentials over the logits and keeps the sums of blocks of 256 ids. Block sums say
-where the large probabilities can be, and where a draw lands, so that no codec sorts or cumulates a whole
-vocabulary: what follows looks into a few blocks. Random numbers belong to the row and the position
-(draws.py), so the entries of a position depend on its logits and its name alone.
+Every encoder makes one pass of exponentials over the logits and stores the sums of blocks of 256 ids. Block
+sums locate large probabilities and draws, so that no encoder sorts or cumulates a whole vocabulary: it reads
+a few blocks. Random numbers belong to the row and the position (pipeline/data/counter_rng.py), so the entries
+of a position depend on its logits and its name alone.
 
 Shape letters: P positions, V vocabulary, B blocks, K ids of a block, M draws of all positions.
 """
@@ -21,7 +21,7 @@ CHUNK_BYTES = 8 * 2**20  # of exponentials in memory at a time
 
 
 class NotFinite(ValueError):
-    """Logits of a position are no numbers."""
+    """A position has a logit that is NaN or infinite."""
 
     def __init__(self, position: int) -> None:
         super().__init__(f"the logits of position {position} are not finite")
@@ -31,7 +31,7 @@ class NotFinite(ValueError):
 def sparsify(
     logits_PV: torch.Tensor, codec: SparseCodec, keys: Keys, vocab_size: int | None = None
 ) -> Entries:
-    """The entries of every position: what `codec` keeps of softmax(logits) at temperature 1.
+    """The entries of every position: `codec` applied to softmax(logits) at temperature 1.
 
     As `sparsify_and_measure`, without the entropies.
     """
@@ -43,13 +43,15 @@ def sparsify_and_measure(
 ) -> tuple[Entries, F64]:
     """(the entries of every position, the entropy of each position's distribution [P], nats).
 
-    Columns from `vocab_size` on are padding: they are never kept and have no mass. Logits of any floating
+    Columns from `vocab_size` on are padding: they have no entries and no mass. Logits of any floating
     dtype on any device. Raises NotFinite for the first position with a NaN or an infinity.
     """
     logits_PV = logits_PV[:, :vocab_size]
     rows = max(1, CHUNK_BYTES // (4 * logits_PV.shape[1]))
     width = -(-logits_PV.shape[1] // BLOCK) * BLOCK
-    room = torch.empty(min(rows, len(logits_PV)), width, device=logits_PV.device)  # fresh pages are dear
+    room = torch.empty(
+        min(rows, len(logits_PV)), width, device=logits_PV.device
+    )  # reused: fresh pages are slow
     parts, entropies, encode = [], [np.zeros(0)], ENCODERS[type(codec)]
     for start in range(0, len(logits_PV), rows):
         part = keys.part(start, start + rows)

@@ -1,7 +1,7 @@
-"""Documents -> blocks of so many words: rows of a size that a language model can be asked about.
+"""Documents -> blocks of a limited number of words: rows of a size that a language model can read.
 
-A word is what stands between white space, and is never cut. Blocks hold the documents' text as it is, the
-white space between words included; what stood between two blocks is the only thing that is left out.
+A word is text between white space, and is never cut. Blocks have the documents' text as it is, including the
+white space between words; only the white space between two blocks is left out.
 """
 
 import re
@@ -16,16 +16,16 @@ GOOD_END = re.compile(rf"{SENTENCE_END.pattern}|\n")
 
 
 class _Word(NamedTuple):
-    before: str  # what stands between it and the word before
+    before: str  # the text between the previous word and this one
     text: str
-    opens: bool  # a document
+    opens: bool  # whether a document starts here
 
 
 def chunk_documents(documents: Iterable[tuple[str, str]], blocks: Blocks) -> Iterator[tuple[str, str]]:
     """(split, text) of every block, from (split, text) of every document, without white space at its ends.
 
-    A block comes when it is full, and those that are not come last: more documents at the end change the
-    unfinished ones alone.
+    Full blocks come first, in order, and unfinished ones last: more documents at the end change only the
+    unfinished ones.
     """
     open_ones: dict[str, _OpenChunk] = {}
     for split, document in documents:
@@ -40,7 +40,7 @@ def chunk_documents(documents: Iterable[tuple[str, str]], blocks: Blocks) -> Ite
 
 
 class _OpenChunk:
-    """The words that are not in a finished block yet; never none, after the first document."""
+    """The words that are not in a finished block yet; at least one after the first document."""
 
     def __init__(self, blocks: Blocks) -> None:
         self._most, self._separator = blocks.words, blocks.separator
@@ -58,7 +58,7 @@ class _OpenChunk:
                 yield self.take(self._good_end())
 
     def take(self, words: int | None = None) -> str:
-        """The text of the first words, or of all; they are gone then."""
+        """The text of the first words, or of all, which are removed."""
         taken = self._words[:words]
         del self._words[:words]
         return taken[0].text + "".join(word.before + word.text for word in taken[1:])

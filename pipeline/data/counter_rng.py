@@ -1,8 +1,8 @@
-"""Random numbers that belong to a row: a pure function of (seed, row_id, position, draw).
+"""Random numbers of a row: a pure function of (seed, row_id, position, draw).
 
-Whoever computes a row, in whatever batch and order, draws the same numbers. The generator is Philox4x32-10
-(Salmon, Moraes, Dror, Shaw: Parallel random numbers, as easy as 1, 2, 3; SC 2011), written out because
-numpy's own Philox runs one counter at a time.
+A row has the same numbers in any batch, order and process. The generator is Philox4x32-10 (Salmon, Moraes,
+Dror, Shaw: Parallel random numbers, as easy as 1, 2, 3; SC 2011), implemented here because numpy's own Philox
+computes one counter at a time.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-Words = npt.NDArray[np.uint64]  # 32-bit words, held in 64 bits so that products do not overflow
+Words = npt.NDArray[np.uint64]  # 32-bit words in 64 bits, so that products do not overflow
 
 ROUNDS = 10
 MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
@@ -44,8 +44,8 @@ def row_words(row_ids: Sequence[str]) -> Words:
 def uniforms(
     seed: int, rows_P2: Words, positions_P: npt.NDArray[np.int64], num_draws: int, stream: int = 0
 ) -> npt.NDArray[np.float64]:
-    """[P, num_draws] numbers of 53 bits in [0, 1). Draw i of a position is the same however many are asked
-    for; streams 0 to 255 are independent of each other.
+    """[P, num_draws] numbers of 53 bits in [0, 1). Draw i of a position does not depend on `num_draws`;
+    streams 0 to 255 are independent.
     """
     calls = -(-num_draws // 2)  # each gives four words, two numbers
     shape = (len(rows_P2), calls)
@@ -68,10 +68,10 @@ I64 = npt.NDArray[np.int64]
 
 
 class Keys(NamedTuple):
-    """The names of P positions, for their random numbers."""
+    """The keys of the random numbers of P positions."""
 
-    rows: Words  # P x 2, draws.row_words of each position's row
-    positions: I64  # P, the place in its row
+    rows: Words  # P x 2, row_words of each position's row
+    positions: I64  # P, in its row
 
     def part(self, start: int, end: int) -> "Keys":
         """Positions start to end."""

@@ -1,6 +1,6 @@
 """Images of a raw dataset -> rows of pixels: one byte a number, row after row of the image, channels last.
 
-What a row of pixels is called by, where texts are called by what they say, is its shape and their sha256.
+The row id of an image is made of its shape and the sha256 of its pixels, as that of a text is of the text.
 """
 
 import hashlib
@@ -25,10 +25,11 @@ def read_images(
     taken: Sequence[str],
     counts: Counter[str],
 ) -> PixelRows:
-    """The images of a dataset: of their own column, or of one column a pixel (all that are not `taken`).
+    """The images of a dataset: from one column, or from one column a pixel (all columns that are not
+    `taken`).
 
-    An image is what `datasets` gives for one ({"bytes", "path"}), the bytes of a file, or a list of numbers
-    from 0 to 255, nested or not. `counts` is told how many were resized. Raises DataError for anything else.
+    An image is what `datasets` returns for one ({"bytes", "path"}), the bytes of a file, or a list of numbers
+    from 0 to 255, nested or not. Counts resized images in `counts`. Raises DataError for anything else.
     """
     assert config.images is not None
     shape = config.images.shape
@@ -38,7 +39,7 @@ def read_images(
         if len(cells) != size:
             raise DataError(
                 f"datasets.{name}: {len(cells)} columns of pixels, expected {size} (images.shape {shape}).\n"
-                f"Mend images.shape, or name the label's column (found {list(columns)[-3:]} at the end)."
+                f"Fix images.shape, or name the label's column (found {list(columns)[-3:]} at the end)."
             )
         images: list[Any] = list(zip(*cells, strict=True))
     else:
@@ -49,14 +50,14 @@ def read_images(
             made[row] = _numbers(image, shape, counts)
         except (ValueError, TypeError, OSError) as error:
             raise DataError(
-                f"datasets.{name}: row {row} holds no image of shape {tuple(shape)}: {error}\n"
-                "Expected a file's bytes, or whole numbers from 0 to 255. Mend it, or images.shape."
+                f"datasets.{name}: row {row} has no image of shape {tuple(shape)}: {error}\n"
+                "Expected a file's bytes, or whole numbers from 0 to 255. Fix it, or images.shape."
             ) from error
     return made
 
 
 def image_names(images: PixelRows, shape: Sequence[int]) -> list[str]:
-    """What each image is called by: `HxWxC:` and sha256 hex of its pixels."""
+    """The content of each image for its row id: `HxWxC:` and sha256 hex of its pixels."""
     size = "x".join(str(side) for side in shape)
     return [f"{size}:{hashlib.sha256(image.tobytes()).hexdigest()}" for image in images]
 
@@ -75,7 +76,7 @@ def _numbers(image: Any, shape: Sequence[int], counts: Counter[str]) -> npt.NDAr
 
 
 def _decoded(image: bytes | str, shape: Sequence[int], counts: Counter[str]) -> npt.NDArray[Any]:
-    """The pixels of a file (PNG, JPEG, ...), or of the bytes of one, resized where its size is another."""
+    """The pixels of a file (PNG, JPEG, ...) or of its bytes, resized to `shape` if it has another size."""
     from PIL import Image
 
     height, width, channels = shape

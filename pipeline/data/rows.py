@@ -1,4 +1,4 @@
-"""Prepared rows, as they lie in data/NAME."""
+"""Prepared rows: the content of data/NAME."""
 
 import json
 import math
@@ -31,7 +31,7 @@ class Rows(NamedTuple):
     task: Task = DEFAULT_TASK
     tags: pa.ListArray | None = None  # N lists of positions in label_names, one a word; token classification
     views: npt.NDArray[np.int32] | None = None  # N, which view of a training row, 0 for rows; augmented data
-    values: npt.NDArray[np.float32] | None = None  # N x K; nan where a row has none. See `prepare`
+    values: npt.NDArray[np.float32] | None = None  # N x K; nan for rows without. See prepare.py
     pixels: npt.NDArray[np.uint8] | None = None  # N x numbers of an image; its text is empty
     shape: tuple[int, ...] = ()  # of each image: height, width, channels
 
@@ -42,7 +42,7 @@ class Rows(NamedTuple):
 
     @property
     def truth(self) -> npt.NDArray[Any]:
-        """What rows are labelled with: a position each (int64), or several numbers (float32)."""
+        """The labels of rows: a position each (int64), or several numbers (float32)."""
         return self.labels.astype(np.int64) if self.values is None else self.values
 
     def select(self, *splits: str) -> npt.NDArray[np.int64]:
@@ -75,7 +75,7 @@ class Rows(NamedTuple):
 
 
 def load_rows(directory: Path) -> Rows:
-    """The prepared dataset in `directory`. Raises DataError where it is not one."""
+    """The prepared dataset in `directory`. Raises DataError for another directory."""
     path, summary = directory / "rows.parquet", directory / "summary.json"
     if not path.is_file() or not summary.is_file():
         raise DataError(
@@ -101,7 +101,7 @@ def load_rows(directory: Path) -> Rows:
 
 
 def _matrix(column: pa.Array | None, width: int) -> npt.NDArray[Any] | None:
-    """Lists of so many numbers each as a matrix; rows without one are nan."""
+    """Lists of `width` numbers each as a matrix; rows without a list are nan."""
     if column is None:
         return None
     flat: npt.NDArray[Any] = column.flatten().to_numpy()

@@ -1,7 +1,7 @@
-"""What this machine is, and how its arithmetic is set up. The only file that sets torch's global switches.
+"""The machine, and the setup of its arithmetic. The only file that sets torch's global switches.
 
-Reproducible means: threads are pinned, so the same program gives the same bits on the same kind of machine.
-torch is imported where it is used: counting cores should not take seconds.
+Threads are pinned, so that the same program computes the same bits on the same kind of machine. torch is
+imported where it is used: counting cores should not take seconds.
 """
 
 import os
@@ -20,19 +20,19 @@ def num_cores() -> int:
 
 
 def ranks() -> tuple[int, int]:
-    """(the place of this process among those that torchrun started together, their number)."""
+    """(rank of this process, number of processes) that torchrun started."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def device() -> "torch.device":
-    """The GPU where there is one, else the CPU."""
+    """The GPU if there is one, else the CPU."""
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES calls the GPUs that this process may use."""
+    """The names in CUDA_VISIBLE_DEVICES of the GPUs that this process may use."""
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -41,7 +41,7 @@ def gpus() -> list[str]:
 
 
 def pin_threads(threads: int) -> None:
-    """Use exactly so many threads for arithmetic, and no tf32."""
+    """Use this number of threads for arithmetic, and no tf32."""
     import torch
 
     torch.set_num_threads(threads)
@@ -49,10 +49,9 @@ def pin_threads(threads: int) -> None:
 
 
 def compute_seconds() -> float:
-    """A clock of what computing costs, for differences: core-seconds of this process on a CPU, seconds on a
-    GPU.
+    """A clock for differences: core-seconds of this process on a CPU, seconds on a GPU.
 
-    Core-seconds add up over threads and do not count what other programs on a shared machine take.
+    Core-seconds add up over threads and do not count other programs on a shared machine.
     """
     import torch
 
@@ -72,11 +71,11 @@ def computes_in_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def precision(asked: Literal["auto", "float32", "bfloat16"]) -> Literal["float32", "bfloat16"]:
-    """What `asked` means on this machine."""
-    if asked == "auto":
+def precision(setting: Literal["auto", "float32", "bfloat16"]) -> Literal["float32", "bfloat16"]:
+    """The precision of a setting on this machine."""
+    if setting == "auto":
         return "bfloat16" if computes_in_bfloat16() else "float32"
-    return asked
+    return setting
 
 
 def machine() -> str:

@@ -1,4 +1,4 @@
-"""What a person sees while something lasts: bars with rate and time left, and lines. All on stderr."""
+"""Progress bars with rate and time left, and log lines. All on stderr."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ class _Rate(ProgressColumn):
 
 
 def log(message: str) -> None:
-    """One plain line for people; never parsed by anything."""
+    """Print one plain line for people; no program parses it."""
     console.print(message, markup=False)
 
 
@@ -37,7 +37,7 @@ def log(message: str) -> None:
 def bar(label: str, total: int, unit: str, window: float = 30) -> Iterator[Callable[[int], None]]:
     """A progress bar over `total` units with rate and time left; yields advance(units).
 
-    The rate is that of the last `window` seconds: several steps of the bar must fall into it.
+    The rate is that of the last `window` seconds, in which the bar should advance several times.
     """
     with bars(unit, window) as add:
         yield add(label, total)
@@ -55,7 +55,7 @@ def tracked(label: str, items: Sequence[Item], unit: str) -> Iterator[Item]:
 def bars(unit: str, window: float = 30) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
     """Several bars below each other. Yields add(label, total), which returns advance(units).
 
-    Where stderr is no terminal, one line is printed when a bar is full, so that logs stay readable.
+    Where stderr is not a terminal, a full bar prints one line, so that logs stay readable.
     """
     columns = (
         TextColumn("{task.description}"),

@@ -27,7 +27,7 @@ def main(
     if not store.root.is_dir():
         print(f"there is no store at {store.root}: nothing to remove")
         return
-    with garbage.alone(store):
+    with garbage.lock_exclusive(store):
         _refuse_unknown()
         found = garbage.unused(store, paths.CACHES, keep_hours * 3600)
         for item in found:

@@ -9,7 +9,7 @@ import pytest
 
 from storage import Cache
 from storage.errors import ManifestInvalid, NoManifest, StoreInUse
-from storage.garbage import alone, remove, unused
+from storage.garbage import lock_exclusive, remove, unused
 from storage.manifest import MANIFEST_NAME
 from storage.mixture import mix
 from storage.seal import SealedParts, seal
@@ -98,7 +98,7 @@ def test_other_things_below_the_store_are_none_of_ours(store: Store) -> None:
 def test_while_somebody_holds_the_store_nobody_is_alone_with_it(store: Store) -> None:
     store.lock_shared()
     Store(store.root).lock_shared()  # captures hold it together
-    with pytest.raises(StoreInUse, match="a capture is running"), alone(store):
+    with pytest.raises(StoreInUse, match="a capture is running"), lock_exclusive(store):
         raise AssertionError("it was held")
 
 
@@ -106,7 +106,7 @@ def test_who_lets_go_of_the_store_leaves_it_to_others(store: Store) -> None:
     other = Store(store.root)
     other.lock_shared()
     del other
-    with alone(store):
+    with lock_exclusive(store):
         pass
 
 

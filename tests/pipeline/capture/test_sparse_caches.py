@@ -190,8 +190,8 @@ class Forged(Sample):
         ("num_entries", lambda values: values + 1, "num_entries counts"),
         ("ids", lambda values: values + 2, "outside the vocabulary"),
         ("ids", lambda values: -values - 1, "outside the vocabulary"),
-        ("log_probs", lambda values: values + 9, "no probability"),
-        ("log_probs", lambda values: values * np.nan, "no probability"),
+        ("log_probs", lambda values: values + 9, "not a probability"),
+        ("log_probs", lambda values: values * np.nan, "not a probability"),
     ],
 )
 def test_a_shard_that_holds_no_targets_is_refused(
