@@ -46,7 +46,7 @@ Files = TypeAdapter(list[FileEntry])
 
 
 def open_store(root: Path, where: str | None) -> Store:
-    """The store at `where`, a path or a URL; None: the one at `root`. A store at a URL works in `root`, too."""
+    """The store at `where`, a path or a URL; None: the one at `root`. One at a URL works in `root`, too."""
     if where is None:
         return Store(root)
     there = location(where)
@@ -149,7 +149,7 @@ class SharedStore(Store):
             self._fetch_shard(identity, key)
 
     def _fetch_shard(self, identity: Identity, key: str) -> StoredShard | None:
-        """The shared shard of this key, in place of a local one; None where there is none, or a damaged one."""
+        """The shared shard of this key, in place of a local one; None where it is missing or damaged."""
         name, final = f"{identity.fingerprint}/{key}", self.root / identity.fingerprint / key
         try:
             body = self._record(f"{name}/shard.json")

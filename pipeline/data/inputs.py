@@ -1,7 +1,7 @@
-"""What models read of rows: the token ids of their texts, or their pixels, through one interface.
+"""The inputs of models: token ids of texts, or pixels, through one interface.
 
-Both are batched by `padded` into InputArrays: arrays by the names that transformers gives a model's inputs. A
-new input of text is a new array of `Tokens.padded`; only models that read it need to know of it.
+Both are batched by `padded` into InputArrays: arrays by the names of model inputs in transformers. A new
+input of text is a new array of `Tokens.padded`; only models that read it need to know it.
 """
 
 from pathlib import Path
@@ -16,23 +16,23 @@ from pipeline.data.rows import Rows
 from pipeline.data.tokenizer import InputArrays, TextReader, Tokens
 from storage.fingerprints import pixels_hash
 
-PATCH = 256  # numbers of an image that cost about what a token does: a patch of 16 x 16
+PATCH = 256  # numbers of an image that cost about as much as a token: a patch of 16 x 16
 
 
 class Pixels(NamedTuple):
     """N images, one byte a number: row after row of the image, channels last."""
 
     values: npt.NDArray[np.uint8]  # N x numbers of an image
-    num_cut: int = 0  # none is ever cut
+    num_cut: int = 0  # images are never cut
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """1 for each image: it is read as one."""
+        """1 for each image: it counts as one token."""
         return np.ones(len(self.values), np.int64)
 
     @property
     def costs(self) -> npt.NDArray[np.int64]:
-        """What each costs in a batch, in tokens, roughly."""
+        """The approximate cost of each in a batch, in tokens."""
         return np.full(len(self.values), -(-self.values.shape[1] // PATCH))
 
     def hashes(self, rows: npt.NDArray[np.int64] | None = None) -> pa.StringArray:
@@ -49,9 +49,9 @@ Inputs = Tokens | Pixels
 
 
 class PixelReader(NamedTuple):
-    """Reads prepared images. It is to pixels what a TextReader is to text."""
+    """Reads prepared images, as a TextReader reads texts."""
 
-    num_ids: int  # numbers of an image: so many inputs a model has
+    num_ids: int  # numbers of an image: the inputs of a model
     max_length: int = 1
     pad_id: int = 0
 
@@ -63,18 +63,18 @@ Reader = TextReader | PixelReader
 
 
 def read_inputs(reader: Reader, rows: Rows, words: bool = False) -> Inputs:
-    """What a model reads of these rows; of text with `words` also the word of each token.
+    """The inputs of these rows; with `words` also the word of each token of a text.
 
     Raises DataError for rows that are too long.
     """
     if isinstance(reader, TextReader):
         return reader.read(rows.texts.to_pylist(), rows.row_ids, words)
-    assert rows.pixels is not None  # a cache of images is made of rows of images
+    assert rows.pixels is not None  # caches of images are made of rows of images
     return Pixels(rows.pixels)
 
 
 def student_reader(student: Student, rows: Rows, tokenizer: Path) -> Reader:
-    """What this student reads with; longer rows are cut."""
+    """The reader of this student; it cuts longer rows."""
     if rows.pixels is not None or isinstance(student, MLPStudent):
         return PixelReader(int(np.prod(rows.shape)))
     return TextReader(tokenizer, student.max_length, "truncate")

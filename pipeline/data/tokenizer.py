@@ -1,6 +1,6 @@
-"""Text -> token ids, one way for teachers and students.
+"""Text -> token ids, for teachers and students.
 
-Only the `tokenizers` library is used (tokenizer.json): a student needs no transformers to read.
+Uses the `tokenizers` library alone (tokenizer.json): reading text needs no transformers.
 """
 
 import json
@@ -25,19 +25,17 @@ SPECIAL = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token", "bo
 BATCH_TEXTS = 4096
 NO_WORD = -1  # of tokens that the tokenizer adds
 
-# What a model reads of B rows: arrays by the names that transformers gives them, each with B first.
+# The inputs of a model for B rows: arrays by their names in transformers, each with B first.
 InputArrays = dict[str, npt.NDArray[Any]]
 
 
 class Tokens(NamedTuple):
-    """Token ids of N rows, end to end; row i is `ids[offsets[i]:offsets[i + 1]]`."""
+    """Concatenated token ids of N rows; row i is `ids[offsets[i]:offsets[i + 1]]`."""
 
     ids: npt.NDArray[np.int32]
     offsets: npt.NDArray[np.int64]  # N + 1
-    num_cut: int  # rows that lost tokens to the maximum
-    words: npt.NDArray[np.int32] | None = (
-        None  # of each token, where asked for: the word of its row, or NO_WORD
-    )
+    num_cut: int  # rows cut to the maximum length
+    words: npt.NDArray[np.int32] | None = None  # of each token, if read: its word in the row, or NO_WORD
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -46,7 +44,7 @@ class Tokens(NamedTuple):
 
     @property
     def costs(self) -> npt.NDArray[np.int64]:
-        """What each row costs in a batch, in tokens."""
+        """The cost of each row in a batch, in tokens."""
         return self.lengths
 
     def row(self, index: int) -> npt.NDArray[np.int32]:
@@ -70,7 +68,7 @@ class Tokens(NamedTuple):
 
 
 class TextReader:
-    """A tokenizer with its padding id, its maximum, and what it does about longer rows."""
+    """A tokenizer with its padding id, a maximum length, and what happens to longer rows."""
 
     def __init__(self, directory: Path, max_length: int, too_long: str) -> None:
         path, config = (directory / name for name in TOKENIZER_FILES)
@@ -85,7 +83,7 @@ class TextReader:
         self.max_length, self.too_long = max_length, too_long
         self._settings = json.loads(config.read_text()) if config.is_file() else {}
         self.special = {name: i for name in SPECIAL if (i := self._special_id(name)) is not None}
-        # Masked wherever it stands, so any id serves; decoders without one pad with the end of text.
+        # Padding is masked, so any id would do; decoders without a padding token use that of the end of text.
         self.pad_id = self.special.get("pad_token", self.special.get("eos_token", 0))
 
     @property
@@ -94,7 +92,7 @@ class TextReader:
         return 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
 
     def identity(self) -> TokenizerIdentity:
-        """The fingerprint of this tokenizer: its file's meaning, size, special tokens and padding side."""
+        """The identity of this tokenizer: its file's content, size, special tokens and padding side."""
         return TokenizerIdentity(
             content=sha256_json(json.loads(self.tokenizer.to_str())),
             vocab_size=self.tokenizer.get_vocab_size(with_added_tokens=True),
@@ -105,9 +103,9 @@ class TextReader:
     def read(
         self, texts: Iterable[str], row_ids: Sequence[str] | pa.StringArray, words: bool = False
     ) -> Tokens:
-        """The token ids of `texts`. Raises DataError for rows past the maximum unless they are to be cut.
+        """The token ids of `texts`. Raises DataError for rows past the maximum with `too_long` error.
 
-        With `words`: also which word each token belongs to, where words are what single spaces separate.
+        With `words`: also the word of each token; single spaces separate words.
         """
         ids: list[npt.NDArray[np.int32]] = []
         numbers: list[npt.NDArray[np.int32]] = []
@@ -142,8 +140,8 @@ class TextReader:
         texts = list(texts)
         normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-        # The trainer numbers letters inside words in the order of a hash table, another one each time, and
-        # breaks ties by these numbers. Said beforehand, they keep their places.
+        # The trainer numbers letters inside words in the order of a hash table, a different one in each run,
+        # and breaks ties by these numbers. As special tokens they have fixed numbers.
         inner = sorted({c for text in texts for w in normalizer.normalize_str(text).split() for c in w[1:]})
         letters = [f"##{c}" for c in inner if c not in string.punctuation and category(c)[0] != "P"]
         draft = Tokenizer(models.WordPiece(unk_token="[UNK]"))
@@ -173,9 +171,9 @@ class TextReader:
 
 
 def _cut(values: list[int], encoding: Encoding, max_length: int, nothing: int) -> npt.NDArray[np.int32]:
-    """What belongs to the tokens of a row, at most so many; `nothing` for a row of none.
+    """The values of a row's tokens, at most `max_length`; `nothing` for an empty row.
 
-    Special tokens that close it stay, as when a tokenizer truncates.
+    Special tokens at its end stay, as when a tokenizer truncates.
     """
     if len(values) <= max_length:
         return np.array(values or [nothing], np.int32)
@@ -186,7 +184,7 @@ def _cut(values: list[int], encoding: Encoding, max_length: int, nothing: int) -
 
 
 def _word_numbers(text: str, encoding: Encoding) -> list[int]:
-    """The word of each token: by where it starts. One that starts with a space belongs to what follows."""
+    """The word of each token, by its start. A token that starts with a space is of the word after it."""
     spaces = np.cumsum(np.frombuffer(f"{text}.".encode("utf-32-le"), "<u4") == ord(" "))
     return [
         NO_WORD if special else int(spaces[start])
