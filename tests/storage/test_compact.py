@@ -102,7 +102,7 @@ def test_ids_are_lossless_for_any_sets(data: st.DataObject, vocab: int) -> None:
 
 
 def threshold_entries(heads: list[list[float]], tails: list[int], vocab: int = 1000) -> Entries:
-    """Entries of the codec `threshold`: these exact weights, and so many sampled ids for the rest."""
+    """Entries of the codec `threshold`: these exact weights, and this many sampled ids for the rest."""
     counts = np.array([len(head) + tail for head, tail in zip(heads, tails, strict=True)])
     weights, ids = [], []
     generator = np.random.default_rng(0)

@@ -33,7 +33,7 @@ Door = Callable[[Cache], object]
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of every golden cache, and a mixture of two caches, that tests damage and mend again."""
+    """A copy of every golden cache, and a mixture of two caches, that tests damage and restore."""
     root = tmp_path_factory.mktemp("shelf")
     for manifest in sorted(GOLDEN.rglob(MANIFEST_NAME)):
         shutil.copytree(manifest.parent, root / "-".join(manifest.parent.relative_to(GOLDEN).parts))
@@ -75,7 +75,7 @@ def doors(cache: Cache, relative: str) -> list[Door]:
 
 
 def the_cache_of(path: Path, root: Path) -> tuple[Path, str]:
-    """(the directory of the cache that a file lies in, its path there), also inside of a mixture."""
+    """(the directory of the cache of a file, its path there), also inside of a mixture."""
     here = next(d for d in path.parents if (d / MANIFEST_NAME).is_file() or d == root)
     return here, path.relative_to(here).as_posix()
 
@@ -151,7 +151,7 @@ def test_a_file_that_is_cut_anywhere_grown_or_gone_is_refused(shelf: Path) -> No
             if cache is not None:  # cut after it was opened
                 refuses(path, root, [(cache, doors(cache, relative))], ShardTruncated)
         path.unlink()
-        # Without mixture.json a mixture is no cache either.
+        # Without mixture.json a mixture is not a cache either.
         if at_once:
             with pytest.raises(CacheError, match=path.name if path.name != MIXTURE_NAME else MANIFEST_NAME):
                 open_cache(root)
@@ -160,7 +160,7 @@ def test_a_file_that_is_cut_anywhere_grown_or_gone_is_refused(shelf: Path) -> No
         path.write_bytes(sound)
 
 
-def test_a_mixture_of_before_there_were_checksums_is_read_and_keeps_its_name(shelf: Path) -> None:
+def test_a_mixture_without_a_checksum_is_read_and_keeps_its_name(shelf: Path) -> None:
     path = shelf / "both" / MIXTURE_NAME
     sound = path.read_bytes()
     body = json.loads(sound)
@@ -171,13 +171,13 @@ def test_a_mixture_of_before_there_were_checksums_is_read_and_keeps_its_name(she
     assert isinstance(opened, Mixture)
     assert [member.weight for member in opened.members] == [0.25, 0.75]
     assert opened.manifest_sha256 == sha256_json(body)
-    for change, said in {
+    for change, message in {
         '"weight":0.35': "do not sum to 1",
         '"weight": 0.25': "canonical",
         '"weight":0.25,"more":1': "more",
     }.items():
         path.write_bytes(canonical_json(body).replace(b'"weight":0.25', change.encode()) + b"\n")
-        with pytest.raises(ManifestInvalid, match=rf"mixture\.json .*(?s:.)*{said}"):
+        with pytest.raises(ManifestInvalid, match=rf"mixture\.json .*(?s:.)*{message}"):
             open_cache(shelf / "both")
     path.write_bytes(sound)
 

@@ -95,7 +95,7 @@ def test_other_things_below_the_store_are_none_of_ours(store: Store) -> None:
     assert len(found(store)) == 1
 
 
-def test_while_somebody_holds_the_store_nobody_is_alone_with_it(store: Store) -> None:
+def test_a_store_that_captures_use_is_not_locked_for_a_clean_up(store: Store) -> None:
     store.lock_shared()
     Store(store.root).lock_shared()  # captures hold it together
     with pytest.raises(StoreInUse, match="a capture is running"), lock_exclusive(store):

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 ALLOWED = 64 * 2**20  # bytes beyond what the imports take
 
-# Opens and reads caches with so much memory and no more, and says how it went.
+# Opens and reads caches with limited memory, and prints what happened.
 READ = f"""
 import resource, sys
 import pyarrow as pa
@@ -50,7 +50,7 @@ for path in sys.argv[1:]:
 
 
 def read_with_little_memory(*caches: Path) -> list[str]:
-    """What a process that may take `ALLOWED` more bytes says of each cache when it reads it."""
+    """What a process with `ALLOWED` more bytes of memory prints about each cache."""
     command = [sys.executable, "-c", READ, *map(str, caches)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -65,7 +65,7 @@ def dense(tmp_path: Path) -> Path:
 
 
 def with_right_digests(cache: Path, **changes: Any) -> None:
-    """Let the manifest tell the truth about the first shard's files; `changes` are to its entry."""
+    """Give the first shard's files their true digests in the manifest; `changes` are to its entry."""
 
     def change(body: dict[str, Any]) -> None:
         shard = body["shards"][0]
@@ -89,7 +89,7 @@ JSON = st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.t
 
 
 def places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where something stands in nested JSON."""
+    """A path into nested JSON."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [place, *(found for key, part in inner for found in places(part, (*place, key)))]
 
@@ -140,7 +140,7 @@ def test_a_key_that_stands_there_twice_is_refused(dense: Path) -> None:
 
 
 def write_bomb(path: Path, groups: int) -> int:
-    """A well-formed shard of so many row groups of equal rows; its number of rows."""
+    """Write a well-formed shard of row groups of equal rows; return its number of rows."""
     rows = make_rows(0, 1)
     many = records.ROW_GROUP_ROWS
     layout = records.schema(len(LABELS), LABELS)
@@ -225,8 +225,8 @@ def forge_footer(cache: Path) -> None:
 
 HUNGRY = {
     forge_footer: r"ShardCorrupt .* Exceeded size limit",
-    forge_json_of_holes: r"ManifestInvalid .* bytes: more than a manifest can have",
-    forge_json_of_lists: r"ManifestInvalid .* values in [0-9,]+ bytes are more than a manifest has",
+    forge_json_of_holes: r"ManifestInvalid .* bytes: more than a manifest may have",
+    forge_json_of_lists: r"ManifestInvalid .* values in [0-9,]+ bytes are more than a manifest may have",
     forge_bomb: rf"ShardCorrupt .* bytes would take more than {pages.ALWAYS_FINE:,} in memory",
     forge_page: r"ShardCorrupt .* bytes would take more than [0-9,]+ in memory",
 }
@@ -238,8 +238,8 @@ def test_what_would_fill_the_memory_is_refused_before_it_does(tmp_path: Path) ->
         caches.append(tmp_path / str(len(caches)))
         shutil.copytree(GOLDEN / "cache-v1", caches[-1])
         forge(caches[-1])
-    said = read_with_little_memory(*caches)
-    for line, expected in zip(said, HUNGRY.values(), strict=True):
+    lines = read_with_little_memory(*caches)
+    for line, expected in zip(lines, HUNGRY.values(), strict=True):
         assert re.match(expected, line), line
     with pytest.raises(ShardCorrupt, match="in memory"):
         Cache.open(caches[list(HUNGRY).index(forge_bomb)]).row_ids()
@@ -321,11 +321,11 @@ def test_a_file_that_the_manifest_does_not_list_is_never_read(dense: Path, file:
 
 def test_a_tokenizer_that_lies_elsewhere_is_refused(dense: Path) -> None:
     rewrite(dense, lambda body: body["tokenizer_files"][0].update(path="logits/tokenizer.json"))
-    with pytest.raises(ManifestInvalid, match=r"what is no file of a tokenizer: logits/tokenizer\.json"):
+    with pytest.raises(ManifestInvalid, match=r"a file that is not a tokenizer's: logits/tokenizer\.json"):
         Cache.open(dense)
 
 
-def test_files_beside_a_tokenizer_are_refused_where_its_directory_is_handed_out(dense: Path) -> None:
+def test_other_files_in_the_directory_of_a_tokenizer_are_refused(dense: Path) -> None:
     (dense / "tokenizer" / "tokenizer_config.json").write_text("{}")  # a reader would look for it
     with pytest.raises(ShardUnexpected, match=r"tokenizer_config\.json is not part of this cache"):
         _ = Cache.open(dense).tokenizer_dir
@@ -339,7 +339,7 @@ def test_ranks_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
         body["identity"]["spec"]["codec"]["ranks"] = sha256_json(body["ranks"])
 
     rewrite(tmp_path / "sparse", change)
-    with pytest.raises(ManifestInvalid, match="ranks hold ids outside the vocabulary"):
+    with pytest.raises(ManifestInvalid, match="ranks have ids outside the vocabulary"):
         Cache.open(tmp_path / "sparse")
 
 

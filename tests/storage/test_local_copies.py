@@ -1,4 +1,4 @@
-"""Copies near by: a limit that holds, the least recently used given up first, any number of processes."""
+"""Local copies: the limit holds, the least recently used goes first, any number of processes share them."""
 
 import errno
 import hashlib
@@ -98,8 +98,8 @@ def test_a_piece_that_could_not_be_fetched_leaves_nothing(tmp_path: Path) -> Non
     assert read(LocalCopies(tmp_path, SIZE), 1) == content(1)
 
 
-def _read_many(root: Path, seed: int, tell: Connection) -> None:
-    """Read pieces in an order of its own; tell whether each was right, and how many were fetched."""
+def _read_many(root: Path, seed: int, send_to: Connection) -> None:
+    """Read pieces in a random order; send whether each was right, and how many were fetched."""
     fetched, chosen = 0, random.Random(seed)
 
     def counted(file: FileEntry, root: Path) -> None:
@@ -111,17 +111,17 @@ def _read_many(root: Path, seed: int, tell: Connection) -> None:
 
     copies = LocalCopies(root, 3 * SIZE)
     right = all(read(copies, n, counted) == content(n) for n in chosen.choices(range(8), k=40))
-    tell.send((right, fetched))
+    send_to.send((right, fetched))
 
 
 def start(target: Callable[..., None], *arguments: object) -> tuple[mp.Process, Connection]:
-    """A process that runs `target`, and what it tells."""
+    """A process that runs `target`, and the connection that it sends to."""
     context = mp.get_context("fork")
-    hears, tells = context.Pipe(duplex=False)
-    process = context.Process(target=target, args=(*arguments, tells))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=target, args=(*arguments, sender))
     process.start()
-    tells.close()
-    return process, hears
+    sender.close()
+    return process, receiver
 
 
 def test_several_processes_share_a_limit_that_has_no_room_for_all_of_them(tmp_path: Path) -> None:
@@ -132,10 +132,10 @@ def test_several_processes_share_a_limit_that_has_no_room_for_all_of_them(tmp_pa
     assert len(there(tmp_path)) <= 3
 
 
-def _read_one(root: Path, tell: Connection) -> None:
+def _read_one(root: Path, send_to: Connection) -> None:
     fetched = []
     read(LocalCopies(root), 1, lambda file, below: (fetched.append(1), fetch(file, below))[1])
-    tell.send(len(fetched))
+    send_to.send(len(fetched))
 
 
 def test_a_piece_that_all_want_at_once_is_fetched_by_one(tmp_path: Path) -> None:
@@ -152,16 +152,16 @@ def test_what_another_fetches_is_waited_for_and_left_alone(
 
     def asked_meanwhile(file: FileEntry, root: Path) -> None:
         fetch(file, root)
-        with pytest.raises(StoreFull, match="others have held what is there"):
+        with pytest.raises(StoreFull, match="all copies have been in use"):
             read(LocalCopies(tmp_path), 1, fail)
 
     assert read(LocalCopies(tmp_path), 1, asked_meanwhile) == content(1)
 
 
-def _die(root: Path, tell: Connection) -> None:
+def _die(root: Path, send_to: Connection) -> None:
     def deadly(file: FileEntry, below: Path) -> None:
         fetch(file, below)
-        tell.send(0)
+        send_to.send(0)
         os.kill(os.getpid(), signal.SIGKILL)
 
     read(LocalCopies(root, SIZE), 1, deadly)

@@ -37,7 +37,7 @@ def captured(root: Path, *parts: tuple[int, int], **changes: Any) -> Cache:
 
 
 def every_row(cache: Cache) -> dict[str, tuple[Any, ...]]:
-    """What is said of each row."""
+    """The targets of each row."""
     found = {}
     for shard in cache.shards:
         rows = cache.read(shard)
@@ -100,7 +100,7 @@ def test_components_of_tokens_are_merged_row_by_row_with_their_basis(tmp_path: P
     assert some.manifest.hidden_basis == cache.manifest.hidden_basis
     assert [s.key for s in some.manifest.shards] == [s.key for s in cache.shards]
     assert store.basis(unpinned(cache.identity)) is not None
-    # The same rows in other shards: the last row of the first shard stands in one of its own.
+    # The same rows in other shards: the last row of the first shard is in a shard of its own.
     from storage.merging import _take, _tokenizer
 
     last = _take(store, cache, shard, np.array([shard.rows - 1]))
@@ -145,7 +145,7 @@ def test_a_row_that_is_not_the_same_in_both_is_refused_and_named(tmp_path: Path,
         tmp_path / "other",
         SealedParts(IDENTITY, [store.put(IDENTITY, rows, states, 1.0)], {"tokenizer.json": b"{}"}, {}),
     )
-    with pytest.raises(SpecMismatch, match="something else of rows") as refused:
+    with pytest.raises(SpecMismatch, match="other targets than an earlier cache") as refused:
         merge([one, Cache.open(tmp_path / "other")], tmp_path / "merged", Store(tmp_path / "store"))
     assert [fault.field for fault in refused.value.mismatches] == [f"row {rows.row_ids[1]}: {column}"]
 

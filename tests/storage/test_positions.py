@@ -123,7 +123,7 @@ def test_token_ids_that_their_hash_was_not_made_of_are_refused_with_their_row(tm
     rows = make_rows()
     assert rows.token_ids is not None
     rows.token_ids[4] += 1
-    with pytest.raises(ShardCorrupt, match=f"row {row_id('toy', '1')} holds other token ids"):
+    with pytest.raises(ShardCorrupt, match=f"row {row_id('toy', '1')} has other token ids"):
         verify(sealed(tmp_path, rows))
 
 
@@ -148,7 +148,7 @@ def test_specs_that_can_be_are_accepted_and_hold_what_applies_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"codec": CODEC}, "codec dense"),
         ({"hidden": IDENTITY.spec.hidden}, "hidden states are one a token"),
@@ -162,6 +162,6 @@ def test_specs_that_can_be_are_accepted_and_hold_what_applies_alone() -> None:
         ({"task": "masked-lm", **LANGUAGE, "mask": {"share": 0.1, "seed": -1}}, "greater than or equal to 0"),
     ],
 )
-def test_specs_that_cannot_be_are_refused(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
+def test_specs_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         spec(**changes)

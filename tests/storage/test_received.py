@@ -1,4 +1,4 @@
-"""A cache is published to a bucket and received elsewhere: the digest of its manifest stands for it."""
+"""A cache is published to a bucket and received elsewhere: the digest of its manifest determines it."""
 
 from pathlib import Path
 
@@ -20,13 +20,13 @@ from tests.storage.conftest import IDENTITY, fill
 
 @pytest.fixture
 def url(s3: Server, tmp_path: Path) -> Url:
-    """Where nothing lies yet."""
+    """A URL with no object yet."""
     return Url(f"s3://{server.BUCKET}/{tmp_path.name}/toy")
 
 
 @pytest.fixture
 def received(sealed: Path, url: Url, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The directory that stands for the published cache."""
+    """The directory that represents the published cache."""
     monkeypatch.chdir(tmp_path)  # copies come to .stillroom below it
     receive(tmp_path / "caches" / "toy", str(url), publish(sealed, url).manifest_sha256)
     return tmp_path / "caches" / "toy"
@@ -40,7 +40,7 @@ def test_what_is_published_is_received_as_one_small_file(received: Path, sealed:
     assert not list(received.parent.glob(".toy*"))
 
 
-def test_a_grown_cache_is_published_without_what_is_there_and_whoever_named_the_old_one_is_told(
+def test_a_grown_cache_is_published_without_what_is_there_and_the_old_digest_is_refused(
     received: Path, url: Url, tmp_path: Path, s3: Server
 ) -> None:
     old = open_cache(received)
@@ -54,7 +54,7 @@ def test_a_grown_cache_is_published_without_what_is_there_and_whoever_named_the_
     key = f"/{server.BUCKET}/{tmp_path.name}/toy/"
     assert [path.removeprefix(key) for path in written] == [*sorted(new), "manifest.json"]
     assert sum(sent) == sum(file.bytes for file in grown.manifest.files)
-    assert len(old.read(old.shards[0]).row_ids) == 5, "whoever has the old manifest reads on"
+    assert len(old.read(old.shards[0]).row_ids) == 5, "an open cache has the old manifest"
     with pytest.raises(SpecMismatch, match=f"write manifest: {grown.manifest_sha256}"):
         open_cache(received)
 
@@ -85,5 +85,5 @@ def test_a_file_that_does_not_say_where_a_cache_is_is_refused(tmp_path: Path, ch
     body = {"format": "stillroom-remote", "format_version": 1, "url": "s3://b/c", "manifest": "1" * 64}
     raw = canonical_json(body | change) if change else b"{"
     (tmp_path / RECEIVED_NAME).write_bytes(raw)
-    with pytest.raises(ManifestInvalid, match=r"remote\.json does not say where a cache is"):
+    with pytest.raises(ManifestInvalid, match=r"remote\.json does not name the URL of a cache"):
         open_received(tmp_path)

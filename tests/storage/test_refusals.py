@@ -167,13 +167,13 @@ def test_a_shard_listed_twice_is_refused(cache: Cache) -> None:
 
 def test_counts_that_do_not_match_the_shard_are_refused(cache: Cache) -> None:
     rewrite(cache.path, hostile("rows", 6))
-    with pytest.raises(ShardCorrupt, match="not the shard that the manifest describes"):
+    with pytest.raises(ShardCorrupt, match="not the shard in the manifest"):
         read_all(cache.path)
 
 
 def test_rows_that_are_not_those_of_the_named_dataset_are_refused(cache: Cache) -> None:
     rewrite(cache.path, lambda body: body.update(dataset="0" * 64))
-    with pytest.raises(ShardCorrupt, match="not those of the dataset"):
+    with pytest.raises(ShardCorrupt, match="not those of its manifest"):
         read_all(cache.path)
 
 

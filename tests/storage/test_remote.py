@@ -1,4 +1,4 @@
-"""A cache on a bucket: read through copies near by, each checked once; what is wrong is named by its URL.
+"""A cache on a bucket: read through local copies, each checked once; errors name the URL.
 
 Everything talks to a real S3 server (tests/s3.py) through s3fs.
 """

@@ -1,4 +1,4 @@
-"""Caches of very many shards: their table says what a list would, and is refused where it does not."""
+"""Caches with a table of shards: it has what a list would have; a wrong one is refused."""
 
 import json
 import shutil
@@ -97,25 +97,25 @@ def test_a_table_that_is_missing_cut_or_changed_is_refused_when_the_cache_is_ope
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("how", "message"),
     [
         (lambda c: c._replace(rows=np.array([5, 0])), "less than one row"),
-        (lambda c: c._replace(rows=np.array([5, 2**31 + 1])), "more than there can be"),
-        (lambda c: c._replace(positions=np.array([-1, 2])), "positions or bytes cannot be"),
-        (lambda c: c._replace(sizes=c.sizes + 2**53), "positions or bytes cannot be"),
+        (lambda c: c._replace(rows=np.array([5, 2**31 + 1])), "or too many"),
+        (lambda c: c._replace(positions=np.array([-1, 2])), "positions or bytes is negative or too large"),
+        (lambda c: c._replace(sizes=c.sizes + 2**53), "positions or bytes is negative or too large"),
         (lambda c: c._replace(keys=c.keys[[0, 0]]), "a shard is listed twice"),
         (
             lambda c: Columns(*(part[:0] for part in c[:4]), c.sizes[:, :0], c.digests[:, :0]),
-            "holds no shard",
+            "has no shard",
         ),
     ],
     ids=range(6),
 )
 def test_numbers_that_cannot_be_are_refused(
-    tabled: Path, how: Callable[[Columns], Columns], said: str
+    tabled: Path, how: Callable[[Columns], Columns], message: str
 ) -> None:
     change(tabled, how)
-    with pytest.raises(ManifestInvalid, match=said):
+    with pytest.raises(ManifestInvalid, match=message):
         Cache.open(tabled)
 
 
@@ -129,7 +129,7 @@ def test_what_is_no_table_is_refused(tabled: Path) -> None:
     path = tabled / manifest.TABLE_NAME
     other = pq.read_table(path).drop_columns(["positions"])
     forge(tabled, b"no Parquet")
-    with pytest.raises(ManifestInvalid, match="is no table of shards"):
+    with pytest.raises(ManifestInvalid, match="is not a table of shards"):
         Cache.open(tabled)
     pq.write_table(other, path)
     forge(tabled, path.read_bytes())
@@ -150,14 +150,14 @@ def test_a_table_that_unfolds_to_far_more_than_it_has_is_refused_before_memory_i
 def test_shards_in_both_places_or_in_none_and_another_name_are_refused(tabled: Path, sealed: Path) -> None:
     listed = json.loads((sealed / "manifest.json").read_bytes())["shards"]
     entry = file_entry(tabled, manifest.TABLE_NAME).model_dump()
-    for fields, said in [
+    for fields, message in [
         ({"shards": listed}, "one of the two"),
         ({"shard_table": entry | {"path": "tokenizer/tokenizer.json"}}, r"is called shards\.parquet"),
         ({"format_version": 4}, "format_version is 4"),
     ]:
         shutil.copy(tabled / "manifest.json", tabled / "kept")
         rewrite(tabled, lambda body, fields=fields: body.update(fields))
-        with pytest.raises(ManifestInvalid, match=said):
+        with pytest.raises(ManifestInvalid, match=message):
             Cache.open(tabled)
         shutil.move(tabled / "kept", tabled / "manifest.json")
     rewrite(

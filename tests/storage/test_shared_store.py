@@ -66,10 +66,10 @@ def test_nothing_is_ever_listed(machine: Machine, s3: Server) -> None:
     before = len(s3.log.read_text())
     fill(machine("one"))
     machine("two").fetch(IDENTITY, [shard.entry.key for shard in machine("one").finished(IDENTITY)])
-    said = s3.log.read_text()[before:]
-    assert "PUT" in said
-    assert "GET" in said
-    assert "list-type" not in said
+    log = s3.log.read_text()[before:]
+    assert "PUT" in log
+    assert "GET" in log
+    assert "list-type" not in log
 
 
 def test_of_two_machines_that_finish_a_shard_the_first_one_s_bytes_stay(
@@ -84,7 +84,7 @@ def test_of_two_machines_that_finish_a_shard_the_first_one_s_bytes_stay(
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "changed", "no record", "record"])
-def test_a_shard_that_is_damaged_on_the_bucket_is_not_taken_and_is_mended_by_whoever_makes_it_again(
+def test_a_shard_that_is_damaged_on_the_bucket_is_not_taken_and_its_next_writer_replaces_it(
     machine: Machine, damage: str
 ) -> None:
     from s3fs import S3FileSystem
@@ -101,8 +101,8 @@ def test_a_shard_that_is_damaged_on_the_bucket_is_not_taken_and_is_mended_by_who
     assert two.finished(IDENTITY) == []
     put(two, other_bits(rows))
     three.fetch(IDENTITY, [key])
-    (mended,) = three.finished(IDENTITY)
-    assert digest_tree(mended.root) == digest_tree(two.finished(IDENTITY)[0].root)
+    (replaced,) = three.finished(IDENTITY)
+    assert digest_tree(replaced.root) == digest_tree(two.finished(IDENTITY)[0].root)
 
 
 def test_a_shard_with_files_that_are_not_its_own_is_not_taken(machine: Machine) -> None:

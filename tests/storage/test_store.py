@@ -1,4 +1,4 @@
-"""The store: finished shards are whole or not there, whoever is killed when; sealing is a pure function."""
+"""The store: finished shards are whole or not there, also after kills; sealing is a pure function."""
 
 import multiprocessing as mp
 import os
@@ -41,7 +41,7 @@ def test_another_identity_sees_none_of_them(tmp_path: Path) -> None:
     assert Store(tmp_path).finished(IDENTITY.model_copy(update={"capture_version": 2})) == []
 
 
-def test_the_same_shard_has_the_same_bytes_whoever_writes_it(tmp_path: Path) -> None:
+def test_the_same_shard_has_the_same_bytes_from_any_writer(tmp_path: Path) -> None:
     for name in ("one", "two"):
         fill(Store(tmp_path / name))
     assert digest_tree(tmp_path / "one") == digest_tree(tmp_path / "two")
@@ -81,7 +81,7 @@ def test_what_a_dead_writer_left_is_swept_and_what_a_living_one_writes_is_not(tm
         assert not dead.exists()
 
 
-def test_sweeping_takes_whatever_is_a_day_old_and_minds_nothing_that_is_gone(tmp_path: Path) -> None:
+def test_sweeping_removes_what_is_a_day_old_and_accepts_what_is_gone(tmp_path: Path) -> None:
     store, temporary = Store(tmp_path), tmp_path / "tmp"
     (temporary / "elsewhere.1.x").mkdir(parents=True)
     for name in ("elsewhere.2.x", "nobody"):
@@ -154,10 +154,10 @@ def test_a_full_disk_is_one_clear_error_and_keeps_what_is_finished(tmp_path: Pat
     queue: mp.Queue[str] = context.Queue()
     child = context.Process(target=_put_on_a_full_disk, args=(tmp_path, limit, queue))
     child.start()
-    said = queue.get(timeout=60)
+    message = queue.get(timeout=60)
     child.join()
-    assert said.startswith(f"{StoreFull.__name__}: no space left")
-    assert "Finished shards are kept" in said
+    assert message.startswith(f"{StoreFull.__name__}: no space left")
+    assert "Finished shards are kept" in message
     assert Store(tmp_path).finished(IDENTITY) == before
     assert not list((tmp_path / "tmp").iterdir())
 

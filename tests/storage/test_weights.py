@@ -88,8 +88,8 @@ def changed(**changes: Any) -> Callable[[dict[str, Any]], None]:
             lambda body: body["weights"]["files"][0].update(path="logits/x"),
             "files are not weights/config.json",
         ),
-        (lambda body: body.update(format_version=1), "not that of what it holds"),
-        (lambda body: body.pop("weights"), "not that of what it holds"),
+        (lambda body: body.update(format_version=1), "not that of its content"),
+        (lambda body: body.pop("weights"), "not that of its content"),
         (lambda body: body.update(weights=None, format_version=1), "canonical"),
     ],
 )

@@ -150,8 +150,8 @@ def test_a_masked_model_is_asked_about_the_places_alone_and_offers_what_it_expec
     reader = TextReader(masked, 32, "error")
     mask = reader.special["mask_token"]
     ids = reader.read([" ".join(["[MASK]", *words[0][1:-1], "[MASK]"])], ["x"]).ids
-    said = live(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits[0][ids == mask]
-    for place, logits, found in zip((0, -1), said, together[0], strict=True):
+    masked_logits = live(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits[0][ids == mask]
+    for place, logits, found in zip((0, -1), masked_logits, together[0], strict=True):
         vocabulary = reader.tokenizer.get_vocab()
         whole = [word for word in toy.WORDS if word in vocabulary and word != words[0][place]]
         assert found == sorted(whole, key=lambda word: -logits[vocabulary[word]])[:3]
@@ -179,20 +179,20 @@ def test_a_model_without_what_is_needed_is_refused(model: Path, masked: Path, tm
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"replace": 0.6, "delete": 0.5}, "more than 1 together"),
         ({"delete": 0.0}, "no view would differ"),
         ({"views": 256}, "less than or equal to 255"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
+def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         entry(**changes)
 
 
 class Own(World):
-    """A world with an augmented dataset beside its own."""
+    """A world with an augmented dataset next to its own."""
 
     @property
     def augmented(self) -> Path:
@@ -279,10 +279,10 @@ def test_only_views_are_asked_about_and_each_has_the_target_that_the_teacher_giv
     live = load_classifier(own.teacher)
     without_labels = 0
     for batch in lesson.batches(0):
-        said = live(**for_transformers(batch.inputs)).logits.detach()
+        logits = live(**for_transformers(batch.inputs)).logits.detach()
         assert isinstance(batch.teacher, torch.Tensor)
-        assert torch.allclose(batch.teacher, said, atol=1e-5)
-        truth = recipe_loss(call_model(model, batch.inputs), batch.labels_T, said, 0.3, 2.0)
+        assert torch.allclose(batch.teacher, logits, atol=1e-5)
+        truth = recipe_loss(call_model(model, batch.inputs), batch.labels_T, logits, 0.3, 2.0)
         assert torch.allclose(lesson.loss(model, batch, 0.0), truth, atol=1e-5)
         without_labels += int((batch.labels_T == NO_LABEL).sum())
     assert without_labels == len(rows.select(VIEWS))
@@ -331,14 +331,16 @@ def test_labels_of_views_are_the_rows_or_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "said"),
+    ("recipe", "message"),
     [
         ({"views": 1, "alpha": 1.0}, "views have none"),
         ({"view_labels": True}, "takes none"),
     ],
 )
-def test_recipes_that_would_learn_nothing_from_views_are_refused(recipe: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
+def test_recipes_that_would_learn_nothing_from_views_are_refused(
+    recipe: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
         Recipe.model_validate(recipe)
 
 

@@ -15,7 +15,7 @@ from tests.imports import modules
 
 CODECS: tuple[type[SparseSpec], ...] = get_args(SparseCodec)
 SECTIONS = {section.spec_class: section for section in (TopKTargets, SampleTargets, ThresholdTargets)}
-# The files that may know one codec from another; the specs in them are asked by all others.
+# The files that may distinguish codecs; all others use the attributes of a codec.
 OWN_FILES = {"storage.codecs", "pipeline.codecs.encoders", "pipeline.config.caches"}
 CLASSES = re.compile(r"\b(TopK|Sample|Threshold|SparseSpec|Dense)(Targets)?\b")
 SETTINGS = re.compile(r"\b(codec|sparse)(\.name|\.layout)?$|\.codec$")
@@ -44,9 +44,9 @@ def test_a_section_has_the_settings_of_its_codec_within_the_same_bounds(codec: t
 
 
 def _bounds(properties: dict[str, Any]) -> dict[str, Any]:
-    told = ("title", "default", "description")
+    described = ("title", "default", "description")
     return {
-        name: {key: value for key, value in about.items() if key not in told}
+        name: {key: value for key, value in about.items() if key not in described}
         for name, about in properties.items()
     }
 

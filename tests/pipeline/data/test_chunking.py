@@ -1,4 +1,4 @@
-"""Blocks lose nothing of a document, hold no more words than asked for, and mix documents only on purpose."""
+"""Blocks lose nothing of a document, have at most the words of the setting, and mix documents on purpose."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from storage.errors import DataError
 from storage.fingerprints import row_id
 
 SPLIT = {"train": 0.6, "validation": 0.2, "test": 0.2}
-# Each word says which document it is of, and which word of it: what is lost, twice or mixed can be seen.
+# Each word names its document and its place in it, so that lost, repeated and mixed words are seen.
 MARK = re.compile(r"(\d+):(\d+);")
 ENDS = st.sampled_from(["", ".", '."', ",", "!", "?)"])
 GAPS = st.sampled_from([" ", "  ", "\n", "\n\n", "\t", " \r\n ", "\u3000"])

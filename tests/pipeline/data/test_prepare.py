@@ -163,7 +163,7 @@ def test_a_directory_with_splits_gets_a_column_that_names_them(tmp_path: Path, b
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"path": "nowhere.csv"}, "does not exist"),
         ({"columns": {"text": "body"}}, "column 'body' is missing"),
@@ -176,9 +176,11 @@ def test_a_directory_with_splits_gets_a_column_that_names_them(tmp_path: Path, b
         ({"split": {"train": 1.0, "validation": 0.0, "test": 0.0}}, "the split 'validation' is empty"),
     ],
 )
-def test_what_cannot_be_used_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+def test_what_cannot_be_used_is_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     path = write(tmp_path / "a.csv", rows())
-    assert said in refusal(path, **changes)
+    assert message in refusal(path, **changes)
     assert not (tmp_path / "prepared" / "rows.parquet").exists()
 
 

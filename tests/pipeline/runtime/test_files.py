@@ -9,7 +9,7 @@ import pytest
 from pipeline.runtime.files import write_json
 from tests.imports import modules
 
-# Whoever writes indented JSON, or flushes a file, by hand.
+# Indented JSON, and files that are flushed, outside of the one function.
 BY_HAND = re.compile(r"\bindent=|os\.fsync\(")
 OWN_FILES = {"pipeline.runtime.files", "storage.disk"}
 
