@@ -7,6 +7,7 @@ from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, model_valida
 
 from pipeline.config.base import Fraction, Positive, Section, distinct
 from pipeline.config.schedules import ShareOrSchedule, Temperature, WeightOrNone, WeightOrSchedule, bounds
+from pipeline.config.tasks import ClassDivergence
 
 Layer = Annotated[int, Field(ge=0)]
 LayerPair = Annotated[tuple[Layer, Layer], Field(strict=False)]
@@ -97,7 +98,7 @@ class Recipe(Section):
     temperature: Temperature = 1.0
     """T of the KL part. The cache holds logits at T = 1. A number, a schedule, or one for each row:
     {by: confidence, low: 1, high: 4}."""
-    divergence: Literal["forward", "reverse", "jsd", "skewed", "cosine", "mse"] = "forward"
+    divergence: Literal[ClassDivergence, "cosine", "mse"] = "forward"
     """Of student p from teacher t: KL(t || p), KL(p || t), Jensen-Shannon, or KL(t || skew t + (1 - skew) p).
     All but forward need a dense cache. Of several labels: forward, of each label's probability. Of numbers:
     mse. Of vectors: cosine, or mse."""

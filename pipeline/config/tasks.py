@@ -4,7 +4,7 @@ Rooms read the fields of a row and never compare a task's name. storage/tasks.py
 format needs. Losses and metrics are in a file of pipeline/objectives, one an objective.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from storage.tasks import STORED_TASKS, StoredTask, Task
 
@@ -17,7 +17,9 @@ ObjectiveName = Literal["classification", "multilabel", "regression", "embedding
 ROW_OBJECTIVES: tuple[ObjectiveName, ...] = ("classification", "multilabel", "regression", "embedding")
 Engine = Literal["rows", "tokens", "language_model"]
 
-CLASS_DIVERGENCES = ("forward", "reverse", "jsd", "skewed")
+# Of distributions over classes: functions of DIVERGENCES in pipeline/losses/divergences.py.
+ClassDivergence = Literal["forward", "reverse", "jsd", "skewed"]
+CLASS_DIVERGENCES: tuple[str, ...] = get_args(ClassDivergence)
 
 
 class TaskSpec(NamedTuple):

@@ -112,7 +112,7 @@ def evaluate_run(name: str, run: Run, student: Student, paths: RunInputs) -> dic
 
 
 def _answer(cache: Cache, rows: Rows, seeds: list[Any], paths: RunInputs, reader: Reader) -> list[Values]:
-    tokens, task = read_inputs(reader, rows), objective_of(cache.identity.spec.task)
+    tokens, objective = read_inputs(reader, rows), objective_of(cache.identity.spec.task)
     cached = CachedRows(cache, rows, tokens, reader.pad_id, (SPLIT,))
     chosen = rows.select(SPLIT)
     values = []
@@ -122,8 +122,8 @@ def _answer(cache: Cache, rows: Rows, seeds: list[Any], paths: RunInputs, reader
         answer = partial(call_model, model)
         values.append(
             {
-                **task.quality(said, truth),
-                **task.against_teacher(said, teacher, truth),
+                **objective.quality(said, truth),
+                **objective.agreement(said, teacher, truth),
                 **facts,
                 "latency_ms_batch_1": latency(answer, tokens, chosen, reader.pad_id, 1),
                 "latency_ms_batch_32": latency(answer, tokens, chosen, reader.pad_id, 32),
@@ -191,7 +191,7 @@ def evaluate_teacher(name: str, entry: Teacher, dataset: Path, teacher: Path) ->
 
 
 def _said_by(teacher: Path, record: dict[str, Any], rows: Rows, reader: Reader) -> Values:
-    tokens, task = read_inputs(reader, rows, rows.tags is not None), objective_of(record["task"])
+    tokens, objective = read_inputs(reader, rows, rows.tags is not None), objective_of(record["task"])
     how = reading_spec(teacher)
     model = load_classifier(teacher, task=record["task"], how=how, pad_token_id=reader.pad_id)
     chosen = rows.select(SPLIT)
@@ -204,8 +204,8 @@ def _said_by(teacher: Path, record: dict[str, Any], rows: Rows, reader: Reader) 
         return model(**for_transformers(inputs))
 
     return {
-        **task.quality(said, truth),
-        **task.against_teacher(said, said, truth),
+        **objective.quality(said, truth),
+        **objective.agreement(said, said, truth),
         "latency_ms_batch_1": latency(answer, tokens, chosen, reader.pad_id, 1),
         "latency_ms_batch_32": latency(answer, tokens, chosen, reader.pad_id, 32),
     }

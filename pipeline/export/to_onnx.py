@@ -1,8 +1,9 @@
 """The export stage: a trained student -> ONNX in float32 and int8, compared with the student row by row.
 
-The seed with the best validation accuracy is exported: the one to ship. The float32 model must give the
-student's logits on every test row; the int8 model may lose a stated share of its accuracy. int8: weights and
-embeddings are kept in 8 bits, activations are rounded as they come (onnxruntime's dynamic quantisation).
+The best seed on validation is exported, by the rule that chose the best state of each seed
+(training/selection.py). The float32 model must give the student's logits on every test row; the int8 model
+may lose a stated share of its accuracy. int8: weights and embeddings are kept in 8 bits, activations are
+rounded as they come (onnxruntime's dynamic quantisation).
 
 Shape letters: N rows, B batch, L tokens, C classes.
 """
@@ -34,6 +35,7 @@ from pipeline.runtime.files import write_json
 from pipeline.streaming.model_inputs import InputTensors, call_model, input_tensors, inputs_of
 from pipeline.students.registry import load_student
 from pipeline.training.job import run_record
+from pipeline.training.selection import best_seed
 from storage.errors import ExportError
 
 SPLIT = "test"
@@ -102,13 +104,6 @@ def export_run(
     write_json(facts, out / FACTS)
     about |= {"seed": seed, "split": SPLIT, "rows": len(chosen), "machine": hardware.machine(), "threads": 1}
     return {**found, "about": about}
-
-
-def best_seed(record: dict[str, Any]) -> int:
-    """The seed that validation likes best: by accuracy, then by the lower loss."""
-    best = max(record["seeds"], key=lambda seed: (seed["best_accuracy"], -seed["best_loss"]))
-    seed: int = best["seed"]
-    return seed
 
 
 def write_onnx(model: torch.nn.Module, out: Path) -> None:

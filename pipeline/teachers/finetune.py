@@ -34,7 +34,7 @@ def fine_tune(
 ) -> "tuple[PreTrainedModel, Fit]":  # fmt: skip
     """The fine-tuned model, and what training did."""
     torch.manual_seed(train.seed)
-    task = objective_of(rows.task)
+    objective = objective_of(rows.task)
     changes: dict[str, Any] = {} if train.dropout is None else {
         "hidden_dropout_prob": train.dropout, "attention_probs_dropout_prob": train.dropout
     }  # fmt: skip
@@ -65,12 +65,12 @@ def fine_tune(
         evaluations_per_epoch=train.evaluations_per_epoch,
         patience=train.patience,
         bfloat16=hardware.precision(train.precision) == "bfloat16",
-        by_loss=task.by_loss,
+        by_loss=objective.by_loss,
     )
     with bar(f"fine-tuning {name}", train.epochs * len(chosen), "rows") as advance:
         done = fit(
             _Classifier(learner), batches,
-            lambda net, batch, _: task.label_loss(net(**batch.inputs), batch.labels_T),
+            lambda net, batch, _: objective.label_loss(net(**batch.inputs), batch.labels_T),
             lambda _: _validate(model, rows, tokens, pad_id), settings, advance,
         )  # fmt: skip
     return (merge_adapters(learner) if train.lora else model), done
@@ -103,5 +103,5 @@ class _Classifier(torch.nn.Module):
 
 def _validate(model: "PreTrainedModel", rows: Rows, tokens: Inputs, pad_id: int) -> Validation:
     chosen = rows.select("validation")
-    said = torch.from_numpy(infer_rows(model, tokens, chosen, pad_id, "float32").logits)
-    return objective_of(rows.task).look(said, torch.from_numpy(rows.truth[chosen]), None)
+    logits_NC = torch.from_numpy(infer_rows(model, tokens, chosen, pad_id, "float32").logits)
+    return objective_of(rows.task).validate(logits_NC, torch.from_numpy(rows.truth[chosen]), None)

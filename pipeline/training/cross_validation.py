@@ -15,6 +15,7 @@ import numpy as np
 
 from pipeline.config.recipes import Recipe
 from pipeline.data.rows import POOL, Rows
+from pipeline.training.selection import rank
 from storage.errors import DataError
 
 CandidateValues = dict[str, Any]  # of the recipe's fields that were given as lists
@@ -23,8 +24,8 @@ CandidateValues = dict[str, Any]  # of the recipe's fields that were given as li
 class FoldScores(NamedTuple):
     """What a candidate reached on each fold, in their order."""
 
-    accuracy: list[float]
-    loss: list[float]  # nats
+    score: list[float]  # Validation.score
+    loss: list[float]
 
 
 class Trial(NamedTuple):
@@ -72,13 +73,9 @@ def all_trials(recipe: Recipe) -> list[Trial]:
 
 
 def best_candidate(scores: Sequence[FoldScores], by_loss: bool) -> int:
-    """The place of the best mean over the folds: by accuracy (ties: the lower loss), or the other way round.
+    """The place of the best means over the folds (training/selection.py); of equal candidates the first."""
 
-    Of candidates that are equal in both the first is taken.
-    """
+    def mean_rank(place: int) -> tuple[float, float]:
+        return rank(statistics.fmean(scores[place].score), statistics.fmean(scores[place].loss), by_loss)
 
-    def rank(place: int) -> tuple[float, float]:
-        accuracy, loss = statistics.fmean(scores[place].accuracy), statistics.fmean(scores[place].loss)
-        return (-loss, accuracy) if by_loss else (accuracy, -loss)
-
-    return max(range(len(scores)), key=rank)
+    return max(range(len(scores)), key=mean_rank)

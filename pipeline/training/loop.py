@@ -17,6 +17,7 @@ from pipeline.objectives.base import Validation
 from pipeline.runtime import hardware
 from pipeline.training import checkpoints
 from pipeline.training.job import Fit
+from pipeline.training.selection import rank
 from storage.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class TrainingSettings(NamedTuple):
     evaluations_per_epoch: int
     patience: int  # evaluations without improvement before it stops
     bfloat16: bool = False  # the forward pass in bfloat16 autocast; weights stay float32
-    by_loss: bool = False  # the best state is that of the lowest validation loss, not the highest accuracy
+    by_loss: bool = False  # the best state is that of the lowest validation loss, not the highest score
 
 
 def fit(
@@ -71,7 +72,7 @@ def fit(
     advance: Callable[[int], None] = lambda rows: None,
     keeper: checkpoints.Checkpointer | None = None,
 ) -> Fit:
-    """Train `model` and leave it in its best state by validation accuracy (ties: the lower loss), or by loss.
+    """Train `model` and leave it in its best state: see training/selection.py.
 
     `epoch_batches(epoch)` yields the batches of an epoch, `epoch_batches(epoch, start)` those from the
     `start`th on; `loss(model, batch, done)` is minimised, where `done` goes from 0 at the first step to 1 at
@@ -149,7 +150,7 @@ def fit(
     stopped = "patience" if state.since_best >= settings.patience else "epochs"
     seconds = hardware.compute_seconds() - started
     done = Fit(
-        seconds, state.steps, state.rows, state.best_step, state.best.accuracy, state.best.loss, stopped,
+        seconds, state.steps, state.rows, state.best_step, state.best.score, state.best.loss, stopped,
         state.targets / max(state.training_seconds, 1e-9),
         state.waiting_seconds / max(state.training_seconds, 1e-9), state.curve,
     )  # fmt: skip
@@ -229,7 +230,7 @@ class _Progress:
                 "epoch": round(epoch, 3),
                 "rows": self.rows,
                 "train_loss": sum(self._losses) / len(self._losses),
-                "validation_accuracy": seen.accuracy,
+                "validation_accuracy": seen.score,
                 "validation_loss": seen.loss,
             }
         )
@@ -241,7 +242,7 @@ class _Progress:
         self._looking_seconds += time.perf_counter() - started
 
     def _rank(self, seen: Validation) -> tuple[float, float]:
-        return (-seen.loss, seen.accuracy) if self._by_loss else (seen.accuracy, -seen.loss)
+        return rank(seen.score, seen.loss, self._by_loss)
 
 
 def _keep(

@@ -132,10 +132,10 @@ class MultitaskWorkload:
             seen = lesson.validate(TaskHead(model, self.heads[name]))
             kept = self.kept[name]
             look = {"rows": kept["rows"], "train_loss": sum(kept["losses"]) / max(1, len(kept["losses"]))}
-            look |= {"validation_accuracy": seen.accuracy, "validation_loss": seen.loss}
+            look |= {"validation_accuracy": seen.score, "validation_loss": seen.loss}
             kept["looks"].append(look)
             kept["losses"] = []
-            accuracy += self._shares[name] * seen.accuracy
+            accuracy += self._shares[name] * seen.score
             loss += self._shares[name] * seen.loss
         return Validation(accuracy, loss)
 

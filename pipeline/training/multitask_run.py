@@ -18,6 +18,7 @@ from pipeline.training.checks import check_run, check_same_tokenizer
 from pipeline.training.job import RECORD, Job, TaskPart, seed_record
 from pipeline.training.processes import start_importing, train_side_by_side
 from pipeline.training.run import log_results, write_student_tokenizer
+from pipeline.training.selection import judged_by
 from storage.errors import ConfigError
 
 SEVERAL = ", several tasks"  # what is learned beside others is a family of its own
@@ -69,12 +70,14 @@ def train_multitask(
     trained = train_side_by_side(name, jobs, workers.seeds_at_once)
     log_results(name, trained)
     seeds = [seed_record(job, done) for job, done in zip(jobs, trained, strict=True)]
-    record: dict[str, Any] = {"tasks": {}, "seeds": seeds}
+    rule = judged_by(trained[0].by_loss)
+    record: dict[str, Any] = {"tasks": {}, "judged_by": rule, "seeds": seeds}
     own = [seed.pop("tasks") for seed in seeds]
     for task, part in parts.items():
         record["tasks"][task] = {
             "family": part.recipe.family + SEVERAL,
             "weight": part.weight,
+            "judged_by": rule,
             "seeds": [
                 {"seed": seed["seed"], "seconds": seed["seconds"], **tasks[task]}
                 for seed, tasks in zip(seeds, own, strict=True)

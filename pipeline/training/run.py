@@ -31,6 +31,7 @@ from pipeline.training.cross_validation import (
 )
 from pipeline.training.job import RECORD, Job, seed_record
 from pipeline.training.processes import start_importing, train_side_by_side
+from pipeline.training.selection import judged_by
 from storage import Cache
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def train_run(
     trained = train_side_by_side(name, jobs, seeds_at_once)
     if first:
         log_results(name, trained)
+    record["judged_by"] = judged_by(trained[0].by_loss)
     record["seeds"] = [seed_record(job, done) for job, done in zip(jobs, trained, strict=True)]
     if first:
         write_json(record, paths.out / RECORD)
@@ -124,10 +126,11 @@ def _choose(name: str, rows: Rows, job: Job, seeds_at_once: int | None) -> tuple
     best = best_candidate(scores, trained[0].by_loss)
     log(f"{name}: chose {describe_values(grid[best])}")
     tried = [
-        {"values": _plain(values), **score._asdict()} for values, score in zip(grid, scores, strict=True)
+        {"values": _plain(values), "accuracy": fold.score, "loss": fold.loss}
+        for values, fold in zip(grid, scores, strict=True)
     ]
     record: dict[str, Any] = {"folds": folds, "seed": job.seed}
-    record |= {"judged_by": "loss" if trained[0].by_loss else "accuracy"}
+    record |= {"judged_by": judged_by(trained[0].by_loss)}
     record |= {"seconds": sum(fit.seconds for fit in fits), "chosen": _plain(grid[best]), "candidates": tried}
     return job.recipe.chosen(grid[best]), record
 

@@ -19,7 +19,7 @@ from pipeline.data.rows import POOL, VIEWS, Rows
 from pipeline.losses.divergences import MixedTargets, confidence_temperature
 from pipeline.losses.fused_linear import head_loss, mix_labels
 from pipeline.losses.sparse import SparseTargets
-from pipeline.objectives.base import Validation
+from pipeline.objectives.base import SoftLossSettings, Validation, mix
 from pipeline.objectives.classification import pseudo_labels
 from pipeline.objectives.language_model import score_documents
 from pipeline.objectives.registry import objective_of
@@ -71,7 +71,7 @@ def rows_workload(
     stream: Stream = ALONE,
 ) -> Workload:
     """That of a target a row: the answer to each row against its label and its cached target."""
-    tokens, task = read_inputs(reader, rows), objective_of(cache.identity.spec.task)
+    tokens, objective = read_inputs(reader, rows), objective_of(cache.identity.spec.task)
     match, hidden = recipe.match, cache.identity.spec.hidden
     plan = resolve_layers("this run", match, student, hidden) if match else None
     names = plan.names if plan else ()
@@ -85,24 +85,26 @@ def rows_workload(
             return model
         return MatchedStudent(cast(TinyBERT, model), match, plan, hidden)
 
-    def predictions_loss(said: torch.Tensor, batch: DistillBatch, done: float) -> torch.Tensor:
+    def predictions_loss(student: torch.Tensor, batch: DistillBatch, done: float) -> torch.Tensor:
         labels_T = batch.labels_T
         if recipe.pseudo_labels:
             labels_T = pseudo_labels(labels_T, _logits(batch.teacher, len(cache.labels)))
 
-        def mixed(alpha: float) -> torch.Tensor:
-            return task.loss(
-                said, labels_T, batch.teacher, alpha, _temperature(recipe, batch, done),
-                recipe.divergence, recipe.skew, sampled,
-            )  # fmt: skip
+        def label_loss() -> torch.Tensor:
+            return objective.label_loss(student, labels_T)
+
+        def soft_loss() -> torch.Tensor:
+            temperature = _temperature(recipe, batch, done)
+            settings = SoftLossSettings(temperature, recipe.divergence, recipe.skew, sampled)
+            return objective.soft_loss(student, batch.teacher, settings)
 
         alpha, (share, label_share) = value_at(recipe.alpha, done), batch.shares
         if recipe.pseudo_labels:
             label_share = share  # every row has a label then
-        if share == label_share:
-            return share * mixed(alpha) if batch.whole else mixed(alpha)
-        # A rank's part: labels are a mean over labelled rows, what the teacher said one over all.
-        return label_share * alpha * mixed(1.0) + share * (1 - alpha) * mixed(0.0)
+        if share != label_share:  # a rank's part of a batch
+            return mix(alpha, label_loss, soft_loss, label_share, share)
+        loss = mix(alpha, label_loss, soft_loss)
+        return share * loss if batch.whole else loss
 
     def loss(model: torch.nn.Module, batch: DistillBatch, done: float) -> torch.Tensor:
         if match is None:
@@ -120,7 +122,7 @@ def rows_workload(
                 cast(MatchedStudent, getattr(model, "module", model)), held_out.in_order(EVALUATION_ROWS)
             )
         said, teacher, truth = predict_all(model, held_out)
-        return task.look(said, truth, teacher)
+        return objective.validate(said, truth, teacher)
 
     return Workload(
         num_outputs=cache.identity.spec.num_outputs,
@@ -129,7 +131,7 @@ def rows_workload(
         batches=lambda epoch, start=0: cached.epoch(seed, epoch, recipe.batch_rows, start),
         loss=loss,
         validate=validate,
-        by_loss=task.by_loss or not recipe.predicts,
+        by_loss=objective.by_loss or not recipe.predicts,
         cut_rows=tokens.num_cut,
         padding=None,
         rows_a_piece=1.0,
@@ -196,13 +198,16 @@ def language_loss(model: torch.nn.Module, batch: DistillBatch, alpha: float, sam
     head_VD = cast(Llama, getattr(model, "module", model)).head
     if torch.is_autocast_enabled(states_TD.device.type):  # the kernel computes in what it is given
         states_TD, head_VD = states_TD.bfloat16(), head_VD.bfloat16()
-    if sampled or alpha == 1:
-        loss = head_loss(states_TD, head_VD, mix_labels(batch.labels_T, batch.teacher, alpha))
+    targets = batch.teacher
+    if sampled:  # labels are entries too: one pass over the head
+        loss = head_loss(states_TD, head_VD, mix_labels(batch.labels_T, targets, alpha))
     else:
-        loss = (1 - alpha) * head_loss(states_TD, head_VD, batch.teacher, bucket=True)
-        if alpha > 0:
-            labels = mix_labels(batch.labels_T, batch.teacher, 1.0)
-            loss = loss + alpha * head_loss(states_TD, head_VD, labels)
+        labels = mix_labels(batch.labels_T, targets, 1.0)
+        loss = mix(
+            alpha,
+            lambda: head_loss(states_TD, head_VD, labels),
+            lambda: head_loss(states_TD, head_VD, targets, bucket=True),
+        )
     loss = loss / len(states_TD)
     return batch.shares[0] * loss if batch.whole else loss
 

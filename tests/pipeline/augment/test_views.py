@@ -21,7 +21,8 @@ from pipeline.config.recipes import Recipe
 from pipeline.data.rows import NO_LABEL, VIEWS, Rows, load_rows
 from pipeline.data.tokenizer import TextReader
 from pipeline.engines.loading import load_classifier, load_language_model
-from pipeline.objectives.classification import recipe_loss
+from pipeline.objectives.base import SoftLossSettings
+from pipeline.objectives.classification import CLASSIFICATION
 from pipeline.streaming.model_inputs import call_model, for_transformers
 from pipeline.students.registry import build_student
 from pipeline.teachers.record import teacher_reader
@@ -282,7 +283,8 @@ def test_only_views_are_asked_about_and_each_has_the_target_that_the_teacher_giv
         logits = live(**for_transformers(batch.inputs)).logits.detach()
         assert isinstance(batch.teacher, torch.Tensor)
         assert torch.allclose(batch.teacher, logits, atol=1e-5)
-        truth = recipe_loss(call_model(model, batch.inputs), batch.labels_T, logits, 0.3, 2.0)
+        student = call_model(model, batch.inputs)
+        truth = CLASSIFICATION.mixed_loss(student, batch.labels_T, logits, 0.3, SoftLossSettings(2.0))
         assert torch.allclose(lesson.loss(model, batch, 0.0), truth, atol=1e-5)
         without_labels += int((batch.labels_T == NO_LABEL).sum())
     assert without_labels == len(rows.select(VIEWS))

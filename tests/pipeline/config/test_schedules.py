@@ -12,8 +12,8 @@ from pipeline.config.recipes import Recipe
 from pipeline.config.schedules import ByConfidence, Schedule, bounds, value_at
 from pipeline.data.tokenizer import TextReader
 from pipeline.losses.divergences import confidence_temperature, distillation_loss
-from pipeline.objectives.base import Validation
-from pipeline.objectives.classification import recipe_loss
+from pipeline.objectives.base import SoftLossSettings, Validation
+from pipeline.objectives.classification import CLASSIFICATION
 from pipeline.streaming.batch import DistillBatch
 from pipeline.streaming.verified import open_inputs
 from pipeline.training.checks import check_truncated
@@ -180,7 +180,7 @@ def test_the_lesson_has_the_recipes_numbers_of_that_step(
     said = torch.randn(len(batch.labels_T), 2, generator=torch.Generator().manual_seed(0))
     assert isinstance(batch.teacher, torch.Tensor)
     hot = expected or confidence_temperature(batch.teacher, 1.0, 3.0)
-    by_hand = recipe_loss(said, batch.labels_T, batch.teacher, 0.25, hot)
+    by_hand = CLASSIFICATION.mixed_loss(said, batch.labels_T, batch.teacher, 0.25, SoftLossSettings(hot))
 
     class Says(torch.nn.Module):
         reads = ()

@@ -21,7 +21,7 @@ from pipeline.data.rows import Rows
 from pipeline.data.tokenizer import TextReader, Tokens
 from pipeline.evaluation import latency
 from pipeline.export.predictor import FACTS, MODEL_FILES, OnnxModel, Predictor, find_export
-from pipeline.export.to_onnx import Answers, best_seed, compare_forms, export_run, write_onnx
+from pipeline.export.to_onnx import Answers, compare_forms, export_run, write_onnx
 from pipeline.streaming.model_inputs import InputTensors, call_model, input_tensors, num_rows
 from pipeline.students.registry import build_student, load_student, save_student
 from stages import cli
@@ -153,12 +153,6 @@ def test_a_model_holds_no_path_of_the_machine_that_made_it(exports: Callable[[st
         content = (exports(kind).directory / name).read_bytes()
         assert b"site-packages" not in content
         assert b"students.py" not in content
-
-
-def test_the_best_seed_is_that_of_the_highest_accuracy_then_of_the_lowest_loss() -> None:
-    seeds = [(3, 0.8, 0.5), (4, 0.9, 0.6), (5, 0.9, 0.4), (6, 0.9, 0.4)]
-    record = [{"seed": s, "best_accuracy": accuracy, "best_loss": loss} for s, accuracy, loss in seeds]
-    assert best_seed({"seeds": record}) == 5
 
 
 def answers_of(model: torch.nn.Module) -> Answers:

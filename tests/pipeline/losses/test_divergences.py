@@ -7,7 +7,10 @@ import torch
 
 from pipeline.data.rows import NO_LABEL
 from pipeline.losses.divergences import distillation_loss
-from pipeline.objectives.classification import label_loss, recipe_loss
+from pipeline.objectives.base import SoftLossSettings
+from pipeline.objectives.classification import CLASSIFICATION, label_loss
+
+mixed_loss = CLASSIFICATION.mixed_loss
 
 
 def logits(*rows: list[float]) -> torch.Tensor:
@@ -29,7 +32,7 @@ def test_the_textbook_row_costs_ce_0_2231_and_kl_0_0367() -> None:
     student, teacher, label = logits([0.2, 0.8]), logits([0.1, 0.9]), torch.tensor([1])
     assert label_loss(student, label).item() == pytest.approx(0.2231, abs=5e-5)
     assert distillation_loss(student, teacher, 1.0).item() == pytest.approx(0.0367, abs=5e-5)
-    mixed = recipe_loss(student, label, teacher, alpha=0.25, temperature=1.0).item()
+    mixed = mixed_loss(student, label, teacher, 0.25, SoftLossSettings(1.0)).item()
     assert mixed == pytest.approx(0.25 * 0.22314 + 0.75 * 0.03669, abs=5e-5)
 
 
@@ -37,7 +40,8 @@ def test_the_textbook_row_costs_ce_0_2231_and_kl_0_0367() -> None:
 def test_the_gradient_is_that_of_finite_differences(temperature: float) -> None:
     student, teacher = some_logits(0).requires_grad_(), some_logits(1)
     labels = torch.tensor([0, 1, NO_LABEL, 4, NO_LABEL, 2])
-    assert torch.autograd.gradcheck(lambda x: recipe_loss(x, labels, teacher, 0.3, temperature), (student,))
+    settings = SoftLossSettings(temperature)
+    assert torch.autograd.gradcheck(lambda x: mixed_loss(x, labels, teacher, 0.3, settings), (student,))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
@@ -91,7 +95,8 @@ def test_a_batch_without_any_label_has_a_cross_entropy_of_zero_and_no_nan() -> N
 def test_alpha_one_never_reads_the_teacher_and_alpha_zero_never_reads_labels() -> None:
     student, teacher = some_logits(9), some_logits(10)
     labels, nonsense = torch.arange(6) % 5, torch.full((6, 5), float("nan"), dtype=torch.float64)
-    assert recipe_loss(student, labels, nonsense, 1.0, 2.0).item() == label_loss(student, labels).item()
+    settings = SoftLossSettings(2.0)
+    assert mixed_loss(student, labels, nonsense, 1.0, settings).item() == label_loss(student, labels).item()
     out_of_range = torch.full((6,), 99)
-    soft = recipe_loss(student, out_of_range, teacher, 0.0, 2.0)
+    soft = mixed_loss(student, out_of_range, teacher, 0.0, settings)
     assert soft.item() == distillation_loss(student, teacher, 2.0).item()

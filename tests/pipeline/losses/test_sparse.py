@@ -6,7 +6,8 @@ import torch
 
 from pipeline.losses.divergences import distillation_loss
 from pipeline.losses.sparse import SparseTargets, bucket_kl, sampled_kl
-from pipeline.objectives.classification import recipe_loss
+from pipeline.objectives.base import SoftLossSettings
+from pipeline.objectives.classification import CLASSIFICATION
 from pipeline.training.checks import check_truncated
 from storage.codecs import Sample, Threshold, TopK
 from storage.errors import SpecMismatch
@@ -204,7 +205,8 @@ def test_the_optimum_of_plain_topk_is_biased_and_that_of_the_bucket_is_not() -> 
 def test_the_recipe_mixes_labels_and_entries() -> None:
     student, targets, labels = logits(17), top(logits(18)), torch.arange(P)
     for sampled, soft in ((False, bucket_kl(student, targets, 2.0)), (True, sampled_kl(student, targets))):
-        mixed = recipe_loss(student, labels, targets, 0.3, 2.0, sampled=sampled)
+        settings = SoftLossSettings(2.0, sampled=sampled)
+        mixed = CLASSIFICATION.mixed_loss(student, labels, targets, 0.3, settings)
         hard = torch.nn.functional.cross_entropy(student, labels)
         assert mixed.item() == pytest.approx((0.3 * hard + 0.7 * soft).item(), abs=1e-12)
 

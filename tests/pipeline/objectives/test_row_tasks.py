@@ -24,9 +24,10 @@ from pipeline.data.rows import Rows, load_rows
 from pipeline.engines.engine import engine_inputs
 from pipeline.engines.registry import engine_for
 from pipeline.evaluation.evaluate import evaluate_run, evaluate_teacher
-from pipeline.objectives.embedding import vector_agreement, vector_distance
-from pipeline.objectives.multilabel import binary_kl, label_quality, multilabel_loss
-from pipeline.objectives.regression import squared_error, value_quality
+from pipeline.objectives import multilabel, regression
+from pipeline.objectives.embedding import DISTANCES, vector_agreement
+from pipeline.objectives.multilabel import binary_kl, label_quality
+from pipeline.objectives.regression import value_quality
 from pipeline.runtime.files import write_json
 from pipeline.streaming.model_inputs import call_model
 from pipeline.streaming.rows import CachedRows
@@ -360,15 +361,15 @@ def test_closed_cases_of_the_losses() -> None:
     assert binary_kl(*both, 2.0).item() == pytest.approx(4 * halved.item(), rel=1e-5)
     unlabelled = torch.tensor([[1.0, 0.0], [math.nan, math.nan]])
     logits = torch.zeros(2, 2, requires_grad=True)
-    assert multilabel_loss(logits, unlabelled).item() == pytest.approx(math.log(2))
-    loss = squared_error(logits, torch.full((2, 2), math.nan))
+    assert multilabel.label_loss(logits, unlabelled).item() == pytest.approx(math.log(2))
+    loss = regression.label_loss(logits, torch.full((2, 2), math.nan))
     loss.backward()
     assert loss.item() == 0
     assert (logits.grad == 0).all()
     right = torch.tensor([[1.0, 0.0]])
-    assert vector_distance(right, torch.tensor([[0.0, 2.0]])).item() == pytest.approx(1)
-    assert vector_distance(right, 5 * right).item() == pytest.approx(0, abs=1e-6)
-    assert vector_distance(right, 5 * right, divergence="mse").item() == pytest.approx(8)
+    assert DISTANCES["cosine"](right, torch.tensor([[0.0, 2.0]])).item() == pytest.approx(1)
+    assert DISTANCES["cosine"](right, 5 * right).item() == pytest.approx(0, abs=1e-6)
+    assert DISTANCES["mse"](right, 5 * right).item() == pytest.approx(8)
 
 
 def test_closed_cases_of_the_metrics() -> None:

@@ -124,7 +124,7 @@ def test_a_choice_is_recorded_whole_and_the_chosen_recipe_is_trained_as_if_writt
     assert (choice["folds"], choice["seed"], choice["judged_by"]) == (2, 0, "accuracy")
     assert [tried["values"] for tried in choice["candidates"]] == [{"alpha": 0.0}, {"alpha": 0.75}]
     scores = [FoldScores(tried["accuracy"], tried["loss"]) for tried in choice["candidates"]]
-    assert all(len(score.accuracy) == len(score.loss) == 2 for score in scores)
+    assert all(len(score.score) == len(score.loss) == 2 for score in scores)
     assert choice["chosen"] == choice["candidates"][best_candidate(scores, by_loss=False)]["values"]
     names = sorted(path.name for path in (tmp_path / "chosen").iterdir())
     assert names == ["seed-0", "seed-1", "tokenizer", "training.json"]

@@ -89,7 +89,7 @@ def test_a_student_learns_and_the_curve_tells_of_it() -> None:
     assert done.best_accuracy > 0.95
     assert done.curve[-1]["validation_loss"] < done.curve[0]["validation_loss"] / 2
     assert [point["step"] for point in done.curve] == list(range(2, 82, 2))
-    assert validate(model).accuracy == done.best_accuracy
+    assert validate(model).score == done.best_accuracy
     assert not model.training
 
 

@@ -18,7 +18,7 @@ from pipeline.data.rows import POOL, load_rows
 from pipeline.data.tokenizer import TextReader
 from pipeline.evaluation.evaluate import evaluate_run
 from pipeline.export.predictor import Predictor
-from pipeline.export.to_onnx import best_seed, export_run
+from pipeline.export.to_onnx import export_run
 from pipeline.report.build import build_report
 from pipeline.runtime.files import write_json
 from pipeline.streaming.batch import DistillBatch
@@ -32,6 +32,7 @@ from pipeline.training.multitask import ROUND, MultitaskWorkload, TaskBatches
 from pipeline.training.multitask_run import train_multitask
 from pipeline.training.run import train_run, write_student_tokenizer
 from pipeline.training.seed import train_seed
+from pipeline.training.selection import best_seed
 from pipeline.training.workload import rows_workload
 from storage import Cache
 from storage.errors import AssetError, DataError, SpecMismatch
@@ -207,7 +208,7 @@ def test_a_state_is_judged_by_weighted_means_and_by_loss_where_any_task_is(
     learned.joined.lesson.loss(learned.model, learned.step(), 0.0)
     seen = whole.validate(learned.model)
     mood, sense = (learned.lessons[task].validate(TaskHead(learned.model, SPANS[task])) for task in SPANS)
-    assert seen.accuracy == pytest.approx(0.75 * mood.accuracy + 0.25 * sense.accuracy)
+    assert seen.score == pytest.approx(0.75 * mood.score + 0.25 * sense.score)
     assert seen.loss == pytest.approx(0.75 * mood.loss + 0.25 * sense.loss)
     assert whole.by_loss
     assert not MultitaskWorkload({"mood": learned.lessons["mood"]}, WEIGHTS).lesson.by_loss
