@@ -160,7 +160,7 @@ class Spec(Strict):
         task = self.stored
         for part in get_args(Part):
             if (getattr(self, part) is None) == (part in task.parts):
-                raise ValueError(f"{self.task} has {'a' if part in task.parts else 'no'} {part}")
+                raise ValueError(f"{self.task} {'needs a' if part in task.parts else 'has no'} field {part}")
         if not task.min_labels and self.labels:
             raise ValueError(f"{self.task} has no labels")
         if len(self.labels) < task.min_labels:

@@ -129,18 +129,18 @@ class RunInputs(NamedTuple):
 
 
 class Params(Section):
-    """All of params.yaml."""
+    """All of params.yaml. A section that is left out is empty, or has its defaults."""
 
     assets: dict[Name, Asset] = Field(default_factory=dict)
-    datasets: dict[Name, Dataset]
+    datasets: dict[Name, Dataset] = Field(default_factory=dict)
     augmented: dict[Name, Augmented] = Field(default_factory=dict)
-    teachers: dict[Name, Teacher]
-    caches: dict[Name, CacheEntry]
+    teachers: dict[Name, Teacher] = Field(default_factory=dict)
+    caches: dict[Name, CacheEntry] = Field(default_factory=dict)
     mixtures: dict[Name, MixtureEntry] = Field(default_factory=dict)
     received: dict[Name, Received] = Field(default_factory=dict)
-    students: dict[Name, Student]
-    recipes: dict[Name, Recipe]
-    runs: dict[Name, Run]
+    students: dict[Name, Student] = Field(default_factory=dict)
+    recipes: dict[Name, Recipe] = Field(default_factory=dict)
+    runs: dict[Name, Run] = Field(default_factory=dict)
     chained: dict[Name, ChainedRun] = Field(default_factory=dict)
     multitask: dict[Name, Multitask] = Field(default_factory=dict)
     tasks: dict[Name, TaskEntry] = Field(default_factory=dict)

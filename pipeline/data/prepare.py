@@ -16,9 +16,9 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from pipeline.config.datasets import Dataset, Pool, Split
 from pipeline.data.chunking import SENTENCE_END, chunk_documents
 from pipeline.data.images import image_names, read_images
-from pipeline.data.labels import join_words, label_positions, row_values, word_tags
+from pipeline.data.labels import RowLabels, join_words, read_labels
 from pipeline.data.rows import NO_LABEL, POOL, SPLITS
 from pipeline.data.sources import read_raw
 from pipeline.runtime.files import write_json
@@ -37,37 +37,44 @@ from storage.fingerprints import content_fingerprint, row_id
 MARKUP = re.compile(r"<[^>]+>")
 
 
+class _Columns(NamedTuple):
+    """The columns of rows.parquet that every dataset has, and those that only some have."""
+
+    row_id: list[str]
+    text: list[str]
+    label: list[int]
+    split: list[str]
+    tags: list[list[int]]
+
+    def add(
+        self, source: str, text: str, split: str, label: int = NO_LABEL, tags: Sequence[int] = ()
+    ) -> None:
+        """Add a row that comes from `source`: a dataset, or its pool."""
+        self.row_id.append(row_id(source, text))
+        self.text.append(text)
+        self.label.append(label)
+        self.split.append(split)
+        self.tags.append(list(tags))
+
+
 def prepare_dataset(name: str, config: Dataset, out: Path) -> dict[str, Any]:
     """Read, check, cut and split the dataset `name`; write rows.parquet and summary.json; return the summary.
 
     Raises DataError for a missing path or column, an unknown label, an empty split, or rows without text.
     """
-    content, label_columns = config.content_column, config.label_columns
-    needed = [*([content] if content else []), *label_columns]
+    content = config.content_column
+    needed = [*([content] if content else []), *config.label_columns]
     needed += [config.split] if isinstance(config.split, str) else []
     raw = read_raw(name, config, name, config.files, config.where, needed, others=content is None)
     counts: Counter[str] = Counter()
-    columns: dict[str, list[Any]] = {"row_id": [], "text": [], "label": [], "split": [], "tags": []}
-
-    def keep(source: str, text: str, label: int, split: str, own: list[int]) -> None:
-        values = (row_id(source, text), text, label, split, own)
-        for column, value in zip(columns.values(), values, strict=True):
-            column.append(value)
-
     images, column = None, raw.columns.get(content or "", [])
     if config.images is not None:
         images = read_images(name, config, raw.columns, needed, counts)
         column = image_names(images, config.images.shape)
-    label_column = label_columns[0] if label_columns else ""
-    names = raw.class_names.get(label_column)
-    labels, tagged = [NO_LABEL] * len(column), [list[int]()] * len(column)
     if config.task_spec.inputs == "words":
         column = join_words(name, column)
-        tagged = word_tags(name, config, column, raw.columns[label_column], names)
     texts = _texts(name, config, column, counts)
-    numbers = row_values(name, config, raw.columns, names)
-    if config.task_spec.labels == "class":
-        labels = label_positions(name, config, raw.columns[label_column], names)
+    labels = read_labels(name, config, raw, column)
     if config.rows is not None:
         texts = sorted(sorted(texts, key=lambda row: row_id(name, row[1]))[: config.rows])
     splits = [
@@ -75,26 +82,46 @@ def prepare_dataset(name: str, config: Dataset, out: Path) -> dict[str, Any]:
         else _named_split(name, raw.columns[config.split], index)
         for index, text in texts
     ]  # fmt: skip
-    if config.blocks is None:
-        for split, (index, text) in zip(splits, texts, strict=True):
-            keep(name, text, labels[index], split, tagged[index])
-    else:
-        for split, text in chunk_documents(
-            zip(splits, (text for _, text in texts), strict=True), config.blocks
-        ):
-            keep(name, text, NO_LABEL, split, [])
-        counts["repeated blocks"] = len(columns["text"]) - len(set(columns["text"]))
+    columns = _rows(name, config, texts, splits, labels)
+    if config.blocks is not None:
+        counts["repeated blocks"] = len(columns.text) - len(set(columns.text))
     if config.pool is not None:
-        known = {*columns["text"], *(text for _, text in texts)}
+        known = {*columns.text, *(text for _, text in texts)}
         for text in _pool(name, config, config.pool, known, counts):
-            keep(f"{name}/{POOL}", text, NO_LABEL, POOL, [])
-    at, num_pool = [index for index, _ in texts], columns["split"].count(POOL)
-    if numbers is not None:
-        columns["values"] = [*numbers[at].tolist(), *[None] * num_pool]
+            columns.add(f"{name}/{POOL}", text, POOL)
+    at, own = [index for index, _ in texts], columns._asdict()
+    if labels.values is not None:
+        own["values"] = [*labels.values[at].tolist(), *[None] * columns.split.count(POOL)]
+    if labels.tags is None:
+        del own["tags"]
     if images is not None:
-        del columns["text"]
-        columns["pixels"] = pa.FixedSizeListArray.from_arrays(images[at].reshape(-1), images.shape[1])
-    return _write(name, config, columns, counts, len(texts), out)
+        del own["text"]
+        own["pixels"] = pa.FixedSizeListArray.from_arrays(images[at].reshape(-1), images.shape[1])
+    summary = _summary(name, config, own, counts)
+    if config.blocks is not None:
+        summary |= {"documents": len(texts), "blocks": sum(summary["rows"][split] for split in SPLITS)}
+    if not config.task_spec.inferred:
+        summary["task"] = config.task
+    if config.images is not None:
+        summary["shape"] = list(config.images.shape)
+    _write(config, own, summary, out)
+    return summary
+
+
+def _rows(
+    name: str, config: Dataset, texts: list[tuple[int, str]], splits: list[str], labels: RowLabels
+) -> _Columns:
+    """The rows of these texts with their labels, or the blocks that documents are cut into."""
+    columns = _Columns([], [], [], [], [])
+    if config.blocks is not None:
+        documents = zip(splits, (text for _, text in texts), strict=True)
+        for split, text in chunk_documents(documents, config.blocks):
+            columns.add(name, text, split)
+        return columns
+    for split, (index, text) in zip(splits, texts, strict=True):
+        label = NO_LABEL if labels.classes is None else labels.classes[index]
+        columns.add(name, text, split, label, () if labels.tags is None else labels.tags[index])
+    return columns
 
 
 def split_of(text: str, split: Split) -> str:
@@ -132,7 +159,7 @@ def _texts(name: str, config: Dataset, column: list[Any], counts: Counter[str]) 
         raise DataError(
             f"datasets.{name}: {len(empty):,} of {len(column):,} rows have no text "
             f"(the first is row {empty[0]}).\n"
-            f"Mend them, or write datasets.{name}.empty: drop to leave them out (the summary counts them)."
+            f"Fix them, or write datasets.{name}.empty: drop to leave them out (the summary counts them)."
         )
     return kept
 
@@ -178,14 +205,10 @@ def _pool(name: str, config: Dataset, pool: Pool, labelled: set[str], counts: Co
     return chosen
 
 
-def _write(
-    name: str,
-    config: Dataset,
-    columns: dict[str, list[Any]],
-    counts: Counter[str],
-    num_documents: int,
-    out: Path,
+def _summary(
+    name: str, config: Dataset, columns: dict[str, list[Any]], counts: Counter[str]
 ) -> dict[str, Any]:
+    """Rows by split and label. Raises DataError where a split is empty."""
     rows = Counter(columns["split"])
     if empty := [split for split in SPLITS if not rows[split]]:
         raise DataError(
@@ -193,30 +216,30 @@ def _write(
             f"Give it a share under datasets.{name}.split (a few rows may hash past a small share), or, "
             "where that names a column, rows that say so."
         )
-    tagged, several = config.task_spec.labels == "tags", config.task_spec.labels == "set"
-    classes = Counter(zip(columns["split"], columns["label"], strict=True))
-    if tagged:
-        pairs = zip(columns["split"], columns["tags"], strict=True)
-        classes = Counter((split, tag) for split, own in pairs for tag in own)
-    else:
-        del columns["tags"]
-    if several:
-        owned = zip(columns["split"], columns["values"], strict=True)
-        classes = Counter((split, i) for split, own in owned for i, v in enumerate(own or ()) if v)
+    labels = _labels_of_rows(config, columns)
+    classes = Counter(
+        (split, label) for split, own in zip(columns["split"], labels, strict=True) for label in own
+    )
     per_label = {s: {n: classes[s, i] for i, n in enumerate(config.labels)} for s in SPLITS}
-    summary: dict[str, Any] = {
+    return {
         "labels": list(config.labels),
         "rows": {split: rows[split] for split in (*SPLITS, POOL)},
-        "words_per_label" if tagged else "rows_per_label": per_label,
+        "words_per_label" if "tags" in columns else "rows_per_label": per_label,
         "left_out_or_repeated": dict(sorted(counts.items())),
         "content": content_fingerprint(columns["row_id"]),
     }
-    if config.blocks is not None:
-        summary |= {"documents": num_documents, "blocks": sum(rows[split] for split in SPLITS)}
-    if not config.task_spec.inferred:
-        summary["task"] = config.task
-    if config.images is not None:
-        summary["shape"] = list(config.images.shape)
+
+
+def _labels_of_rows(config: Dataset, columns: dict[str, list[Any]]) -> list[Sequence[int]]:
+    """The labels of each row, as positions: one, one a word, or those that it has of several."""
+    if "tags" in columns:
+        return columns["tags"]
+    if config.task_spec.labels == "set":
+        return [[i for i, has in enumerate(own or ()) if has] for own in columns["values"]]
+    return [[label] for label in columns["label"]]
+
+
+def _write(config: Dataset, columns: dict[str, Any], summary: dict[str, Any], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     kinds = {"row_id": pa.string(), "text": pa.string(), "label": pa.int32(), "split": pa.string()}
     kinds |= {"tags": pa.list_(pa.int32()), "values": pa.list_(pa.float32())}
@@ -227,4 +250,3 @@ def _write(
         pa.table(columns, schema=schema), out / "rows.parquet", compression="zstd", write_page_checksum=True
     )
     write_json(summary, out / "summary.json", ensure_ascii=False)
-    return summary
