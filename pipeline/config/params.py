@@ -1,6 +1,7 @@
-"""The whole of params.yaml: its sections, and the entries that name others (runs, chained runs, tasks).
+"""All of params.yaml: its sections, and the entries that name others (runs, chained runs, tasks).
 
-Entries of the other sections are in the files of this room: datasets, teachers, caches, students, recipes.
+Entries of the other sections are in the other files of this room: datasets, teachers, caches, students,
+recipes.
 """
 
 from pathlib import Path
@@ -17,15 +18,15 @@ from pipeline.config.teachers import Teacher
 
 
 class TaskEntry(Section):
-    """One of the tasks of a run: what it learns from, and how."""
+    """One part of a multitask run: its dataset, cache and recipe."""
 
     run: Name
-    """Of multitask."""
+    """An entry of multitask."""
     dataset: Name
     cache: Name
-    """Of caches, or of mixtures."""
+    """An entry of caches or mixtures."""
     recipe: Name
-    """Its losses and batch_rows are this task's own; how long to train, all recipes of a run agree on."""
+    """Its losses and batch_rows are those of this part; the recipes of a run agree on epochs and schedule."""
 
 
 class Multitask(Section):
@@ -33,7 +34,7 @@ class Multitask(Section):
 
     student: Name
     weights: Annotated[dict[Name, Annotated[float, Field(gt=0)]], Field(min_length=2)]
-    """How much the loss of each task counts: all tasks that name this run. Only the ratios matter."""
+    """Weight of the loss of each part: all entries of tasks that name this run. Only ratios matter."""
     seeds: Annotated[
         tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False), AfterValidator(distinct)
     ] = (0,)
@@ -46,9 +47,9 @@ class Run(Section):
     """cache x student x recipe x seeds, over the labels and splits of a dataset."""
 
     dataset: Name
-    """Labels and splits; usually the one that the cache was made from."""
+    """Labels and splits; usually the dataset that the cache was made from."""
     cache: Name
-    """Of caches, or of mixtures."""
+    """An entry of caches, mixtures or received."""
     student: Name
     recipe: Name
     seeds: Annotated[
@@ -57,75 +58,75 @@ class Run(Section):
 
 
 class ChainedRun(Run):
-    """A run whose students start from those of another one, with the same student and tokenizer.
+    """A run whose students start from those of another run, with the same student and tokenizer.
 
-    A shelf of its own: for DVC every entry of a shelf depends on the same kinds of things.
+    It has its own section because DVC gives all entries of a section the same kinds of dependencies.
     """
 
     init: Name
-    """The run, chained or not, that must be trained before. Seed s starts from its seed s, or from its only
-    one."""
+    """The run, chained or not, that is trained before. Seed s starts from its seed s, or from its only
+    seed."""
 
 
 class TaskRun(Run):
-    """One of the tasks of a run that learns several, as what is asked of it later sees it: a run."""
+    """A part of a multitask run, as a run: so it is evaluated and exported like any other."""
 
     run: Name
-    """The student that answers: of multitask."""
+    """The entry of multitask that trains its student."""
 
 
 class Export(Section):
-    """What an exported model may lose."""
+    """Limits of exported models."""
 
     int8_max_loss: Annotated[float, Field(ge=0)] = 1.0
-    """Points of accuracy on the test split that int8 may lose; an export that loses more is refused."""
+    """Most points of accuracy that int8 may lose on the test split; an export that loses more is refused."""
 
 
 class Workers(Section):
-    """How work is spread, over this machine or several. Never changes a result. docs/workers.md says more."""
+    """How work is spread over one machine or several. It never changes a result. See docs/workers.md."""
 
     capture: Annotated[str, Field(pattern=r"^(inline|local|(tcp|tls|ws|wss)://\S+)$")] = "inline"
-    """Where teachers are asked: `inline`, in the process of the stage; `local`, in processes of this machine;
-    or the address of a Dask scheduler, like tcp://10.0.0.1:8786, whose workers see the same directories."""
+    """Where teachers run: `inline`, in the process of the stage; `local`, in processes of this machine; or
+    the address of a Dask scheduler, like tcp://10.0.0.1:8786, whose workers see the same directories."""
     threads: Positive | None = None
-    """Threads of arithmetic of each teacher, inline too; null: all cores of this machine. It is never derived
-    from the number of processes: threads may round differently, and processes must not."""
+    """Threads of arithmetic of each teacher, inline too; null: all cores of this machine. The number is never
+    derived from that of processes: another number of threads may round differently."""
     processes: Positive | None = None
-    """`local`: processes, each with a teacher of its own; null: one a GPU or, without, cores / threads."""
+    """`local`: processes, each with its own teacher; null: one a GPU or, without GPUs, cores / threads."""
     gpus: Annotated[int, Field(ge=0)] | None = None
-    """`local`: GPUs to use, the first ones that are visible, a process each; null: all."""
+    """`local`: number of GPUs, the first visible ones, a process each; null: all."""
     shard_timeout: Positive = 3600
-    """Seconds from handing a shard out to having it. One that takes longer is taken from its worker, which is
-    restarted, and goes to another one. Two are handed out to each worker, so one may take half of this."""
+    """Seconds between the assignment of a shard and its result. A shard that takes longer goes to another
+    worker, and its worker is restarted. Each worker has two shards, so one may take half of this."""
     seeds_at_once: Positive | None = None
-    """Seeds of a run trained side by side, each on one thread; null: two a core."""
+    """Seeds of a run that train at the same time, each on one thread; null: two a core."""
     readers: Annotated[int, Field(ge=0)] = 1
-    """Threads of a training beside its own that read the cache: one makes batches, others decode shards."""
+    """Threads that read the cache for a training: one makes batches, the others decode shards."""
     checkpoint_minutes: Annotated[float, Field(ge=0)] | None = 5.0
-    """How often a training writes down where it stands; 0: after each step, null: never. A killed run goes on
-    from there, finished seeds included."""
+    """Minutes between checkpoints of a training; 0: after each step, null: never. A killed run continues from
+    the last one; finished seeds are kept."""
     store: Annotated[str, Field(min_length=1)] | None = None
-    """Where finished shards are kept: a directory, or a URL (s3://bucket/stillroom) that several machines
-    share; null: .stillroom, here."""
+    """Where finished shards are kept: a directory, or a URL (s3://bucket/stillroom) that machines share;
+    null: .stillroom in the project."""
     local_gb: Annotated[float, Field(gt=0)] | None = None
-    """Gigabytes of local disk (.stillroom/nearby) for shards of caches that lie at a URL; null: no limit."""
+    """Gigabytes of local disk (.stillroom/nearby) for copies of shards of caches at a URL; null: no limit."""
     decoded_gb: Annotated[float, Field(ge=0)] = 4.0
-    """Gigabytes of local disk, for each training of a language model, for shards as they are once decoded: an
-    epoch after the first reads these. They are gone with the training. 0: shards are decoded every time."""
+    """Gigabytes of local disk, for each training of a language model, for decoded shards: epochs after the
+    first read these. They are deleted with the training. 0: shards are decoded in every epoch."""
 
 
 class RunInputs(NamedTuple):
-    """What a run reads and where it writes. Travels to the processes that train."""
+    """What a run reads and where it writes. It is sent to the processes that train."""
 
     cache: Path
     dataset: Path
     verified: Path  # the record of the verify stage
     out: Path
-    init: Path | None = None  # the trained run whose students this one's start from
-    task: str | None = None  # the one of the student's several tasks that is meant
-    checkpoints: Path | None = None  # where a training writes down how far it is; None: nowhere
-    local_bytes: int | None = None  # of copies of a cache that lies at a URL
-    decoded_bytes: int = 0  # of decoded shards, which later epochs read
+    init: Path | None = None  # the trained run whose students these start from
+    task: str | None = None  # the part of a multitask run
+    checkpoints: Path | None = None  # a directory; None: no checkpoints
+    local_bytes: int | None = None  # limit of local copies of a cache at a URL
+    decoded_bytes: int = 0  # limit of decoded shards, which later epochs read
 
 
 class Params(Section):
@@ -154,14 +155,14 @@ class Params(Section):
 
     @property
     def everything_trained(self) -> dict[str, Run]:
-        """All that can be evaluated and exported: runs, chained runs, and each of several tasks."""
-        made = {}
-        for name, task in self.tasks.items():
-            whole = self.multitask[task.run]
-            made[name] = TaskRun(**dict(task), student=whole.student, seeds=whole.seeds)
-        return {**self.every_run, **made}
+        """All that is evaluated and exported: runs, chained runs, and the parts of multitask runs."""
+        parts = {}
+        for name, part in self.tasks.items():
+            whole = self.multitask[part.run]
+            parts[name] = TaskRun(**dict(part), student=whole.student, seeds=whole.seeds)
+        return {**self.every_run, **parts}
 
     @property
     def every_cache(self) -> dict[str, CacheEntry | MixtureEntry | Received]:
-        """Caches, mixtures and what was received: what a run can read."""
+        """Caches, mixtures and received caches: all that a run can read."""
         return {**self.caches, **self.mixtures, **self.received}

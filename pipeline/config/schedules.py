@@ -1,7 +1,7 @@
-"""Numbers of a recipe that are not the same at every step, or for every row: pure, no torch.
+"""Numbers of a recipe that change over the steps of a training, or from row to row.
 
-`done` is the share of a training that is done: 0 at its first step, 1 at its last. A training that stops
-early has seen the first part of its schedules.
+`done` is the share of the steps that is done: 0 at the first step, 1 at the last. A training that stops early
+has used the first part of its schedules.
 """
 
 import math
@@ -15,17 +15,17 @@ AboveZero = Annotated[float, Field(gt=0)]
 
 
 class Schedule(Section):
-    """A number that goes from one value to another while the student trains."""
+    """A number that moves from one value to another while the student trains."""
 
     schedule: Literal["linear", "cosine", "wsd"]
     """linear: a straight line. cosine: half a wave, slow at both ends. wsd (warm-up, stable, decay; Hu et al.
-    2024, arXiv:2404.06395): rises to the second value, stays there, and comes back to the first."""
+    2024, arXiv:2404.06395): rises to the second value, stays there, and returns to the first."""
     start: float = Field(alias="from")
     end: float = Field(alias="to")
     warmup: Fraction = 0.1
-    """Of wsd: the share of all steps in which it rises."""
+    """Of wsd: the share of all steps in which the number rises."""
     decay: Fraction = 0.1
-    """Of wsd: the share of all steps in which it comes back."""
+    """Of wsd: the share of all steps in which the number returns."""
 
     @model_validator(mode="after")
     def _shares_fit(self) -> "Schedule":
@@ -36,11 +36,11 @@ class Schedule(Section):
         return self
 
     def __str__(self) -> str:
-        """As a person would say it."""
+        """In words."""
         return f"{self.schedule} from {self.start:g} to {self.end:g}"
 
     def at(self, done: float) -> float:
-        """Its value where this share of the training is done."""
+        """The number at this share of the training."""
         if self.schedule == "cosine":
             part = (1 - math.cos(math.pi * done)) / 2
         elif self.schedule == "linear":
@@ -53,13 +53,13 @@ class Schedule(Section):
 
 
 class ByConfidence(Section):
-    """A temperature for each row, by how sure the teacher is of it (losses.sure_temperature)."""
+    """A temperature for each row, by the teacher's confidence (losses.divergences.confidence_temperature)."""
 
     by: Literal["confidence"]
     low: AboveZero
-    """Where the teacher finds all classes equally likely."""
+    """Where all classes are equally likely to the teacher."""
     high: AboveZero
-    """Where it is certain."""
+    """Where the teacher is certain of one class."""
 
     @model_validator(mode="after")
     def _low_is_lower(self) -> "ByConfidence":
@@ -68,25 +68,25 @@ class ByConfidence(Section):
         return self
 
     def __str__(self) -> str:
-        """As a person would say it."""
+        """In words."""
         return f"by confidence, {self.low:g} to {self.high:g}"
 
 
 def bounds(value: float | Schedule | ByConfidence) -> tuple[float, ...]:
-    """The values that it lies between, all that it takes if it never changes."""
+    """The smallest and largest values, in any order; the one value of a number."""
     if isinstance(value, Schedule):
         return value.start, value.end
     return (value.low, value.high) if isinstance(value, ByConfidence) else (value,)
 
 
 def value_at(value: float | Schedule, done: float) -> float:
-    """Its value where this share of the training is done."""
+    """The value at this share of the training."""
     return value.at(done) if isinstance(value, Schedule) else value
 
 
 def _shares(value: Schedule) -> Schedule:
     if not all(0 <= end <= 1 for end in bounds(value)):
-        raise ValueError("both ends must lie between 0 and 1")
+        raise ValueError("both ends must be between 0 and 1")
     return value
 
 
@@ -112,7 +112,7 @@ def _branch_of_share(value: Any) -> str:
     return "number" if _branch(value) == "number" else "a step"
 
 
-# Tags are no names of fields, so that faults.py knows them for branches.
+# Tags differ from the names of fields, so that config.base.describe_errors can leave them out of a place.
 ShareOrSchedule = Annotated[
     Annotated[Fraction, Tag("number")] | Annotated[Schedule, AfterValidator(_shares), Tag("a step")],
     Discriminator(_branch_of_share),

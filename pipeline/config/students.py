@@ -1,4 +1,7 @@
-"""The kinds of students that params.yaml knows, and their sizes. students/registry.py builds them."""
+"""Entries of params.yaml: `students`, a section a kind: its sizes, what it learns, its first weights.
+
+students/registry.py builds them.
+"""
 
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
@@ -9,58 +12,58 @@ from pipeline.config.tasks import ROW_OBJECTIVES, ModelInputs, ObjectiveName, Ta
 
 
 class Start(Section):
-    """Where a student's embeddings start, instead of at random numbers."""
+    """The first weights of a student's embeddings, instead of random ones."""
 
     embeddings: Literal["svd"]
-    """svd: at the teacher's input embeddings, as well as the student's width can have them."""
+    """svd: the best approximation of the teacher's input embeddings at the student's width."""
 
     @property
     def from_teacher(self) -> bool:
-        """Whether it needs the teacher's weights."""
+        """Whether the start needs the teacher's weights."""
         return True
 
 
 class EncoderStart(Section):
-    """Where a student starts, instead of at the usual random weights."""
+    """The first weights of a student, instead of the usual random ones."""
 
     xavier: bool = False
-    """Random weights by Glorot and Bengio (2010), uniform, in the linear maps."""
+    """Random weights by Glorot and Bengio (2010), uniform, in the linear layers."""
     layers: Layers | None = None
-    """The teacher's layer for each of the student's, in the student's order, and its embeddings and head. The
-    cache carries them; the student is as wide as the teacher."""
+    """The teacher's layer for each layer of the student, in the student's order, with its embeddings and
+    head. The cache has them; the student is as wide as the teacher."""
     embeddings: Literal["svd"] | None = None
-    """svd: the teacher's input embeddings, as well as the student's width can have them."""
+    """svd: the best approximation of the teacher's input embeddings at the student's width."""
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         if self.layers and (self.xavier or self.embeddings):
-            raise ValueError("layers brings all weights of the teacher: remove xavier and embeddings")
+            raise ValueError("layers copies all weights of the teacher: remove xavier and embeddings")
         if not (self.layers or self.xavier or self.embeddings):
-            raise ValueError("init says nothing: write layers, xavier: true or embeddings: svd, or remove it")
+            raise ValueError("init is empty: write layers, xavier: true or embeddings: svd, or remove it")
         return self
 
     @property
     def from_teacher(self) -> bool:
-        """Whether it needs the teacher's weights."""
+        """Whether the start needs the teacher's weights."""
         return self.layers is not None or self.embeddings is not None
 
 
 class Init(Section):
-    """Where a student starts, instead of at random weights."""
+    """The first weights of a student, instead of random ones."""
 
     layers: Layers
-    """The teacher's layer for each of the student's, in the student's order; the cache carries them."""
+    """The teacher's layer for each layer of the student, in the student's order; the cache has them."""
 
 
 class Decoder(Section):
-    """Sizes of a Llama-like student, and where it starts."""
+    """Sizes of a Llama-like student, and its first weights."""
 
     layers: Positive = 4
     width: Positive = 192
     heads: Positive = 3
-    """Attention heads; they divide the width into even parts."""
+    """Attention heads; the width of a head is even."""
     kv_heads: Positive | None = None
-    """Heads of keys and values, each for as many attention heads; null: one for each."""
+    """Heads of keys and values, each shared by as many attention heads; null: one for each."""
     inner: Positive | None = None
     """Width inside the feed-forward blocks; null: 8/3 of the width."""
     init: Init | None = None
@@ -68,12 +71,12 @@ class Decoder(Section):
 
     @property
     def num_kv_heads(self) -> int:
-        """`kv_heads`, or what null means."""
+        """`kv_heads`, or its default."""
         return self.kv_heads or self.heads
 
     @property
     def inner_width(self) -> int:
-        """`inner`, or what null means."""
+        """`inner`, or its default."""
         return self.inner or 8 * (-(-self.width // 3))
 
     @model_validator(mode="after")
@@ -87,7 +90,7 @@ class Decoder(Section):
         return self
 
 
-# Keys of a transformers config that the cache and the tokenizer decide.
+# Keys of a transformers config that follow from the cache and the tokenizer.
 SET_HERE = {"vocab_size", "num_labels", "id2label", "label2id", "pad_token_id", "model_type", "dtype"}
 
 
@@ -105,10 +108,10 @@ class _Trained(Section):
 
 class _Reader(_Trained):
     tokenizer: Literal["teacher"] | Positive = "teacher"
-    """`teacher`: the teacher's, from the cache. A number: its own WordPiece of so many entries, learned from
-    the training and pool text."""
+    """`teacher`: the teacher's, from the cache. A number: a WordPiece tokenizer with this many entries,
+    learned from the training and pool text."""
     max_length: Positive = 128
-    """The most tokens that it reads of a row. The rest is cut; the run's record counts the rows."""
+    """Most tokens of a row. The rest is cut; the run's record counts such rows."""
 
 
 class _TextStudent(_Reader):
@@ -116,7 +119,7 @@ class _TextStudent(_Reader):
 
 
 def _reads_as_its_teacher(init: Any, info: ValidationInfo) -> Any:
-    """Teacher's embeddings go with its tokenizer."""
+    """The teacher's embeddings need its tokenizer."""
     if init is not None and init.from_teacher and info.data.get("tokenizer") != "teacher":
         raise ValueError("init takes the teacher's embeddings, and so needs its tokenizer: teacher")
     return init
@@ -129,7 +132,7 @@ class FCStudent(_TextStudent):
     embedding: Positive = 96
     hidden: Positive = 128
     init: Annotated[Start | None, AfterValidator(_reads_as_its_teacher)] = None
-    """Where its embeddings start; null: at random numbers."""
+    """The first weights of its embeddings; null: random ones."""
 
 
 class BiLSTMStudent(_TextStudent):
@@ -140,7 +143,7 @@ class BiLSTMStudent(_TextStudent):
     hidden: Positive = 64
     """Units of each direction."""
     init: Annotated[Start | None, AfterValidator(_reads_as_its_teacher)] = None
-    """Where its embeddings start; null: at random numbers."""
+    """The first weights of its embeddings; null: random ones."""
 
 
 class TinyBERTStudent(_TextStudent):
@@ -152,7 +155,7 @@ class TinyBERTStudent(_TextStudent):
     heads: Positive = 2
     """Attention heads; they divide the width."""
     init: Annotated[EncoderStart | None, AfterValidator(_reads_as_its_teacher)] = None
-    """Where it starts; null: at random weights, normal, of BERT's 0.02."""
+    """Its first weights; null: random ones, normal with BERT's standard deviation of 0.02."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "TinyBERTStudent":
@@ -171,7 +174,7 @@ class LlamaStudent(_TextStudent, Decoder):
 
     kind: Literal["llama"]
     max_length: Positive = 512
-    """The most tokens that it reads at a time. Longer rows are read in pieces, one after the other."""
+    """Most tokens of a piece of a row. Longer rows are read in several pieces."""
     dropout: Fraction = 0.0
     """Of attention weights."""
 
@@ -183,16 +186,16 @@ class LlamaStudent(_TextStudent, Decoder):
 
 
 class TransformersStudent(_Reader):
-    """Any architecture that transformers has a classifier of rows for, from random weights."""
+    """Any architecture of transformers with a sequence classifier, from random weights."""
 
     objectives: ClassVar[tuple[ObjectiveName, ...]] = ("classification",)
 
     kind: Literal["transformers"]
     model_type: str
-    """As transformers calls it: distilbert, electra, roberta, gpt2, ..."""
+    """Its name in transformers: distilbert, electra, roberta, gpt2, ..."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """Keys of its config and their values; others have transformers' defaults. Vocabulary, padding and labels
-    are set here, and positions where they are not given."""
+    """Keys of its config and their values; other keys have transformers' defaults. Vocabulary, padding and
+    labels follow from the cache, and so does the number of positions where it is not given."""
 
     @field_validator("config")
     @classmethod
@@ -203,7 +206,7 @@ class TransformersStudent(_Reader):
 
 
 class MLPStudent(_Trained):
-    """Layers of ReLUs over all numbers of an image."""
+    """Layers of ReLUs over all pixels of an image."""
 
     inputs: ClassVar[ModelInputs] = "images"
     objectives: ClassVar[tuple[ObjectiveName, ...]] = ("classification",)

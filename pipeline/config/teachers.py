@@ -1,4 +1,4 @@
-"""Entries of params.yaml: `teachers`, models that are taken as they are or fine-tuned."""
+"""Entries of params.yaml: `teachers`, models that are used as they are or fine-tuned."""
 
 from typing import Annotated, Literal, Self
 
@@ -8,19 +8,19 @@ from pipeline.config.base import Fraction, Name, Positive, Section, distinct
 
 
 class Lora(Section):
-    """Low-rank adapters (Hu et al. 2021): trained in place of the weights, then merged into them."""
+    """Low-rank adapters (Hu et al. 2021): trained instead of the weights, then merged into them."""
 
     rank: Positive = 8
     alpha: Annotated[float, Field(gt=0)] = 16.0
-    """Adapters count alpha / rank."""
+    """Adapters are scaled by alpha / rank."""
     dropout: Fraction = 0.0
-    """Of what the adapters read."""
+    """Of the adapters' inputs."""
     targets: Annotated[
         Literal["auto"]
         | Annotated[tuple[str, ...], Field(min_length=1, strict=False), AfterValidator(distinct)],
         Field(union_mode="left_to_right"),
     ] = "auto"
-    """Names of the linear layers that get adapters; auto: what is usual for the model's kind."""
+    """Names of the linear layers that get adapters; auto: peft's default for the model's type."""
 
 
 class TeacherTraining(Section):
@@ -33,29 +33,29 @@ class TeacherTraining(Section):
     """Share of all steps over which the learning rate rises."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     dropout: Fraction | None = None
-    """Dropout of hidden states and attention; null: what the model's own config says."""
+    """Dropout of hidden states and attention; null: as in the model's own config."""
     frozen_layers: Annotated[int, Field(ge=0)] | None = None
-    """Leave the embeddings (0) and so many of the first layers as they are; null: train all. The embeddings
-    are half of a small model's weights, low layers change little in a short fine-tuning, and gradients end
-    above them."""
+    """Number of first layers that are not trained, nor the embeddings (0: the embeddings alone); null: all
+    are trained. Embeddings are half of a small model's weights, low layers change little in a short
+    fine-tuning, and gradients end above them."""
     evaluations_per_epoch: Positive = 2
     patience: Positive = 2
-    """Evaluations without improvement before it stops. The best state is kept."""
+    """Evaluations without improvement before the training stops. The best state is kept."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the forward pass. auto: bfloat16 where the hardware computes in it, else float32."""
+    """Of the forward pass. auto: bfloat16 where the hardware computes in it, otherwise float32."""
     seed: Annotated[int, Field(ge=0)] = 0
     lora: Lora | None = None
-    """Train adapters and the head alone; null: the weights."""
+    """Trains adapters and the head alone; null: all weights."""
 
     @model_validator(mode="after")
     def _adapters_freeze(self) -> Self:
         if self.lora and self.frozen_layers is not None:
-            raise ValueError("lora leaves all layers as they are but for its targets: remove frozen_layers")
+            raise ValueError("lora trains its adapters and the head alone: remove frozen_layers")
         return self
 
 
 class Embedding(Section):
-    """How a teacher of sentence-embedding makes one vector of a row."""
+    """How a teacher of sentence-embedding makes the vector of a row."""
 
     pool: Literal["first", "mean"] = "mean"
     """The first token's last hidden state, or the mean over the row's tokens."""
@@ -64,20 +64,20 @@ class Embedding(Section):
 
 
 class Teacher(Section):
-    """A model, taken as it is or fine-tuned on a dataset."""
+    """A model, used as it is or fine-tuned on a dataset."""
 
     model: Annotated[str, Field(min_length=1)]
     """A directory with config.json, *.safetensors and tokenizer files: local, or below assets/. A language
-    model may also be a GGUF file, or a directory with one. Of images: without a tokenizer; a config.json with
-    `model_type: stillroom-mlp` needs no weights either, and is trained here."""
+    model may also be a GGUF file, or a directory with one. A model of images has no tokenizer; with
+    `model_type: stillroom-mlp` in config.json it needs no weights either, and is trained here."""
     dataset: Name
-    """The dataset that it is trained on (with `train`) and scored on."""
+    """The dataset that the teacher is trained on (with `train`) and scored on."""
     labels: Annotated[tuple[str, ...], Field(strict=False), AfterValidator(distinct)] | None = None
-    """Names of the head's outputs in order, where the model's own config does not name them."""
+    """Names of the head's outputs in order, where the model's own config does not have them."""
     max_length: Positive = 512
-    """The most tokens that it reads of a row."""
+    """Most tokens of a row."""
     too_long: Literal["error", "truncate"] = "error"
-    """What to do about longer rows. Truncated rows are counted in the capture's summary."""
+    """What happens to longer rows: an error, or they are truncated and counted in the capture's summary."""
     embedding: Embedding | None = None
-    """Of sentence-embedding: how vectors are made; null: as the model's own modules.json says."""
+    """Of sentence-embedding: how vectors are made; null: as in the model's own modules.json."""
     train: TeacherTraining | None = None

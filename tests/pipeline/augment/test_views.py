@@ -183,7 +183,7 @@ def test_a_model_without_what_is_needed_is_refused(model: Path, masked: Path, tm
     ("changes", "message"),
     [
         ({"replace": 0.6, "delete": 0.5}, "more than 1 together"),
-        ({"delete": 0.0}, "no view would differ"),
+        ({"delete": 0.0}, "views would equal their rows"),
         ({"views": 256}, "less than or equal to 255"),
     ],
 )

@@ -182,7 +182,7 @@ def test_a_value_of_the_wrong_type_or_range_is_refused_with_its_place(
         ({"width": 24, "heads": 5}, "width 24 is not an even multiple of heads 5"),
         ({"width": 24, "heads": 4, "kv_heads": 3}, "heads 4 is not a multiple of kv_heads 3"),
         ({"layers": 3, "init": {"layers": [0, 1]}}, "init names 2 layers of the teacher for 3"),
-        ({"layers": 2, "init": {"layers": [1, 1]}}, "students.small.init.layers: 1 stands there twice"),
+        ({"layers": 2, "init": {"layers": [1, 1]}}, "students.small.init.layers: 1 is listed twice"),
         (
             {"layers": 1, "init": {"layer": [1]}},
             "students.small.init.layer: unknown key; did you mean 'layers'?",
@@ -253,7 +253,7 @@ def test_the_pool_with_labels_only_is_refused_with_what_to_do(tmp_path: Path) ->
         ({"match": {"attention": {}}}, "recipes.ce.match.attention.heads"),
         ({"match": {"relations": {"heads": 2}}}, "recipes.ce.match.relations.teacher_layer"),
         ({"pool": "only"}, "set alpha below 1, or pool: false"),
-        ({"pool": "only", "alpha": 0.5, "views": 1}, "pool: only trains on nothing else, and views are of"),
+        ({"pool": "only", "alpha": 0.5, "views": 1}, "pool: only trains on the pool alone, views are of"),
         ({"pool": "onyl"}, "recipes.ce.pool: found 'onyl', expected 'only'"),
         ({"pool": "only", "match": {"states": {"map": [[0, 0], [2, 1]]}}}, None),
     ],

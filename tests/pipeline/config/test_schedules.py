@@ -57,7 +57,7 @@ def test_a_plain_number_never_changes() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("alpha", {"schedule": "linear", "from": 0.0, "to": 1.5}, "both ends must lie between 0 and 1"),
+        ("alpha", {"schedule": "linear", "from": 0.0, "to": 1.5}, "both ends must be between 0 and 1"),
         ("temperature", {"schedule": "linear", "from": 0.0, "to": 1.5}, "both ends must be greater than 0"),
         ("alpha", {"by": "confidence", "low": 0.1, "high": 0.5}, "recipes.kd-pool.alpha"),
         ("temperature", {"by": "confidence", "low": 4.0, "high": 1.0}, "low 4 is more than high 1"),

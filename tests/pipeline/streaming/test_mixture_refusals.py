@@ -137,7 +137,7 @@ def test_a_changed_weight_is_another_mixture(two: Two, tmp_path: Path) -> None:
     ("mixtures", "said"),
     [
         ({"both": {"caches": ["toy", "tooy"]}}, "mixtures.both.caches: no 'tooy' in caches or mixtures; did"),
-        ({"both": {"caches": ["toy", "toy"]}}, "'toy' stands there twice"),
+        ({"both": {"caches": ["toy", "toy"]}}, "'toy' is listed twice"),
         ({"both": {"caches": ["toy"]}}, "mixtures.both.caches"),
         ({"both": {"caches": ["toy", "more"], "weights": [1.0, 0.0]}}, "mixtures.both.weights"),
         ({"toy": {"caches": ["toy", "more"]}}, "mixtures.toy: caches has this name too"),

@@ -235,7 +235,7 @@ def test_a_cache_without_weights_and_a_teacher_of_another_kind_are_refused(own: 
 @pytest.mark.parametrize(
     ("init", "said"),
     [
-        ({}, "init says nothing"),
+        ({}, "init is empty"),
         ({"layers": [0, 1], "xavier": True}, "remove xavier and embeddings"),
         ({"layers": [0]}, "names 1 layers of the teacher for 2"),
     ],

@@ -53,13 +53,13 @@ def test_lists_in_two_fields_are_the_grid_of_them() -> None:
     [
         ({"alpha": [0.5]}, "alpha: a list of 1 leaves no choice"),
         ({"alpha": []}, "alpha: a list of 0 leaves no choice"),
-        ({"alpha": [0.5, 0.5]}, "'0.5' stands there twice"),
+        ({"alpha": [0.5, 0.5]}, "'0.5' is listed twice"),
         ({"alpha": [0.5, 1.5]}, "recipes.kd-pool.alpha: Input should be less than or equal to 1 (found 1.5)"),
         ({"alpha": [0.5, 1.0]}, "alpha 1 trains on labels only"),
         ({"alpha": [0.5, {"schedule": "linear", "from": 0.0, "to": 2.0}]}, "between 0 and 1"),
         ({"pool": [True, False]}, "recipes.kd-pool.pool"),
         ({"alpha": [0.5, 0.6], "folds": 1}, "recipes.kd-pool.folds"),
-        ({"alpha": [0.5, 0.6], "views": 1}, "alpha: a fold would be judged by rows whose views"),
+        ({"alpha": [0.5, 0.6], "views": 1}, "alpha: a fold would be evaluated on rows whose views"),
     ],
 )
 def test_every_candidate_must_be_a_sound_recipe(tmp_path: Path, fields: dict[str, Any], said: str) -> None:
