@@ -1,6 +1,5 @@
 """The evaluate and score stages: rows of the results table, for runs and teachers, measured in one way."""
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 
 from pipeline.config.params import Run, RunInputs
-from pipeline.config.students import LlamaStudent, Student
+from pipeline.config.students import Student
 from pipeline.config.tasks import TASKS
 from pipeline.config.teachers import Teacher
 from pipeline.data.inputs import Reader, read_inputs, student_reader
@@ -83,7 +82,6 @@ def continue_prompts(
 SPLIT = "test"
 TOKENS = 4096  # a batch of documents
 NUM_LINES, PROMPT_TOKENS, LINE_TOKENS = 3, 12, 24
-LARGEST_LOSS = 700.0  # past it a perplexity is no float
 
 Values = dict[str, float | None]
 Line = dict[str, str]
@@ -104,8 +102,8 @@ def evaluate_run(name: str, run: Run, student: Student, paths: RunInputs) -> dic
     if isinstance(cache, Mixture):
         about["caches"] = [member.name for member in cache.members]
         taught_by = None  # no single teacher's row is the one to compare with
-    if isinstance(student, LlamaStudent) and isinstance(reader, TextReader):
-        values, about["lines"] = _read_documents(cache, rows, student, seeds, paths, reader)
+    if isinstance(reader, TextReader) and TASKS[cache.identity.spec.task].predicts_next:
+        values, about["lines"] = _read_documents(cache, rows, seeds, paths, reader)
     else:
         values = _answer(cache, rows, seeds, paths, reader)
     return _row("run", name, taught_by, run.dataset, about, len(rows.row_ids), values)
@@ -133,11 +131,10 @@ def _answer(cache: Cache, rows: Rows, seeds: list[Any], paths: RunInputs, reader
 
 
 def _read_documents(
-    cache: Cache, rows: Rows, student: LlamaStudent, seeds: list[Any], paths: RunInputs,
-    reader: TextReader,
-) -> tuple[list[Values], list[Line]]:  # fmt: skip
-    """(metrics of each seed, how the first one goes on with the beginnings of documents)."""
-    cached = CachedDocuments(cache, rows, (SPLIT,), student.max_length)
+    cache: Cache, rows: Rows, seeds: list[Any], paths: RunInputs, reader: TextReader
+) -> tuple[list[Values], list[Line]]:
+    """(metrics of each seed, how the first one continues the beginnings of documents)."""
+    cached = CachedDocuments(cache, rows, (SPLIT,), reader.max_length)
     teacher = TeacherReference(cache.identity.spec.sampled, cached.entropy())
     values: list[Values] = []
     lines: list[Line] = []
@@ -145,7 +142,7 @@ def _read_documents(
         loaded, facts = _load(paths, seed)
         model = cast(Llama, loaded)
         seen = score_documents(model, cached.in_order(TOKENS), teacher)
-        values.append({**_seen(seen), **facts, "train_tokens_per_second": seed["targets_per_second"]})
+        values.append({**seen.metrics, **facts, "train_tokens_per_second": seed["targets_per_second"]})
         lines = lines or _lines(model.next_logits, rows, reader)
     return values, lines
 
@@ -184,7 +181,7 @@ def evaluate_teacher(name: str, entry: Teacher, dataset: Path, teacher: Path) ->
             head = LanguageHead(model, record["vocab_size"])
             assert isinstance(reader, TextReader)
             about["lines"] = _lines(head.next_logits, rows, reader)
-        values = {**_seen(LanguageModelScores(**record["reading"][SPLIT])), **facts}
+        values = {**LanguageModelScores(**record["reading"][SPLIT]).metrics, **facts}
     else:
         values = {**_said_by(teacher, record, rows, reader), **facts}
     return _row("teacher", f"teacher-{name}", name, entry.dataset, about, len(rows.row_ids), [values])
@@ -208,19 +205,6 @@ def _said_by(teacher: Path, record: dict[str, Any], rows: Rows, reader: Reader) 
         **objective.agreement(said, said, truth),
         "latency_ms_batch_1": latency(answer, tokens, chosen, reader.pad_id, 1),
         "latency_ms_batch_32": latency(answer, tokens, chosen, reader.pad_id, 32),
-    }
-
-
-def _seen(seen: LanguageModelScores) -> Values:
-    """What was read, as metrics. A teacher agrees with itself: it has no distance to a teacher."""
-    return {
-        "perplexity": math.exp(min(seen.loss, LARGEST_LOSS)),
-        "lm_loss": seen.loss,
-        "accuracy": seen.accuracy,
-        "agreement": seen.agreement,
-        "kl_to_teacher": seen.kl_to_teacher,
-        "ece": seen.ece,
-        "tokens_per_second": seen.tokens_per_second,
     }
 
 

@@ -39,14 +39,17 @@ class Validation(NamedTuple):
     loss: float  # to the labels; of embeddings to the teacher's vectors
 
 
+# Of student outputs, labels and, where a student is trained, its teacher's outputs on the validation split.
+Validate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], Validation]
+
+
 class Objective(NamedTuple):
     """What the students of a task minimise and are measured by. Labels are those of `Rows.truth`."""
 
     label_loss: LabelLoss
     soft_loss: SoftLoss
     divergences: Collection[str]  # names that the soft loss knows
-    # Of student outputs, labels and, for students, the teacher's outputs on the validation split.
-    validate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], Validation]
+    validate: Validate
     by_loss: bool  # whether the best state is that of the lowest loss, not of the highest score
     quality: Callable[[Any, Any], Values]  # of student outputs and labels
     agreement: Callable[[Any, Any, Any], Values]  # of student outputs, the teacher's, and labels

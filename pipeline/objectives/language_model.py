@@ -1,8 +1,9 @@
-"""A language model student on documents that it has not seen: how well it reads, and how it goes on.
+"""Language models: their scores on held-out documents, and how these compare with the teacher.
 
 Shape letters: B batch, L tokens, T targets, D width, V vocabulary.
 """
 
+import math
 import time
 from collections.abc import Iterable
 from typing import NamedTuple, cast
@@ -12,26 +13,46 @@ import numpy.typing as npt
 import torch
 
 from pipeline.losses.sparse import SparseTargets, bucket_kl
-from pipeline.objectives.base import binned_error
+from pipeline.objectives.base import Validation, Values, binned_error
 from pipeline.streaming.batch import DistillBatch
 from pipeline.streaming.model_inputs import call_model
 
-CHUNK_TOKENS = 128  # whose logits are there at a time
+CHUNK_TOKENS = 128  # whose logits are in memory at a time
+LARGEST_LOSS = 700.0  # a perplexity of a larger one overflows
+BY_LOSS = True  # the best state is that of the lowest loss: see Objective.by_loss
 
 
 class LanguageModelScores(NamedTuple):
-    """What a student makes of held-out documents, as means over their targets."""
+    """Scores on documents, as means over their targets."""
 
     loss: float  # of the next token, nats
     accuracy: float  # share of next tokens that are the first choice
     ece: float  # expected calibration error of the first choice
-    agreement: float | None  # share of first choices that are the teacher's, where the entries tell that one
+    agreement: float | None  # share of first choices that are the teacher's, where entries have one largest
     kl_to_teacher: float | None  # nats; of top-k entries that of kept ids and one bucket: a lower bound
     tokens_per_second: float
 
+    @property
+    def validation(self) -> Validation:
+        """The scores of a validation split."""
+        return Validation(self.accuracy, self.loss)
+
+    @property
+    def metrics(self) -> Values:
+        """The scores as metrics of the results. A teacher has no distance to itself."""
+        return {
+            "perplexity": math.exp(min(self.loss, LARGEST_LOSS)),
+            "lm_loss": self.loss,
+            "accuracy": self.accuracy,
+            "agreement": self.agreement,
+            "kl_to_teacher": self.kl_to_teacher,
+            "ece": self.ece,
+            "tokens_per_second": self.tokens_per_second,
+        }
+
 
 class TeacherReference(NamedTuple):
-    """What a student is compared with."""
+    """The teacher that a student is compared with."""
 
     sampled: bool  # whether its entries are of a sampling codec
     entropy: float  # mean over the targets, nats
@@ -41,14 +62,14 @@ class TeacherReference(NamedTuple):
 def score_documents(
     model: torch.nn.Module, batches: Iterable[DistillBatch], teacher: TeacherReference | None = None
 ) -> LanguageModelScores:
-    """Read all batches, and compare with the teacher's entries where it is given.
+    """Scores of a student on all batches, compared with the teacher's entries where `teacher` is given.
 
-    From sampled entries the KL is their cross-entropy, which is unbiased, less the teacher's entropy.
+    From sampled entries the KL is their cross-entropy, which is unbiased, minus the teacher's entropy.
     """
     head_VD, device = cast(torch.Tensor, model.head), next(model.parameters()).device
     loss = kl = seconds = 0.0
-    targets = told = agreed = 0
-    sure: list[npt.NDArray[np.float32]] = []
+    targets = known_targets = agreed = 0
+    confident: list[npt.NDArray[np.float32]] = []
     right: list[npt.NDArray[np.bool_]] = []
     for batch in batches:
         batch = batch.to(device)
@@ -56,31 +77,40 @@ def score_documents(
         states_TD = call_model(model, batch.inputs)[batch.mask]
         for start in range(0, len(states_TD), CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
-            said_TV = (states_TD[part] @ head_VD.T).float().log_softmax(-1)
-            best = said_TV.max(-1)
+            log_probs_TV = (states_TD[part] @ head_VD.T).float().log_softmax(-1)
+            best = log_probs_TV.max(-1)
             seconds += time.perf_counter() - started
             labels_T = batch.labels_T[part]
-            loss -= said_TV.gather(1, labels_T[:, None]).sum().item()
-            sure.append(best.values.exp().cpu().numpy())
+            loss -= log_probs_TV.gather(1, labels_T[:, None]).sum().item()
+            confident.append(best.values.exp().cpu().numpy())
             right.append((best.indices == labels_T).cpu().numpy())
             if teacher is not None:
                 assert isinstance(batch.teacher, SparseTargets)
-                entries = _part(batch.teacher, start, start + len(said_TV))
-                if teacher.sampled:
-                    kl -= (entries.weights * said_TV[entries.positions, entries.ids]).sum().item()
-                    kl -= teacher.entropy * len(said_TV)
-                else:
-                    kl += bucket_kl(said_TV, entries).item() * len(said_TV)
+                entries = _part(batch.teacher, start, start + len(log_probs_TV))
+                for term in _kl_terms(log_probs_TV, entries, teacher):
+                    kl += term
                 known, choice = _first_choice(entries)
-                told += int(known.sum())
+                known_targets += int(known.sum())
                 agreed += int((known & (choice == best.indices)).sum())
             started = time.perf_counter()
         targets += len(states_TD)
-    confidence, correct = np.concatenate(sure), np.concatenate(right)
+    confidence, correct = np.concatenate(confident), np.concatenate(right)
     return LanguageModelScores(
         loss / targets, float(correct.mean()), binned_error(confidence, correct),
-        agreed / told if told else None, kl / targets if teacher else None, targets / seconds,
+        agreed / known_targets if known_targets else None, kl / targets if teacher else None,
+        targets / seconds,
     )  # fmt: skip
+
+
+def _kl_terms(
+    log_probs_TV: torch.Tensor, entries: SparseTargets, teacher: TeacherReference
+) -> tuple[float, ...]:
+    """Terms whose sum is the KL to the teacher in nats, summed over positions."""
+    num = len(log_probs_TV)
+    if not teacher.sampled:
+        return (bucket_kl(log_probs_TV, entries).item() * num,)
+    cross_entropy = -(entries.weights * log_probs_TV[entries.positions, entries.ids]).sum().item()
+    return cross_entropy, -teacher.entropy * num
 
 
 def _part(targets: SparseTargets, start: int, stop: int) -> SparseTargets:
@@ -93,7 +123,7 @@ def _part(targets: SparseTargets, start: int, stop: int) -> SparseTargets:
 
 
 def _first_choice(targets: SparseTargets) -> tuple[torch.Tensor, torch.Tensor]:
-    """(where one entry is the largest [T], that entry's id [T]): ties, and no entry, tell no first choice."""
+    """(where one entry is the largest [T], its id [T]). Positions with ties or without entries have none."""
     num = len(targets.log_tail)
     largest = targets.weights.new_zeros(num).scatter_reduce(0, targets.positions, targets.weights, "amax")
     is_largest = targets.weights == largest[targets.positions]

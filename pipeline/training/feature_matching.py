@@ -14,7 +14,7 @@ from torch import nn
 from pipeline.config.recipes import Match
 from pipeline.config.schedules import Schedule, bounds, value_at
 from pipeline.losses.features import relation_kl, score_mse, state_cosine, state_mse, unflatten_rows
-from pipeline.objectives.base import Validation
+from pipeline.objectives.base import Validate, Validation
 from pipeline.streaming.batch import DistillBatch
 from pipeline.streaming.model_inputs import inputs_of
 from pipeline.students.architectures import StudentFeatures, TinyBERT
@@ -114,14 +114,21 @@ def pool_states(states_BLD: torch.Tensor, mask_BL: torch.Tensor, pool: Pooling) 
 
 
 @torch.inference_mode()
-def validate_matching(model: MatchedStudent, batches: Iterable[DistillBatch]) -> Validation:
-    """Accuracy on the labels, and the matching loss as the mean over rows."""
+def validate_matching(
+    model: MatchedStudent, batches: Iterable[DistillBatch], validate: Validate
+) -> Validation:
+    """The objective's score of the predictions, and the matching loss as the mean over rows."""
     device = next(model.parameters()).device
-    right = loss = rows = 0.0
+    loss = rows = 0.0
+    student, teacher, labels = [], [], []
     for batch in batches:
         batch = batch.to(device)
         answer = model.answer(batch)
-        right += float((answer.logits_BC.argmax(1) == batch.labels_T).sum())
         loss += float(answer.loss) * batch.own_rows
         rows += batch.own_rows
-    return Validation(right / rows, loss / rows)
+        student.append(answer.logits_BC.cpu())
+        labels.append(batch.labels_T.cpu())
+        if isinstance(batch.teacher, torch.Tensor):
+            teacher.append(batch.teacher.cpu())
+    score = validate(torch.cat(student), torch.cat(labels), torch.cat(teacher) if teacher else None).score
+    return Validation(score, loss / rows)

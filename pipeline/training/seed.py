@@ -15,6 +15,7 @@ from pipeline.config.students import (
     TinyBERTStudent,
     TransformersStudent,
 )
+from pipeline.config.tasks import TASKS
 from pipeline.data.inputs import Reader, student_reader
 from pipeline.data.rows import POOL, Rows
 from pipeline.runtime import hardware
@@ -137,8 +138,8 @@ def _taught(job: Job, stream: Stream) -> _Taught:
         rows = hold_out_fold(rows, job.trial.fold, job.trial.folds)
     rows = rows.only("validation", *training_splits(recipe))
     reader = student_reader(student, rows, job.paths.out / "tokenizer")
-    if isinstance(student, LlamaStudent):
-        lesson = documents_workload(student, recipe, cache, rows, job.seed, stream)
+    if TASKS[cache.identity.spec.task].predicts_next:
+        lesson = documents_workload(reader.max_length, recipe, cache, rows, job.seed, stream)
         return _Taught(cache, rows, reader, lesson, lesson.num_outputs)
     lesson = rows_workload(student, recipe, cache, rows, reader, job.seed, stream)
     return _Taught(cache, rows, reader, lesson, reader.num_ids)

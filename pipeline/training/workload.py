@@ -13,7 +13,7 @@ import torch
 
 from pipeline.config.recipes import Recipe
 from pipeline.config.schedules import ByConfidence, value_at
-from pipeline.config.students import LlamaStudent, Student
+from pipeline.config.students import Student
 from pipeline.data.inputs import Reader, read_inputs
 from pipeline.data.rows import POOL, VIEWS, Rows
 from pipeline.losses.divergences import MixedTargets, confidence_temperature
@@ -21,7 +21,7 @@ from pipeline.losses.fused_linear import head_loss, mix_labels
 from pipeline.losses.sparse import SparseTargets
 from pipeline.objectives.base import SoftLossSettings, Validation, mix
 from pipeline.objectives.classification import pseudo_labels
-from pipeline.objectives.language_model import score_documents
+from pipeline.objectives.language_model import BY_LOSS, score_documents
 from pipeline.objectives.registry import objective_of
 from pipeline.streaming.batch import ALONE, DistillBatch, Stream
 from pipeline.streaming.decoded_shards import SCRATCH, DecodedShards
@@ -118,9 +118,8 @@ def rows_workload(
 
     def validate(model: torch.nn.Module) -> Validation:
         if not recipe.predicts:
-            return validate_matching(
-                cast(MatchedStudent, getattr(model, "module", model)), held_out.in_order(EVALUATION_ROWS)
-            )
+            matched = cast(MatchedStudent, getattr(model, "module", model))
+            return validate_matching(matched, held_out.in_order(EVALUATION_ROWS), objective.validate)
         said, teacher, truth = predict_all(model, held_out)
         return objective.validate(said, truth, teacher)
 
@@ -140,24 +139,24 @@ def rows_workload(
 
 
 def documents_workload(
-    student: LlamaStudent,
+    max_length: int,
     recipe: Recipe,
     cache: Cache,
     rows: Rows,
     seed: int,
     stream: Stream = ALONE,
 ) -> Workload:
-    """A language model's: states of each token through the head, against the next token and the entries."""
+    """A language model's: states of each token through the head, against the next token and the entries.
+
+    Documents are read in pieces of at most `max_length` tokens.
+    """
     spool = DecodedShards(SCRATCH, stream.decoded_bytes)  # rows of both lie in the same shards
-    cached = CachedDocuments(
-        cache, rows, training_splits(recipe), student.max_length, stream=stream, spool=spool
-    )
-    held_out = CachedDocuments(cache, rows, ("validation",), student.max_length, spool=spool)
+    cached = CachedDocuments(cache, rows, training_splits(recipe), max_length, stream=stream, spool=spool)
+    held_out = CachedDocuments(cache, rows, ("validation",), max_length, spool=spool)
     sampled = cache.identity.spec.sampled
 
     def validate(model: torch.nn.Module) -> Validation:
-        seen = score_documents(model, held_out.in_order(VALIDATION_TOKENS))
-        return Validation(seen.accuracy, seen.loss)
+        return score_documents(model, held_out.in_order(VALIDATION_TOKENS)).validation
 
     return Workload(
         num_outputs=cache.identity.spec.num_outputs,
@@ -166,7 +165,7 @@ def documents_workload(
         batches=lambda epoch, start=0: cached.epoch(seed, epoch, recipe.batch_tokens, start),
         loss=lambda model, batch, done: language_loss(model, batch, value_at(recipe.alpha, done), sampled),
         validate=validate,
-        by_loss=True,
+        by_loss=BY_LOSS,
         cut_rows=0,
         padding=cached.padding(seed, recipe.batch_tokens),
         rows_a_piece=cached.num_rows / max(cached.num_pieces, 1),

@@ -39,7 +39,7 @@ def measure(world: Path, prose: Path, out: Path) -> None:
     llama = LlamaStudent(kind="llama", layers=1, width=16, heads=2, max_length=9)
     taught = [
         (fc, rows_workload(fc, mixed, Cache.open(world / "cache"), rows, reader, 0, stream)),
-        (llama, documents_workload(llama, mixed.model_copy(update={"pool": False}),
+        (llama, documents_workload(9, mixed.model_copy(update={"pool": False}),
                                      Cache.open(prose / "cache"), documents, 0, stream)),
     ]  # fmt: skip
     for entry, lesson in taught:

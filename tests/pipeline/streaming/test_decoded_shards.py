@@ -96,9 +96,7 @@ def test_what_training_decoded_validation_finds(
     recipe = Recipe(alpha=0.0, batch_tokens=40)
     student = LlamaStudent(kind="llama", layers=1, width=16, heads=2, max_length=9)
     rows = load_rows(prose.dataset)
-    lesson = documents_workload(
-        student, recipe, Cache.open(prose.cache), rows, 0, Stream(decoded_bytes=2**30)
-    )
+    lesson = documents_workload(9, recipe, Cache.open(prose.cache), rows, 0, Stream(decoded_bytes=2**30))
     list(lesson.batches(0))
     decoded.clear()
     model = build_student(student, lesson.num_outputs, lesson.num_outputs)
