@@ -13,6 +13,7 @@ from pydantic import Field, PrivateAttr, StringConstraints, ValidationError, mod
 
 from storage.compact import MAX_RANKED
 from storage.errors import FormatTooNew, ManifestInvalid, NoManifest
+from storage.fields import LayerNumber
 from storage.fingerprints import Count, Sha256, Strict, canonical_json, sha256_json
 from storage.location import Location, Url
 from storage.spec import Identity
@@ -73,7 +74,7 @@ class ShardEntry(Strict):
 class WeightsEntry(Strict):
     """The teacher's weights that students may start from."""
 
-    layers: Annotated[tuple[Annotated[int, Field(ge=0, le=10_000)], ...], Field(min_length=1, strict=False)]
+    layers: Annotated[tuple[LayerNumber, ...], Field(min_length=1, strict=False)]
     files: Annotated[tuple[FileEntry, ...], Field(max_length=len(WEIGHTS_FILES), strict=False)]
 
     @model_validator(mode="after")

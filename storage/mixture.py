@@ -18,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, model_validator
 
 from storage import manifest
 from storage.disk import link, replaced_directory
 from storage.errors import ManifestInvalid, Mismatch, SpecMismatch
+from storage.fields import EntryName, Missing
 from storage.fingerprints import Sha256, Strict, canonical_json, sha256_json
 from storage.location import Location
 from storage.reader import LOCAL_COPIES, Cache
@@ -36,7 +37,6 @@ MIXTURE_NAME = "mixture.json"
 MAX_MIXTURE_BYTES = 2**16
 VERSION_1 = b'{"format":"stillroom-mixture","format_version":1,'
 
-Missing = Literal["error", "skip"]
 Version = Literal[1, 2]
 VERSION: Version = 2  # 1 had no checksum
 
@@ -44,7 +44,7 @@ VERSION: Version = 2  # 1 had no checksum
 class MemberEntry(Strict):
     """One cache of a mixture: the directory of this name next to mixture.json."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+    name: EntryName
     weight: Annotated[float, Field(gt=0, le=1)]
     manifest: Sha256  # Cache.manifest_sha256
 

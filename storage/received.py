@@ -9,13 +9,14 @@ whole cache: another cache at the URL is detected when it is opened.
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import ValidationError
 
 from storage.checksums import check_files
 from storage.disk import replaced_directory
 from storage.errors import ManifestInvalid, Mismatch, NoManifest, SpecMismatch
+from storage.fields import CacheUrl
 from storage.fingerprints import Sha256, Strict, canonical_json
 from storage.location import Url
 from storage.manifest import MANIFEST_NAME
@@ -31,7 +32,7 @@ class ReceivedFile(Strict):
 
     format: Literal["stillroom-remote"] = "stillroom-remote"
     format_version: Literal[1] = 1
-    url: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9+.-]*://\S+$"), Field(max_length=2000)]
+    url: CacheUrl
     manifest: Sha256  # Cache.manifest_sha256
 
 

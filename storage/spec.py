@@ -12,6 +12,19 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from storage.codecs import SparseCodec
+from storage.fields import (
+    MAX_LABELS,
+    BlockNumber,
+    ImageSide,
+    LayerNumber,
+    MaskShare,
+    MaxLength,
+    RowPool,
+    StatePool,
+    StateType,
+    TooLong,
+    VectorWidth,
+)
 from storage.fingerprints import Seed, Sha256, Strict, sha256_json
 from storage.tasks import STORED_TASKS, Part, StoredTask, Task
 
@@ -39,12 +52,12 @@ class HiddenSpec(Strict):
     keys and values in some attention blocks (1 = the first); one a row, or (pool `none`) one a token.
     """
 
-    layers: Annotated[tuple[Annotated[int, Field(ge=0, le=10_000)], ...], Field(strict=False)]
-    pool: Literal["first", "mean", "none"]
-    width: Annotated[int, Field(ge=1, le=2**20)]
-    dtype: Literal["float16", "float32", "int8"]
-    qkv: Annotated[tuple[Annotated[int, Field(ge=1, le=10_000)], ...], Field(strict=False)] = ()
-    pca: Annotated[int, Field(ge=1, le=2**20)] | None = None  # components that are kept of each layer's state
+    layers: Annotated[tuple[LayerNumber, ...], Field(strict=False)]
+    pool: StatePool
+    width: VectorWidth
+    dtype: StateType
+    qkv: Annotated[tuple[BlockNumber, ...], Field(strict=False)] = ()
+    pca: VectorWidth | None = None  # components that are kept of each layer's state
     basis: Sha256 | None = None  # with pca: storage.hidden.fingerprint of mean and axes
 
     @model_validator(mode="after")
@@ -109,9 +122,7 @@ class ImageSpec(Strict):
     of its channel.
     """
 
-    shape: Annotated[
-        tuple[Annotated[int, Field(ge=1, le=2**15)], ...], Field(min_length=3, max_length=3, strict=False)
-    ]
+    shape: Annotated[tuple[ImageSide, ...], Field(min_length=3, max_length=3, strict=False)]
     mean: Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], Field(strict=False)]
     std: Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(strict=False)]
 
@@ -127,15 +138,15 @@ class EmbeddingSpec(Strict):
     over its tokens; divided by its length if `normalised`.
     """
 
-    width: Annotated[int, Field(ge=1, le=2**20)]
-    pool: Literal["first", "mean"]
+    width: VectorWidth
+    pool: RowPool
     normalised: bool
 
 
 class Mask(Strict):
     """Which positions of a row a masked language model does not see and predicts."""
 
-    share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]  # of the tokens that are not special
+    share: MaskShare
     seed: Seed
 
 
@@ -144,11 +155,11 @@ class Spec(Strict):
 
     task: Task
     # None: ids of a vocabulary, or a vector.
-    labels: Annotated[tuple[str, ...], Field(max_length=100_000, strict=False)]
+    labels: Annotated[tuple[str, ...], Field(max_length=MAX_LABELS, strict=False)]
     vocab_size: Annotated[int, Field(ge=2, le=2**31)] | None = None  # of language models
     codec: Literal["dense"] | Annotated[SparseCodec, Field(discriminator="name")]
-    max_length: Annotated[int, Field(ge=1, le=2**31)]
-    too_long: Literal["error", "truncate"]
+    max_length: MaxLength
+    too_long: TooLong
     precision: Literal["float32", "bfloat16"]
     hidden: HiddenSpec | None
     mask: Mask | None = None  # of masked language models

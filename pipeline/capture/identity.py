@@ -56,6 +56,8 @@ def capture_identity(
 def _hidden_spec(entry: Hidden | None, task: Task, teacher: Path, basis: Sha256 | None) -> HiddenSpec | None:
     if entry is None:
         return None
+    if TASKS[task].inputs == "images":
+        raise TeacherError(f"hidden: no states of {task} are kept; remove it.")
     if TASKS[task].stored.per_position and entry.pool != "none":
         raise TeacherError(
             f"hidden.pool: {task} has a target a token, and hidden states are kept like targets; "

@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+from storage.fields import MAX_LABELS, EntryName, LayerNumber
+from storage.fingerprints import Seed
 
-Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+Name = EntryName
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 
@@ -90,6 +91,6 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 # Numbers of a teacher's layers.
-Layers = Annotated[
-    tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False), AfterValidator(distinct)
-]
+Layers = Annotated[tuple[LayerNumber, ...], Field(min_length=1, strict=False), AfterValidator(distinct)]
+LabelNames = Annotated[tuple[str, ...], Field(max_length=MAX_LABELS, strict=False), AfterValidator(distinct)]
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1, strict=False), AfterValidator(distinct)]

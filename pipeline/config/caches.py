@@ -10,20 +10,30 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pipeline.config.base import Layers, Name, Positive, Section, distinct
 from pipeline.config.tasks import TASKS
 from storage.codecs import Codec, NumEntries, Sample, SparseSpec, Tau, Threshold, TopK
+from storage.fields import (
+    BlockNumber,
+    CacheUrl,
+    LayerNumber,
+    MaskShare,
+    Missing,
+    StatePool,
+    StateType,
+    VectorWidth,
+)
 from storage.fingerprints import Seed, Sha256
 from storage.spec import Mask
 from storage.tasks import Task
 
 
 class Weights(Section):
-    """Weights of the teacher that students may start from: some of its layers, and what is around them."""
+    """Weights of the teacher that students may start from: some layers, its embeddings and its head."""
 
     layers: Layers
-    """Of the teacher, the first one 0. One at least, also where students take its embeddings alone."""
+    """Layers of the teacher; 0 is the first. At least one, also where students use the embeddings alone."""
 
 
 class Dense(Section):
-    """Every class's logit: for few classes."""
+    """The logit of every class: for few classes."""
 
     codec: Literal["dense"]
     sparse: ClassVar[bool] = False
@@ -38,7 +48,7 @@ class _SparseTargets(Section):
     spec_class: ClassVar[type[SparseSpec]]
 
     layout: Literal["compact", "plain"] = "compact"
-    """compact: half the bytes, or less. plain: ids and log-probabilities for any tool, to the bit."""
+    """compact: half the bytes, or less. plain: exact ids and log-probabilities that any tool can read."""
 
     def spec(self, ranks: Sha256 | None) -> Codec:
         """The codec as a cache's spec names it; `ranks` is the fingerprint of a compact layout's table.
@@ -51,7 +61,7 @@ class _SparseTargets(Section):
 
 
 class TopKTargets(_SparseTargets):
-    """The k largest probabilities and the exact mass of the rest. Biased: see docs/codecs.md."""
+    """The k largest probabilities and the exact mass of all others. Biased: see docs/codecs.md."""
 
     spec_class = TopK
 
@@ -81,10 +91,10 @@ class ThresholdTargets(_SparseTargets):
 
 
 class MaskedShare(Section):
-    """What a masked language model does not see of a row, and is asked about. Chosen once, for ever."""
+    """Which tokens of a row are masked for a masked language model. They are the same in every capture."""
 
-    share: Annotated[float, Field(gt=0, le=1)] = 0.15
-    """Of the row's tokens that are not special ones; at least one is masked."""
+    share: MaskShare = 0.15
+    """Share of the row's tokens, special tokens excepted; at least one token is masked."""
     seed: Seed = 0
 
 
@@ -101,79 +111,77 @@ Targets = Annotated[
 
 
 class Hidden(Section):
-    """Hidden states to keep beside the logits."""
+    """Hidden states of the teacher that are kept with its targets."""
 
-    layers: Annotated[
-        tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False), AfterValidator(distinct)
-    ] = ()
-    """Layers in the sense of transformers' hidden_states: 0 is the embeddings."""
-    qkv: Annotated[tuple[Positive, ...], Field(strict=False), AfterValidator(distinct)] = ()
-    """Attention blocks whose queries, keys and values are kept, before they are split in heads: 1 is the
+    layers: Annotated[tuple[LayerNumber, ...], Field(strict=False), AfterValidator(distinct)] = ()
+    """Layers as in transformers' hidden_states: 0 is the embeddings."""
+    qkv: Annotated[tuple[BlockNumber, ...], Field(strict=False), AfterValidator(distinct)] = ()
+    """Attention blocks whose queries, keys and values are kept, before they are split into heads: 1 is the
     first, between layers 0 and 1. Three vectors of the layers' width a token; only with pool: none."""
-    pool: Literal["first", "mean", "none"] = "mean"
-    """One vector a row (the first token's state, or the mean over the row's tokens), or none: each token's.
-    Teachers with a target a token have no others than these."""
-    dtype: Literal["float16", "float32", "int8"] = "float16"
-    """int8: each vector over its largest number / 127, which is kept beside it."""
-    pca: Positive | None = None
-    """Principal components that are kept of each layer's states; null: the states as they are. Queries, keys
-    and values are always kept as they are."""
+    pool: StatePool = "mean"
+    """One vector a row (the state of the first token, or the mean over the row's tokens), or none: one a
+    token. Teachers with a target a token need none."""
+    dtype: StateType = "float16"
+    """int8: each vector is divided by its largest number / 127, which is kept too."""
+    pca: VectorWidth | None = None
+    """Number of principal components that are kept of each layer's states; null: whole states. Queries, keys
+    and values are always kept whole."""
 
     @model_validator(mode="after")
-    def _something_that_there_is(self) -> "Hidden":
+    def _fields_fit(self) -> "Hidden":
         if not self.layers and not self.qkv:
             raise ValueError("name the layers to keep, or the attention blocks (qkv)")
         if self.qkv and self.pool != "none":
             raise ValueError(f"qkv is kept of each token: write pool: none, not {self.pool}")
         if self.pca is not None and not self.layers:
-            raise ValueError("pca is of layers, and none is named")
+            raise ValueError("pca is of layers: name layers, or remove pca")
         return self
 
 
 class CacheEntry(Section):
-    """What to ask a teacher about which rows."""
+    """The rows that a teacher answers, and what is kept of its answers."""
 
     dataset: Name
     teacher: Name
     targets: Targets = Dense(codec="dense")
-    """The codec, and its settings: dense (few classes), or one of the sparse ones (vocabularies)."""
+    """The codec and its settings: dense (few classes), or a sparse one (vocabularies)."""
     mask: MaskedShare | None = None
-    """Only of a masked language model: what is hidden from it; null: the default settings."""
+    """Of masked language models: which tokens are masked; null: the default settings."""
     hidden: Hidden | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the teacher's arithmetic. auto: bfloat16 where the hardware computes in it, else float32."""
+    """Of the teacher's arithmetic. auto: bfloat16 where the hardware computes in it, otherwise float32."""
     shard_rows: Positive = 4096
-    """Rows a shard: what is written, verified and retried as one. Documents are long: take 128 or so."""
+    """Rows a shard, which is written, verified and retried as one. For documents about 128 are enough."""
     weights: Weights | None = None
 
 
 class MixtureEntry(Section):
     """Two caches that a run reads as one: the probabilities of their teachers are averaged.
 
-    Two, because every entry of a shelf depends on the same kinds of things for DVC; a mixture may be one of
-    the two, and so there can be any number.
+    Two, because DVC gives all entries of a section the same kinds of dependencies. A mixture may be one of
+    the two, so a mixture can have any number of teachers.
     """
 
     caches: Annotated[tuple[Name, Name], Field(strict=False), AfterValidator(distinct)]
-    """Dense ones, of the same labels. Where a student's tokenizer is the teacher's, it is the first one's."""
+    """Dense caches with the same labels. `tokenizer: teacher` means the tokenizer of the first."""
     weights: Annotated[
         tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]], Field(strict=False)
     ] = (1.0, 1.0)
-    """How much each counts, beside the other."""
-    missing: Literal["error", "skip"] = "error"
-    """What to do about rows to train on that one of them lacks: refuse the run, or leave them out. Rows of
+    """Weights of the two caches. Only their ratio matters."""
+    missing: Missing = "error"
+    """Training rows that one of the caches lacks: error refuses the run, skip leaves them out. Rows of
     validation and test must be in both."""
 
 
 class Received(Section):
-    """A cache that others made, and that lies at a URL: `python -m stages.publish` put it there."""
+    """A cache at a URL, made elsewhere and copied there by `stillroom publish`."""
 
-    url: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://\S+$")]
-    """Like s3://bucket/caches/reviews. Who may read it, and where the service is, its environment says."""
-    manifest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    """What the cache was when you chose it: `publish` prints it. It stands for every byte."""
+    url: CacheUrl
+    """Like s3://bucket/caches/reviews. Credentials and the service's address come from the environment."""
+    manifest: Sha256
+    """Digest of the cache's manifest, which covers every byte; `stillroom publish` prints it."""
 
 
 def mask_spec(task: Task, entry: MaskedShare | None) -> Mask | None:
-    """What is hidden from a teacher of this task, as the cache knows it."""
+    """The mask of a cache's spec; None for tasks without masks."""
     return Mask(**(entry or MaskedShare()).model_dump()) if TASKS[task].masked else None

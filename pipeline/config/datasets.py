@@ -3,7 +3,6 @@
 from typing import Annotated, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     Discriminator,
     Field,
     Tag,
@@ -12,8 +11,10 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.config.base import Fraction, Name, Positive, Section, distinct
+from pipeline.config.base import Fraction, LabelNames, Name, Positive, Section
 from pipeline.config.tasks import DEFAULT_TASK, TASKS, TaskSpec, tasks_with
+from storage.fields import ImageSide
+from storage.fingerprints import Seed, Sha256
 from storage.tasks import Task
 
 Where = dict[str, str | int]  # column -> the value that a row must have in it
@@ -25,7 +26,7 @@ class Asset(Section):
 
     source: Annotated[str, Field(min_length=1)]
     """`pypi:NAME==VERSION`, a hub id (`OWNER/NAME`, for datasets `datasets/OWNER/NAME`), or a local path."""
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    sha256: Sha256 | None = None
     """Digest of the package file. Required for packages."""
     revision: str | None = None
     """Commit, tag or branch, where the source is a hub id."""
@@ -51,7 +52,7 @@ class Columns(Section):
 class Images(Section):
     """The shape of all images in bytes. Images of another size are resized (bilinear) and counted."""
 
-    shape: Annotated[tuple[Positive, Positive, Literal[1, 3]], Field(strict=False)]
+    shape: Annotated[tuple[ImageSide, ImageSide, Literal[1, 3]], Field(strict=False)]
     """Height, width and channels: 1 for grey, 3 for red, green and blue."""
 
 
@@ -125,9 +126,7 @@ class Dataset(Section):
     """Of image-classification: the shape of its images."""
     where: Where = Field(default_factory=dict)
     """Keep rows that have these values."""
-    labels: Annotated[
-        tuple[str, ...], Field(strict=False, validate_default=True), AfterValidator(distinct)
-    ] = ()
+    labels: Annotated[LabelNames, Field(validate_default=True)] = ()
     """Class names in order. The label column has these names, or their positions from 0. For regression:
     names of the numbers."""
     rows: Positive | None = None
@@ -220,7 +219,7 @@ class Augmented(Section):
     With replace: 0 nothing is read there, but DVC needs a path: data/NAME of the dataset will do."""
     views: Annotated[int, Field(ge=1, le=MOST_VIEWS)] = 1
     """Views of each training row. A recipe may train on fewer: its field `views`."""
-    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    seed: Seed = 0
     replace: Fraction = 0.2
     """Probability that a word is replaced, where the model has other words for it."""
     delete: Fraction = 0.1

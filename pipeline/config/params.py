@@ -7,9 +7,9 @@ recipes.
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
-from pipeline.config.base import Name, Positive, Section, distinct
+from pipeline.config.base import Name, Positive, Section, Seeds
 from pipeline.config.caches import CacheEntry, MixtureEntry, Received
 from pipeline.config.datasets import Asset, Augmented, Dataset
 from pipeline.config.recipes import Recipe
@@ -35,9 +35,7 @@ class Multitask(Section):
     student: Name
     weights: Annotated[dict[Name, Annotated[float, Field(gt=0)]], Field(min_length=2)]
     """Weight of the loss of each part: all entries of tasks that name this run. Only ratios matter."""
-    seeds: Annotated[
-        tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False), AfterValidator(distinct)
-    ] = (0,)
+    seeds: Seeds = (0,)
 
 
 PARAMS = Path("params.yaml")
@@ -52,9 +50,7 @@ class Run(Section):
     """An entry of caches, mixtures or received."""
     student: Name
     recipe: Name
-    seeds: Annotated[
-        tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False), AfterValidator(distinct)
-    ] = (0,)
+    seeds: Seeds = (0,)
 
 
 class ChainedRun(Run):

@@ -4,7 +4,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from pipeline.config.base import Fraction, Name, Positive, Section, distinct
+from pipeline.config.base import Fraction, LabelNames, Name, Positive, Section, distinct
+from storage.fields import MaxLength, RowPool, TooLong
+from storage.fingerprints import Seed
 
 
 class Lora(Section):
@@ -43,7 +45,7 @@ class TeacherTraining(Section):
     """Evaluations without improvement before the training stops. The best state is kept."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the forward pass. auto: bfloat16 where the hardware computes in it, otherwise float32."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     lora: Lora | None = None
     """Trains adapters and the head alone; null: all weights."""
 
@@ -57,7 +59,7 @@ class TeacherTraining(Section):
 class Embedding(Section):
     """How a teacher of sentence-embedding makes the vector of a row."""
 
-    pool: Literal["first", "mean"] = "mean"
+    pool: RowPool = "mean"
     """The first token's last hidden state, or the mean over the row's tokens."""
     normalised: bool = True
     """Whether vectors are divided by their length."""
@@ -72,11 +74,11 @@ class Teacher(Section):
     `model_type: stillroom-mlp` in config.json it needs no weights either, and is trained here."""
     dataset: Name
     """The dataset that the teacher is trained on (with `train`) and scored on."""
-    labels: Annotated[tuple[str, ...], Field(strict=False), AfterValidator(distinct)] | None = None
+    labels: LabelNames | None = None
     """Names of the head's outputs in order, where the model's own config does not have them."""
-    max_length: Positive = 512
+    max_length: MaxLength = 512
     """Most tokens of a row."""
-    too_long: Literal["error", "truncate"] = "error"
+    too_long: TooLong = "error"
     """What happens to longer rows: an error, or they are truncated and counted in the capture's summary."""
     embedding: Embedding | None = None
     """Of sentence-embedding: how vectors are made; null: as in the model's own modules.json."""
