@@ -23,7 +23,7 @@ from pipeline.config.caches import CacheEntry
 from pipeline.data.tokenizer import Tokens
 from pipeline.engines.engine import EngineInputs
 from pipeline.engines.loading import convert_gguf, load_language_model
-from pipeline.engines.masking import make_prompts
+from pipeline.engines.masking import teacher_tokens
 from pipeline.engines.registry import engine_for
 from pipeline.runtime import hardware
 from pipeline.teachers.record import RECORD
@@ -48,7 +48,7 @@ def prepare_inputs() -> EngineInputs:
     tokens = Tokens(documents.reshape(-1).astype(np.int32), np.concatenate([[0], np.cumsum(lengths)]), 0)
     names = pa.array([row_id("bench", str(number)) for number in range(DOCUMENTS)])
     spec = capture_identity(ENTRY, teacher).spec
-    return EngineInputs(teacher, spec, make_prompts(spec.task, None, tokens, names, {}), names, 0)
+    return EngineInputs(teacher, spec, teacher_tokens(spec.task, None, tokens, names, {}), names, 0)
 
 
 def bare(inputs: EngineInputs) -> None:

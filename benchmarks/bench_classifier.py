@@ -14,7 +14,8 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from pipeline.data.tokenizer import Tokens
-from pipeline.engines.classifier import TOKENS_PER_BATCH, batches_by_length, infer_rows
+from pipeline.engines.hidden_states import HiddenStateRecorder
+from pipeline.engines.inference import TOKENS_PER_BATCH, InferenceRequest, batches_by_length, infer_rows
 from pipeline.runtime import hardware
 from pipeline.streaming.model_inputs import for_transformers, input_tensors
 from storage import records
@@ -54,14 +55,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
 
         def captured() -> None:
-            outputs = infer_rows(model, tokens, rows, 0, "float32", HIDDEN, names)
-            kept = records.LogitRows(
-                pa.array(names), pa.array(hashes), lengths.astype(np.int32), outputs.logits
-            )
-            Store(Path(directory) / str(np.random.randint(2**60))).put(_identity(), kept, outputs.hidden, 0.0)
+            recorder = HiddenStateRecorder(model, HIDDEN, tokens.lengths, rows, names)
+            request = InferenceRequest(tokens, rows, 0, row_ids=names)
+            logits_NC = infer_rows(model, request, recorder.record)
+            kept = records.LogitRows(pa.array(names), pa.array(hashes), lengths.astype(np.int32), logits_NC)
+            Store(Path(directory) / str(np.random.randint(2**60))).put(_identity(), kept, recorder.found, 0.0)
 
-        half = {"bfloat16": lambda: infer_rows(model, tokens, rows[:64], 0, "bfloat16"),
-                "float32": lambda: infer_rows(model, tokens, rows[:64], 0, "float32")}  # fmt: skip
+        few = InferenceRequest(tokens, rows[:64], 0)
+        half = {"bfloat16": lambda: infer_rows(model, few._replace(precision="bfloat16")),
+                "float32": lambda: infer_rows(model, few)}  # fmt: skip
         seconds = common.medians({"bare": bare, "captured": captured}, rounds=5)
         precision = common.medians(half, rounds=3)
     print(f"bare forward   {ROWS / seconds['bare']:8,.0f} rows/s")

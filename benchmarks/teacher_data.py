@@ -22,7 +22,7 @@ from pipeline.codecs.encoders import rounding_noise
 from pipeline.codecs.sparsify import sparsify
 from pipeline.data import counter_rng
 from pipeline.data.counter_rng import Keys
-from pipeline.engines.language_model import LanguageHead
+from pipeline.engines.language_head import LanguageHead
 from pipeline.runtime import hardware
 from storage import compact, records
 from storage.codecs import Sample, SparseCodec, Threshold, TopK

@@ -67,6 +67,11 @@ class SparseSpec(Strict, ABC):
         return next(name for name, column in self.columns.items() if column.counted_by is None)
 
     @property
+    def num_largest(self) -> int | None:
+        """Of a position, how many of the largest log-probabilities its entries need; None: of all ids."""
+        return None
+
+    @property
     def noise_seed(self) -> int | None:
         """The seed of the random numbers that `pack` rounds with; None for a codec that needs none."""
         return None
@@ -129,6 +134,11 @@ class TopK(SparseSpec):
         "codes": Column(pa.uint8(), "num_ids"),
         "tail_code": Column(pa.uint16()),
     }
+
+    @property
+    def num_largest(self) -> int:
+        """See SparseSpec."""
+        return self.k
 
     def _num_exact(self, columns: Columns, counts_P: Counts) -> npt.NDArray[Any]:
         return counts_P

@@ -82,7 +82,7 @@ def capture_cache(
     if who.spec.ranked:
         ranks = store.ranks(who)
         if ranks is None:
-            ranks = store.keep_ranks(who, compact.rank_by(teaching.mass(RANKED_TARGETS)))
+            ranks = store.keep_ranks(who, compact.rank_by(teaching.probability_mass(RANKED_TARGETS)))
         pinned = sha256_json(ranks.tolist())
     if who.spec.hidden is not None and who.spec.hidden.pca is not None:
         basis = store.basis(who) or store.keep_basis(who, fit_bases(who.spec.hidden, asked, teaching))
@@ -160,11 +160,10 @@ def _spread(
     threads: int,
 ) -> list[StoredShard]:
     """Have the missing shards computed by other processes. Dask is imported here and not before."""
-    from pipeline.capture.dask_cluster import compute_on_cluster
     from pipeline.capture.worker import CaptureJob, planned_shards
 
     try:
-        pass  # MOVED
+        from pipeline.capture.dask_cluster import compute_on_cluster
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"workers.capture: {workers.capture} needs Dask, and {error.name} is not installed.\n"

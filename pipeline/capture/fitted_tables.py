@@ -17,5 +17,5 @@ def fit_bases(spec: HiddenSpec, asked: EngineInputs, teaching: TeacherEngine) ->
     if spec.pool == "none":
         enough = int(np.searchsorted(asked.tokens.offsets, BASIS_VECTORS))
     first = np.arange(min(enough, len(asked.row_ids)))
-    said = teaching.ask(first).hidden
+    said = teaching.answer(first).hidden
     return {name: principal_components(said[name], spec.kept_width(name)) for name in spec.component_names}

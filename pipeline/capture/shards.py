@@ -39,7 +39,7 @@ def answer_and_write(
         writing: Future[StoredShard] | None = None
         for part in shards:
             started = hardware.compute_seconds()
-            said = teaching.ask(part, advance)
+            said = teaching.answer(part, advance)
             seconds = hardware.compute_seconds() - started
             if writing is not None:
                 written.append(writing.result())

@@ -95,7 +95,7 @@ def replay(cache: Cache, rows: Rows, teacher: Path) -> int:
     ]
     hardware.pin_threads(hardware.num_cores())
     if not faults:
-        answer = engine_for(asked).ask(np.arange(len(chosen)))
+        answer = engine_for(asked).answer(np.arange(len(chosen)))
         said = answer.kept
         held = _rows(cached, chosen)
         if isinstance(said, LogitRows) and isinstance(held, LogitRows):

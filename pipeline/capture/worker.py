@@ -117,7 +117,7 @@ class WorkerState:
         asked = engine_inputs(self.job.teacher, self.job.who.spec, self._reader, self._rows.take(rows))
         everything = np.arange(len(rows))
         self._refuse_other("shard", key_of_rows(asked, self.job.who, everything), key)
-        self._teaching = self._teaching.about(asked) if self._teaching else engine_for(asked)
+        self._teaching = self._teaching.for_rows(asked) if self._teaching else engine_for(asked)
         answer_and_write(
             self._teaching, [everything], Store(self.job.store), self.job.who, self._ranks, bases=self._bases
         )

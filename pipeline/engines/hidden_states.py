@@ -1,8 +1,7 @@
-"""What a teacher thinks on its way to an answer: hidden states, and queries, keys and values of attention.
+"""Records hidden states, and queries, keys and values of attention, with forward hooks.
 
-They are overheard: hooks take them aside while the model answers as it always does, so whoever asks it need
-not know. Where the projections of an architecture lie is said in PLACES; one that has them nowhere there is
-refused before it is asked anything.
+The model is called as it always is: the hooks copy what passes by. PLACES lists where each architecture has
+the projections of its attention; a model that has them nowhere there is refused before its first batch.
 
 Shape letters: N rows, P positions of all rows, B batch, L tokens, W width, M components.
 """
@@ -23,28 +22,31 @@ from storage.hidden import Basis
 from storage.spec import QKV_PARTS, HiddenSpec
 
 Indices = npt.NDArray[np.int64]
-# Called with the places of a batch's rows and what the model reads of them, around the model's call.
+# Takes the places of a batch's rows and what the model reads of them; entered around the model's call.
 Record = Callable[[Indices, InputTensors], AbstractContextManager[None]]
 
-# Where the projections of attention block n lie (counted from 0), and what they are called, in order.
+# The modules that hold the projections of attention block n (counted from 0), and their names, in order.
 PLACES = (
-    ("encoder.layer.{}.attention.self", ("query", "key", "value")),  # BERT and its kin
+    ("encoder.layer.{}.attention.self", ("query", "key", "value")),  # BERT and models built like it
     ("transformer.layer.{}.attention", ("q_lin", "k_lin", "v_lin")),  # DistilBERT
-    ("layers.{}.self_attn", ("q_proj", "k_proj", "v_proj")),  # Llama and its kin: before rotary embeddings
+    (
+        "layers.{}.self_attn",
+        ("q_proj", "k_proj", "v_proj"),
+    ),  # Llama and models built like it: before rotary embeddings
     ("h.{}.attn", ("c_attn",)),  # GPT-2: one projection makes all three
 )
 
 
 def no_recording(batch: Indices, inputs: InputTensors) -> AbstractContextManager[None]:
-    """Nothing is wanted but the answer."""
+    """Records nothing."""
     return contextlib.nullcontext()
 
 
 class HiddenStateRecorder:
-    """The vectors of some rows that `spec` names, gathered a batch at a time into `found`.
+    """Records the hidden states of some rows that `spec` names, a batch at a time, into `found`.
 
-    Raises TeacherError where the model has no such projections, and where a vector is not finite: that one
-    names the row.
+    Raises TeacherError where the model does not have such projections, and where a state is not finite: that
+    error names the row.
     """
 
     def __init__(
@@ -62,13 +64,13 @@ class HiddenStateRecorder:
         self._first = ends(lengths)
 
     @contextlib.contextmanager
-    def hear(self, batch: Indices, inputs: InputTensors) -> Iterator[None]:
-        """Take aside what the model thinks while it is called once, within, on these rows."""
-        with self._hooks() as heard:
+    def record(self, batch: Indices, inputs: InputTensors) -> Iterator[None]:
+        """Record the states of these rows. Within, the model is called once on them."""
+        with self._hooks() as recorded:
             yield
         mask_BL = inputs["attention_mask"]
         for name in self._spec.names:
-            states_BLW = torch.cat(heard[name], -1).float()
+            states_BLW = torch.cat(recorded[name], -1).float()
             if self._spec.pool == "none":
                 values, lengths = states_BLW[mask_BL], self._lengths[batch]
                 places, owners = ranges(self._first[batch], lengths), np.repeat(batch, lengths)
@@ -83,7 +85,7 @@ class HiddenStateRecorder:
 
     @contextlib.contextmanager
     def _hooks(self) -> Iterator[dict[str, list[torch.Tensor]]]:
-        heard: dict[str, list[torch.Tensor]] = {name: [] for name in self._spec.names}
+        recorded: dict[str, list[torch.Tensor]] = {name: [] for name in self._spec.names}
 
         def ask_for_states(
             _: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any]
@@ -92,11 +94,11 @@ class HiddenStateRecorder:
 
         def keep_states(_: torch.nn.Module, args: tuple[Any, ...], out: Any) -> None:
             for layer in self._spec.layers:
-                heard[f"layer.{layer}"].append(out.hidden_states[layer])
+                recorded[f"layer.{layer}"].append(out.hidden_states[layer])
 
         with contextlib.ExitStack() as hooks:
             handles = [
-                module.register_forward_hook(_keep_into(heard[name]))
+                module.register_forward_hook(_keep_into(recorded[name]))
                 for name, modules in self._projections.items()
                 for module in modules
             ]
@@ -105,15 +107,15 @@ class HiddenStateRecorder:
                 handles.append(self._model.register_forward_hook(keep_states))
             for handle in handles:
                 hooks.callback(handle.remove)
-            yield heard
+            yield recorded
 
 
 def projections(model: torch.nn.Module, block: int, width: int) -> list[torch.nn.Module]:
-    """The modules whose outputs, laid side by side, are queries, keys and values [B, L, 3 x width] of an
-    attention block (1 is the first).
+    """The modules whose outputs, concatenated, are queries, keys and values [B, L, 3 x width] of an attention
+    block (1 is the first).
 
-    Raises TeacherError where there are none that are known, more than one such block, or others than `width`
-    wide (grouped queries share narrower keys and values).
+    Raises TeacherError where the architecture is unknown, where it has several such blocks, and where the
+    projections are not `width` wide (grouped queries share narrower keys and values).
     """
     modules, kind = dict(model.named_modules()), type(model).__name__
     for place, parts in PLACES:
@@ -130,14 +132,14 @@ def projections(model: torch.nn.Module, block: int, width: int) -> list[torch.nn
             )
         return found
     raise TeacherError(
-        f"hidden.qkv: {kind} has its queries, keys and values of block {block} nowhere that is known.\n"
-        "Known are those of BERT, DistilBERT, Llama and GPT-2, and what is built like them. Keep "
-        "hidden.layers of this teacher, or take another."
+        f"hidden.qkv: the queries, keys and values of block {block} are not found in {kind}.\n"
+        "Known are BERT, DistilBERT, Llama, GPT-2 and models built like them. Keep hidden.layers of this "
+        "teacher, or take another one."
     )
 
 
 def principal_components(states_NW: npt.NDArray[np.float32], num: int) -> Basis:
-    """The mean and the `num` axes along which these states vary most: what they lose is least.
+    """The mean and the first `num` principal axes of these states [N, W] (PCA): they lose least.
 
     The mean squared distance of a state from mean + components @ axes is the sum of the eigenvalues of the
     covariance that are left out. An axis points where its largest number is positive.
@@ -151,10 +153,10 @@ def principal_components(states_NW: npt.NDArray[np.float32], num: int) -> Basis:
 
 
 def check_finite(
-    answer: npt.NDArray[np.float32], what: str, rows: Indices, names: Sequence[str] | None
+    output: npt.NDArray[np.float32], what: str, rows: Indices, names: Sequence[str] | None
 ) -> None:
-    """Raise TeacherError where an answer [N, ...] is no number: it names the first such row of `rows` [N]."""
-    finite = np.isfinite(answer).all(axis=1)
+    """Raise TeacherError where an output [N, ...] is not finite, with the first such row of `rows` [N]."""
+    finite = np.isfinite(output).all(axis=1)
     if finite.all():
         return
     row = rows[int(np.flatnonzero(~finite)[0])]
@@ -165,9 +167,9 @@ def check_finite(
     )
 
 
-def _keep_into(heard: list[torch.Tensor]) -> Callable[[torch.nn.Module, Any, torch.Tensor], None]:
+def _keep_into(recorded: list[torch.Tensor]) -> Callable[[torch.nn.Module, Any, torch.Tensor], None]:
     def keep(_: torch.nn.Module, args: Any, out: torch.Tensor) -> None:
-        heard.append(out)
+        recorded.append(out)
 
     return keep
 

@@ -15,7 +15,7 @@ from pipeline.config.teachers import Teacher
 from pipeline.data.inputs import Reader, read_inputs, student_reader
 from pipeline.data.rows import Rows, load_rows
 from pipeline.data.tokenizer import TextReader
-from pipeline.engines.language_model import LanguageHead
+from pipeline.engines.language_head import LanguageHead
 from pipeline.engines.loading import load_classifier, load_language_model
 from pipeline.evaluation.latency import latency
 from pipeline.objectives.language_model import LanguageModelScores, TeacherReference, score_documents

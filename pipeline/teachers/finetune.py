@@ -9,7 +9,7 @@ import torch
 from pipeline.config.teachers import TeacherTraining
 from pipeline.data.inputs import Inputs
 from pipeline.data.rows import Rows
-from pipeline.engines.classifier import infer_rows
+from pipeline.engines.inference import InferenceRequest, infer_rows
 from pipeline.engines.loading import ReadingSpec, load_classifier
 from pipeline.objectives.base import Validation
 from pipeline.objectives.registry import objective_of
@@ -103,5 +103,5 @@ class _Classifier(torch.nn.Module):
 
 def _validate(model: "PreTrainedModel", rows: Rows, tokens: Inputs, pad_id: int) -> Validation:
     chosen = rows.select("validation")
-    logits_NC = torch.from_numpy(infer_rows(model, tokens, chosen, pad_id, "float32").logits)
+    logits_NC = torch.from_numpy(infer_rows(model, InferenceRequest(tokens, chosen, pad_id)))
     return objective_of(rows.task).validate(logits_NC, torch.from_numpy(rows.truth[chosen]), None)

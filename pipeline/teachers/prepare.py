@@ -13,16 +13,18 @@ from pipeline.config.teachers import Teacher
 from pipeline.data.inputs import PixelReader, Reader, read_inputs
 from pipeline.data.rows import Rows, load_rows
 from pipeline.data.tokenizer import TOKENIZER_FILES, TextReader
-from pipeline.engines.language_model import LanguageHead, probability_mass, score_language_model
+from pipeline.engines.inference import InferenceRequest
+from pipeline.engines.language_head import LanguageHead
+from pipeline.engines.language_model import probability_mass
 from pipeline.engines.loading import OFFLINE, ReadingSpec, convert_gguf, load_classifier, load_language_model
-from pipeline.engines.masking import make_prompts
+from pipeline.engines.masking import teacher_tokens
 from pipeline.engines.sentence_encoder import embedding_spec
 from pipeline.runtime import hardware
 from pipeline.runtime.files import write_json
 from pipeline.runtime.progress import log
 from pipeline.teachers.finetune import fine_tune
 from pipeline.teachers.record import RECORD, teacher_labels
-from pipeline.teachers.scoring import extreme_rows, score_quality, try_extremes
+from pipeline.teachers.scoring import extreme_rows, score_language_model, score_quality, try_extremes
 from storage.disk import link
 from storage.errors import AssetError, TeacherError
 from storage.spec import ImageSpec
@@ -133,12 +135,13 @@ def _take_language_model(name: str, entry: Teacher, rows: Rows, source: Path, ou
     reader = TextReader(out, entry.max_length, entry.too_long)
     tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
     mask = mask_spec(rows.task, None)
-    read = make_prompts(rows.task, mask, tokens, rows.row_ids, reader.special)
+    read = teacher_tokens(rows.task, mask, tokens, rows.row_ids, reader.special)
     truth = tokens.ids if mask else np.roll(tokens.ids, -1)
     model = load_language_model(out, hardware.precision("auto"), rows.task_spec.auto_class)
     head = LanguageHead(model, min(reader.num_ids, model.config.get_text_config().vocab_size))
-    probability_mass(head, read, extreme_rows(tokens), reader.pad_id)
-    seen = score_language_model(head, read, truth, rows.select("test"), reader.pad_id)
+    request = InferenceRequest(read.tokens, rows.select("test"), reader.pad_id)
+    probability_mass(head, request._replace(rows=extreme_rows(tokens)), read.has_target)
+    seen = score_language_model(head, request, read.has_target, truth)
     record: dict[str, Any] = {
         "task": rows.task,
         "labels": [],

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.capture.identity import CAPTURE_VERSION, capture_identity
 from pipeline.config.caches import CacheEntry, Hidden
-from pipeline.engines.classifier import infer_rows
+from pipeline.engines.hidden_states import HiddenStateRecorder
+from pipeline.engines.inference import InferenceRequest, infer_rows
 from pipeline.engines.loading import load_classifier
 from pipeline.teachers.record import RECORD, teacher_reader
 from tests import toy
@@ -50,18 +51,18 @@ def captured(directory: Path) -> dict[str, Any]:
     reader = teacher_reader(directory)
     texts = toy.texts(6)
     tokens = reader.read(texts, texts)
-    said = infer_rows(
-        load_classifier(directory), tokens, np.arange(len(texts)), reader.pad_id, "float32", who.spec.hidden
-    )
+    model, rows = load_classifier(directory), np.arange(len(texts))
+    recorder = HiddenStateRecorder(model, who.spec.hidden, tokens.lengths, rows, texts)
+    logits = infer_rows(model, InferenceRequest(tokens, rows, reader.pad_id), recorder.record)
     return {
         "capture_version": CAPTURE_VERSION,
         "teacher": who.teacher.model_dump(),
         "tokenizer": who.tokenizer.model_dump(),
         "input_hashes": tokens.hashes().to_pylist(),
-        "logits": said.logits.astype(float).round(DIGITS).tolist(),
+        "logits": logits.astype(float).round(DIGITS).tolist(),
         "hidden": {
             name.removeprefix("layer."): states[:, :4].astype(float).round(DIGITS).tolist()
-            for name, states in said.hidden.items()
+            for name, states in recorder.found.items()
         },
     }
 

@@ -20,7 +20,7 @@ from pipeline.codecs.encoders import rounding_noise
 from pipeline.codecs.sparsify import sparsify
 from pipeline.data.counter_rng import Keys, row_words
 from pipeline.data.tokenizer import Tokens
-from pipeline.engines.masking import make_prompts
+from pipeline.engines.masking import teacher_tokens
 from storage import compact
 from storage.codecs import Threshold
 from storage.entries import Entries, concatenate, ends, ranges
@@ -95,9 +95,9 @@ def write(out: Path) -> None:
     """Both golden caches, below `out`."""
     lengths, read = np.array(LENGTHS, np.int32), tokens()
     tags = LogitRows(IDS, read.hashes(), lengths, logits(len(LABELS)), read.ids)
-    hidden = make_prompts("masked-lm", MASK, read, IDS, SPECIAL)
-    kept = entries(hidden.asked)
-    entropies = np.where(hidden.asked, entropy(logits(VOCAB).astype(np.float64)), 0)
+    hidden = teacher_tokens("masked-lm", MASK, read, IDS, SPECIAL)
+    kept = entries(hidden.has_target)
+    entropies = np.where(hidden.has_target, entropy(logits(VOCAB).astype(np.float64)), 0)
     a_row = np.add.reduceat(entropies, ends(LENGTHS)[:-1]).astype(np.float32)
     masked = EntryRows(IDS, hidden.tokens.hashes(), lengths, lengths, kept, hidden.tokens.ids, a_row)
     who = identity(task="token-classification")

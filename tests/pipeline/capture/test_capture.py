@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from pipeline.capture.capture import Captured, capture_cache, capture_summary
 from pipeline.config.teachers import Teacher, TeacherTraining
 from pipeline.data.prepare import prepare_dataset
-from pipeline.engines import loading
-from pipeline.engines.classifier import infer_rows
+from pipeline.engines import classifier
+from pipeline.engines.hidden_states import HiddenStateRecorder
+from pipeline.engines.inference import InferenceRequest, infer_rows
 from pipeline.engines.loading import load_classifier
 from pipeline.engines.model_files import teacher_identity
 from pipeline.teachers.prepare import prepare_teacher
@@ -109,18 +110,19 @@ def test_a_cache_holds_every_row_and_what_the_live_teacher_says(world: World) ->
     reader = teacher_reader(world.teacher)
     tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
     hidden = cache.identity.spec.hidden
-    said = infer_rows(
-        load_classifier(world.teacher), tokens, np.arange(180), reader.pad_id, "float32", hidden
-    )
+    assert hidden is not None
+    model, every_row = load_classifier(world.teacher), np.arange(180)
+    recorder = HiddenStateRecorder(model, hidden, tokens.lengths, every_row)
+    logits = infer_rows(model, InferenceRequest(tokens, every_row, reader.pad_id), recorder.record)
     place = {row: index for index, row in enumerate(rows.row_ids.to_pylist())}
     for shard in cache.shards:
         kept = cache.read(shard)
         where = [place[row] for row in kept.row_ids.to_pylist()]
-        assert kept.logits == pytest.approx(said.logits[where], abs=1e-5)
+        assert kept.logits == pytest.approx(logits[where], abs=1e-5)
         assert kept.num_tokens.tolist() == tokens.lengths[where].tolist()
         for layer in (1, 2):
             name = f"layer.{layer}"
-            assert cache.hidden(shard, name) == pytest.approx(said.hidden[name][where], abs=2e-3)
+            assert cache.hidden(shard, name) == pytest.approx(recorder.found[name][where], abs=2e-3)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -136,7 +138,7 @@ def test_a_capture_that_was_killed_anywhere_ends_in_the_same_bytes(
     shutil.rmtree(own.cache)
     assert own.capture().computed_rows == computed
     assert content(own.cache) == before
-    monkeypatch.setattr(loading, "load_classifier", no_teacher)
+    monkeypatch.setattr(classifier, "load_classifier", no_teacher)
     assert own.capture().computed_rows == 0
     assert content(own.cache) == before, "and sealing again, without the teacher, changes nothing"
 
@@ -172,7 +174,7 @@ def test_a_changed_spec_starts_clean_and_changing_back_computes_nothing(
 ) -> None:
     before = content(own.cache)
     assert own.capture(hidden=None).computed_rows == 180
-    monkeypatch.setattr(loading, "load_classifier", no_teacher)
+    monkeypatch.setattr(classifier, "load_classifier", no_teacher)
     assert own.capture(shard_rows=7).computed_rows == 0, "the size of shards is no part of what they say"
     assert own.capture().computed_rows == 0
     assert content(own.cache) == before
@@ -193,7 +195,7 @@ def test_a_teacher_whose_labels_are_not_the_datasets_is_refused_before_it_is_run
     own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change_json(own.teacher / RECORD, labels=["positive", "negative"])
-    monkeypatch.setattr(loading, "load_classifier", no_teacher)
+    monkeypatch.setattr(classifier, "load_classifier", no_teacher)
     with pytest.raises(TeacherError, match="not the dataset's labels, in its order"):
         own.capture()
 

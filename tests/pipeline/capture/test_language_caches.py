@@ -109,7 +109,7 @@ def test_a_killed_capture_goes_on_to_the_same_bytes_and_loads_no_teacher_for_not
     captured = prose.capture()
     assert 0 < captured.computed_rows <= 16
     assert content(prose.cache) == before
-    monkeypatch.setattr("pipeline.engines.loading.load_language_model", no_teacher)
+    monkeypatch.setattr("pipeline.engines.language_model.load_language_model", no_teacher)
     assert prose.capture().computed_rows == 0
 
 

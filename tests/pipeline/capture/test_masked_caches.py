@@ -118,7 +118,7 @@ def test_a_killed_capture_goes_on_to_the_same_bytes_and_loads_no_teacher_for_not
     shutil.rmtree(own.cache)
     assert 0 < own.capture().computed_rows <= 16
     assert content(own.cache) == before
-    monkeypatch.setattr("pipeline.engines.loading.load_language_model", no_teacher)
+    monkeypatch.setattr("pipeline.engines.language_model.load_language_model", no_teacher)
     assert own.capture().computed_rows == 0
     assert content(own.cache) == before
 
@@ -150,8 +150,8 @@ def test_another_mask_is_another_cache_and_found_by_the_replay_where_that_is_for
 def test_frequent_ids_are_told_by_as_many_targets_as_of_other_language_models(made: Project) -> None:
     rows, spec = made.rows(), Cache.open(made.cache).identity.spec
     about = engine_inputs(made.teacher, spec, teacher_reader(made.teacher), rows)
-    assert about.prompts.asked.sum() > 60
-    assert 15 < engine_for(about).mass(20).sum() < 40, "about so many"
+    assert about.read.has_target.sum() > 60
+    assert 15 < engine_for(about).probability_mass(20).sum() < 40, "about so many"
 
 
 def change_weights(own: Project) -> None:

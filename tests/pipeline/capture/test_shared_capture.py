@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.capture.capture import Captured, capture_cache
-from pipeline.engines import loading
+from pipeline.engines import classifier
 from storage.location import Url
 from storage.shared_store import SharedStore
 from tests.pipeline.capture.test_capture import content, no_teacher
@@ -23,6 +23,6 @@ def test_a_second_machine_seals_the_same_cache_without_the_teacher(
         return capture_cache("toy", world.entry(), world.dataset, world.teacher, out, store)
 
     assert seal("one").computed_rows == 180
-    monkeypatch.setattr(loading, "load_classifier", no_teacher)
+    monkeypatch.setattr(classifier, "load_classifier", no_teacher)
     assert seal("two").computed_rows == 0
     assert content(tmp_path / "cache-one") == content(tmp_path / "cache-two") == content(world.cache)

@@ -136,7 +136,7 @@ def test_appended_rows_keep_the_table_of_frequent_ids_and_the_old_shards(own: Wo
 
 def test_nothing_missing_loads_no_teacher(own: World, monkeypatch: pytest.MonkeyPatch) -> None:
     own.capture(**chosen("threshold"))
-    monkeypatch.setattr("pipeline.engines.loading.load_classifier", no_teacher)
+    monkeypatch.setattr("pipeline.engines.classifier.load_classifier", no_teacher)
     assert own.capture(**chosen("threshold")).computed_rows == 0
 
 

@@ -154,7 +154,7 @@ def test_a_replay_finds_states_that_the_teacher_never_had(own: World, wanted: di
     assert who.spec.hidden is not None
     rows, reader = own.rows(), teacher_reader(own.teacher)
     asked = engine_inputs(own.teacher, who.spec, reader, rows)
-    said = engine_for(asked).ask(np.arange(len(rows.row_ids)))
+    said = engine_for(asked).answer(np.arange(len(rows.row_ids)))
     assert isinstance(said.kept, LogitRows)
     bases = {name: principal_components(said.hidden[name], 4) for name in who.spec.hidden.component_names}
     basis = store.keep_basis(who, bases) if bases else None

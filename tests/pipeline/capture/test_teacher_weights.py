@@ -69,7 +69,7 @@ def test_adding_changing_and_removing_weights_seals_again_without_the_teacher(
     prose: Prose, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, plain = content(prose.cache), Cache.open(prose.cache)
-    monkeypatch.setattr("pipeline.engines.loading.load_language_model", no_teacher)
+    monkeypatch.setattr("pipeline.engines.language_model.load_language_model", no_teacher)
     assert seal(prose, 1).computed_rows == 0
     with_weights = Cache.open(prose.cache)
     assert with_weights.identity == plain.identity
@@ -143,7 +143,7 @@ def test_teachers_of_another_kind_are_refused_before_they_are_asked(
     shutil.rmtree(prose.root / "store")
     before = content(prose.cache)
     change(prose.teacher)
-    monkeypatch.setattr("pipeline.engines.loading.load_language_model", no_teacher)
+    monkeypatch.setattr("pipeline.engines.language_model.load_language_model", no_teacher)
     with pytest.raises(TeacherError, match=reason) as refused:
         seal(prose, 1)
     assert "layers 0 to" in reason or "Supported is model_type llama with the tensors" in str(refused.value)

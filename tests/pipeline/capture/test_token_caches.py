@@ -103,7 +103,7 @@ def test_a_killed_capture_goes_on_to_the_same_bytes_and_loads_no_teacher_for_not
     shutil.rmtree(own.cache)
     assert 0 < own.capture().computed_rows <= 16
     assert content(own.cache) == before
-    monkeypatch.setattr("pipeline.engines.loading.load_classifier", no_teacher)
+    monkeypatch.setattr("pipeline.engines.classifier.load_classifier", no_teacher)
     assert own.capture().computed_rows == 0
     assert content(own.cache) == before
 
@@ -196,7 +196,7 @@ def test_outputs_in_another_order_are_scored_by_name_and_refused_by_the_capture(
     record = own.make_teacher()
     assert record["labels"] == list(TAGS[::-1])
     assert record["accuracy"]["test"] != score, "the same outputs under other names"
-    monkeypatch.setattr("pipeline.engines.loading.load_classifier", no_teacher)
+    monkeypatch.setattr("pipeline.engines.classifier.load_classifier", no_teacher)
     with pytest.raises(TeacherError, match="not the dataset's labels, in its order"):
         own.capture()
 

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.capture import dask_cluster, shards, worker
+from pipeline.capture import dask_cluster, worker
 from pipeline.capture.capture import capture_cache
 from pipeline.capture.shards import answer_and_write
 from pipeline.capture.worker import CaptureJob, PlannedShard, compute_shard
 from pipeline.config.caches import CacheEntry
 from pipeline.config.params import Workers
-from pipeline.engines import classifier, loading
+from pipeline.engines import classifier
 from pipeline.engines.loading import load_classifier
 from storage.errors import SpecMismatch
 from storage.writer import Store, StoredShard
@@ -31,7 +31,7 @@ from tests.pipeline.prose import Prose
 @pytest.fixture(autouse=True)
 def _no_worker_any_more() -> Iterator[None]:
     yield
-    _state = None
+    worker._state = None
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_a_worker_loads_the_teacher_once(
     job, shard = assigned
     loads, load = [], load_classifier
     monkeypatch.setattr(
-        loading, "load_classifier", lambda *args, **named: loads.append(args) or load(*args, **named)
+        classifier, "load_classifier", lambda *args, **named: loads.append(args) or load(*args, **named)
     )
     for _ in range(2):
         compute_shard(*pickle.loads(pickle.dumps((job, shard.key, shard.rows))))
@@ -118,7 +118,7 @@ def test_a_worker_works_on_one_shard_at_a_time_whatever_threads_dask_gives_it(
         inside[0] -= 1
         return ask(*arguments, **named)
 
-    monkeypatch.setattr(shards, "answer_and_write", watch)
+    monkeypatch.setattr(worker, "answer_and_write", watch)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compute_shard, [job] * 2, [shard.key] * 2, [shard.rows] * 2))
     assert most == [1]

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from pipeline.capture.identity import capture_identity
 from pipeline.config.caches import CacheEntry, Hidden
 from pipeline.data.tokenizer import TextReader, Tokens
-from pipeline.engines.classifier import TOKENS_PER_BATCH, batches_by_length, infer_rows
+from pipeline.engines.hidden_states import HiddenStateRecorder
+from pipeline.engines.inference import TOKENS_PER_BATCH, InferenceRequest, batches_by_length, infer_rows
 from pipeline.engines.loading import load_classifier
 from pipeline.teachers.record import teacher_reader
 from storage.errors import TeacherError
@@ -46,29 +47,32 @@ def test_batched_answers_are_those_of_single_rows_in_their_order(
     monkeypatch.setitem(TOKENS_PER_BATCH, "cpu", 64)
     seen: list[int] = []
     rows = everything(len(TEXTS))[::-1].copy()
-    together = infer_rows(model, tokens, rows, reader.pad_id, "float32", hidden, advance=seen.append)
+    recorder = HiddenStateRecorder(model, hidden, tokens.lengths[rows], rows)
+    request = InferenceRequest(tokens, rows, reader.pad_id, advance=seen.append)
+    together = infer_rows(model, request, recorder.record)
     assert sum(seen) == len(TEXTS)
     assert max(seen) > 1
     with torch.inference_mode():
         for place, row in enumerate(rows):
             ids = torch.from_numpy(tokens.row(row).astype(np.int64))[None]
             alone = model(input_ids=ids, output_hidden_states=True)
-            assert together.logits[place] == pytest.approx(alone.logits[0].numpy(), abs=1e-5)
+            assert together[place] == pytest.approx(alone.logits[0].numpy(), abs=1e-5)
             for layer in (0, 2):
                 mean = alone.hidden_states[layer][0].mean(0).numpy()
-                assert together.hidden[f"layer.{layer}"][place] == pytest.approx(mean, abs=1e-5)
+                assert recorder.found[f"layer.{layer}"][place] == pytest.approx(mean, abs=1e-5)
 
 
 def test_the_first_tokens_state_is_that_of_transformers(world: World) -> None:
     reader, tokens = read(world.teacher)
     model = load_classifier(world.teacher)
     hidden = HiddenSpec(layers=(1,), pool="first", width=16, dtype="float32")
-    said = infer_rows(model, tokens, everything(5), reader.pad_id, "float32", hidden)
+    recorder = HiddenStateRecorder(model, hidden, tokens.lengths[:5], everything(5))
+    infer_rows(model, InferenceRequest(tokens, everything(5), reader.pad_id), recorder.record)
     with torch.inference_mode():
         for row in range(5):
             ids = torch.from_numpy(tokens.row(row).astype(np.int64))[None]
             state = model(input_ids=ids, output_hidden_states=True).hidden_states[1][0, 0]
-            assert said.hidden["layer.1"][row] == pytest.approx(state.numpy(), abs=1e-5)
+            assert recorder.found["layer.1"][row] == pytest.approx(state.numpy(), abs=1e-5)
 
 
 def test_an_answer_that_is_no_number_names_the_row(world: World) -> None:
@@ -78,11 +82,12 @@ def test_an_answer_that_is_no_number_names_the_row(world: World) -> None:
     with torch.no_grad():
         model.bert.embeddings.word_embeddings.weight[word] = float("nan")
     poisoned = {TEXTS[i] for i in range(len(TEXTS)) if word in tokens.row(i)}
+    request = InferenceRequest(tokens, everything(len(TEXTS)), reader.pad_id, row_ids=TEXTS)
     with pytest.raises(TeacherError, match="are not finite") as refused:
-        infer_rows(model, tokens, everything(len(TEXTS)), reader.pad_id, "float32", names=TEXTS)
+        infer_rows(model, request)
     assert any(f"row {text} are" in str(refused.value) for text in poisoned)
     clean = np.array([i for i in range(len(TEXTS)) if TEXTS[i] not in poisoned])
-    infer_rows(model, tokens, clean, reader.pad_id, "float32", names=TEXTS)
+    infer_rows(model, request._replace(rows=clean))
 
 
 def test_hidden_states_of_a_decoder_can_be_asked_for(tmp_path: Path) -> None:

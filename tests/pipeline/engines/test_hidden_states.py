@@ -1,4 +1,4 @@
-"""What is overheard of a teacher is what it thinks: against live models, by architecture."""
+"""Recorded hidden states, queries, keys and values are those of live models, by architecture."""
 
 from typing import Any
 
@@ -106,9 +106,9 @@ def test_queries_keys_and_values_are_those_computed_by_hand_from_the_state_befor
 ) -> None:
     """From the weights and hidden_states of each row read alone: no padding, no hooks."""
     model, (ids_BL, mask_BL) = random_weights(make()), batch()
-    heard = HiddenStateRecorder(model, spec(), LENGTHS, np.arange(2))
+    recorder = HiddenStateRecorder(model, spec(), LENGTHS, np.arange(2))
     with torch.inference_mode():
-        with heard.hear(np.arange(2), {"attention_mask": mask_BL}):
+        with recorder.record(np.arange(2), {"attention_mask": mask_BL}):
             model(input_ids=ids_BL, attention_mask=mask_BL.long())
         first = 0
         for ids, length in zip(ids_BL, LENGTHS, strict=True):
@@ -116,25 +116,25 @@ def test_queries_keys_and_values_are_those_computed_by_hand_from_the_state_befor
             own = slice(first, first + length)
             for layer in (0, 2):
                 expected = alone[layer][0].numpy()
-                assert heard.found[f"layer.{layer}"][own] == pytest.approx(expected, abs=2e-5)
+                assert recorder.found[f"layer.{layer}"][own] == pytest.approx(expected, abs=2e-5)
             for block in (1, 2):
                 expected = by_hand(model, alone[block - 1][0], block).numpy()
-                assert heard.found[f"qkv.{block}"].shape == (8, 3 * W)
-                assert heard.found[f"qkv.{block}"][own] == pytest.approx(expected, abs=2e-5)
+                assert recorder.found[f"qkv.{block}"].shape == (8, 3 * W)
+                assert recorder.found[f"qkv.{block}"][own] == pytest.approx(expected, abs=2e-5)
             first += length
 
 
 def test_no_hook_is_left_behind_and_nothing_is_asked_for_without_one() -> None:
     model, (ids_BL, mask_BL) = bert().eval(), batch()
-    heard = HiddenStateRecorder(model, spec(), LENGTHS, np.arange(2))
+    recorder = HiddenStateRecorder(model, spec(), LENGTHS, np.arange(2))
     with (
         pytest.raises(RuntimeError, match="on the way"),
-        heard.hear(np.arange(2), {"attention_mask": mask_BL}),
+        recorder.record(np.arange(2), {"attention_mask": mask_BL}),
     ):
         raise RuntimeError("on the way")
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert model(input_ids=ids_BL).hidden_states is None
-    assert not heard.found
+    assert not recorder.found
 
 
 def test_architectures_that_are_not_known_are_refused_by_name() -> None:
@@ -143,7 +143,7 @@ def test_architectures_that_are_not_known_are_refused_by_name() -> None:
             vocab_size=V, hidden_size=W, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
         )
     )
-    with pytest.raises(TeacherError, match="GPTNeoXForCausalLM has its queries, keys and values of block 1"):
+    with pytest.raises(TeacherError, match="block 1 are not found in GPTNeoXForCausalLM"):
         projections(unknown, 1, W)
 
 
@@ -154,7 +154,7 @@ def test_grouped_queries_are_refused_with_their_widths() -> None:
 
 def test_a_model_with_two_stacks_of_such_blocks_is_refused() -> None:
     two = torch.nn.ModuleList([bert(), bert()])
-    with pytest.raises(TeacherError, match="nowhere that is known"):
+    with pytest.raises(TeacherError, match="are not found in ModuleList"):
         projections(two, 1, W)
 
 
@@ -162,11 +162,11 @@ def test_a_state_that_is_no_number_names_the_row() -> None:
     model, (ids_BL, mask_BL) = random_weights(bert()), batch()
     with torch.no_grad():
         model.bert.embeddings.word_embeddings.weight[int(ids_BL[1, 2])] = float("nan")
-    heard = HiddenStateRecorder(model, spec(), LENGTHS, np.array([7, 8]), [f"row{i}" for i in range(9)])
+    recorder = HiddenStateRecorder(model, spec(), LENGTHS, np.array([7, 8]), [f"row{i}" for i in range(9)])
     with (
         pytest.raises(TeacherError, match=r"hidden state layer\.0 for row row8 are not finite"),
         torch.inference_mode(),
-        heard.hear(np.arange(2), {"attention_mask": mask_BL}),
+        recorder.record(np.arange(2), {"attention_mask": mask_BL}),
     ):
         model(input_ids=ids_BL, attention_mask=mask_BL.long())
 

@@ -20,8 +20,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from pipeline.engines import language_model
-from pipeline.engines.language_model import CHUNK_BYTES, LanguageHead
+from pipeline.engines import language_head
+from pipeline.engines.language_head import CHUNK_BYTES, LanguageHead
 from pipeline.streaming.model_inputs import for_transformers
 from storage.errors import TeacherError
 
@@ -109,10 +109,10 @@ def test_padding_of_the_vocabulary_is_cut_off() -> None:
 @torch.inference_mode()
 def test_an_unknown_treatment_of_logits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The guard: a soft-cap that is not known about is found by comparison, before anything is captured."""
-    monkeypatch.setattr(language_model, "_behind_the_head", lambda config: lambda logits: logits)
+    monkeypatch.setattr(language_head, "_behind_the_head", lambda config: lambda logits: logits)
     torch.manual_seed(0)
     head = LanguageHead(ARCHITECTURES["cohere, logit scale"]().eval(), V)
-    with pytest.raises(TeacherError, match="not known here"):
+    with pytest.raises(TeacherError, match="unknown here"):
         head.check(*batch())
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pipeline.data import counter_rng
 from pipeline.data.tokenizer import Tokens
 from pipeline.engines import masking
-from pipeline.engines.masking import Prompts, make_prompts
+from pipeline.engines.masking import TeacherTokens, teacher_tokens
 from storage.entries import ends
 from storage.errors import TeacherError
 from storage.spec import Mask
@@ -25,14 +25,14 @@ def tokens(rows: list[list[int]]) -> Tokens:
 
 def masked(
     rows: list[list[int]], share: float = 0.15, seed: int = 0, names: list[int] | None = None
-) -> Prompts:
+) -> TeacherTokens:
     """These rows as they are read, row `i` being called `names[i]`."""
     ids = pa.array([row_name(i) for i in (range(len(rows)) if names is None else names)])
-    return make_prompts("masked-lm", Mask(share=share, seed=seed), tokens(rows), ids, SPECIAL)
+    return teacher_tokens("masked-lm", Mask(share=share, seed=seed), tokens(rows), ids, SPECIAL)
 
 
-def by_row(found: Prompts) -> list[list[bool]]:
-    return [part.tolist() for part in np.split(found.asked, found.tokens.offsets[1:-1])]
+def by_row(found: TeacherTokens) -> list[list[bool]]:
+    return [part.tolist() for part in np.split(found.has_target, found.tokens.offsets[1:-1])]
 
 
 @given(ROWS, st.floats(0.01, 1), st.integers(0, 3))
@@ -45,8 +45,8 @@ def test_a_share_of_the_tokens_that_are_not_special_is_masked(
         assert sum(asked) == min(num_open, max(1, round(share * num_open)))
         assert not any(a for a, i in zip(asked, row, strict=True) if i <= 4)
     before = tokens(rows).ids
-    assert (found.tokens.ids == np.where(found.asked, SPECIAL["mask_token"], before)).all()
-    assert (before != SPECIAL["mask_token"])[found.asked].all()
+    assert (found.tokens.ids == np.where(found.has_target, SPECIAL["mask_token"], before)).all()
+    assert (before != SPECIAL["mask_token"])[found.has_target].all()
 
 
 @given(ROWS, st.randoms(use_true_random=False), st.integers(1, 5))
@@ -91,11 +91,11 @@ def test_what_a_codec_draws_at_a_masked_position_does_not_know_that_it_was_chose
 )
 def test_other_tasks_read_what_there_is(task: str, asked: list[int]) -> None:
     rows = tokens([[5, 6, 7], [8]])
-    found = make_prompts(task, None, rows, pa.array([row_name(0), row_name(1)]), SPECIAL)  # type: ignore[arg-type]
-    assert found.asked.tolist() == [bool(a) for a in asked]
+    found = teacher_tokens(task, None, rows, pa.array([row_name(0), row_name(1)]), SPECIAL)  # type: ignore[arg-type]
+    assert found.has_target.tolist() == [bool(a) for a in asked]
     assert found.tokens is rows
 
 
 def test_a_tokenizer_without_a_mask_is_refused() -> None:
     with pytest.raises(TeacherError, match="no mask_token"):
-        make_prompts("masked-lm", Mask(share=0.1, seed=0), tokens([[5]]), pa.array([row_name(0)]), {})
+        teacher_tokens("masked-lm", Mask(share=0.1, seed=0), tokens([[5]]), pa.array([row_name(0)]), {})

@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from pipeline.data.tokenizer import Tokens
-from pipeline.engines import language_model as language
-from pipeline.engines.masking import Prompts
+from pipeline.engines import language_head
+from pipeline.engines.inference import InferenceRequest
+from pipeline.engines.language_model import infer_entries
 from pipeline.streaming.model_inputs import input_tensors
 from storage.codecs import Threshold
 
@@ -32,12 +33,13 @@ def held(field):
 def growth(rows, length):
     ids = np.random.default_rng(0).integers(0, {V}, rows * length).astype(np.int32)
     tokens = Tokens(ids, np.arange(rows + 1) * length, 0)
-    asked = Prompts(tokens, np.arange(rows * length) % length < length - 1)
+    has_target = np.arange(rows * length) % length < length - 1
     names, codec = [f"{{row:032x}}" for row in range(rows)], Threshold(layout="plain", tau=0.07, seed=0)
+    request = InferenceRequest(tokens, np.arange(rows), 0, row_ids=names)
     Path("{CLEAR}").write_text("5")
     before = held("VmRSS")
     head.check(input_tensors(tokens.padded(np.arange(rows), 0)))
-    entries, _ = language.infer_entries(head, asked, np.arange(rows), 0, codec, names)
+    entries, _ = infer_entries(head, request, has_target, codec)
     return held("VmHWM") - before, int((entries.counts > 0).sum())
 
 torch.manual_seed(0)
@@ -45,13 +47,13 @@ config = LlamaConfig(
     vocab_size={V}, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
     max_position_embeddings=2048, initializer_range=1.0,
 )
-head = language.LanguageHead(LlamaForCausalLM(config).eval(), {V})
-language.TOKENS_PER_BATCH["cpu"] = 4 * 1025
+head = language_head.LanguageHead(LlamaForCausalLM(config).eval(), {V})
+language_head.TOKENS_PER_BATCH["cpu"] = 4 * 1025
 batches, states = [], head.states
 head.states = lambda inputs: batches.append(inputs["attention_mask"].sum().item()) or states(inputs)
 in_chunks, positions = growth(4, 1025)
 in_one_batch = 4 * 1025 in batches
-language.CHUNK_BYTES["cpu"] = 2**40
+language_head.CHUNK_BYTES["cpu"] = 2**40
 whole, few = growth(1, {POSITIONS // 8 + 1})
 print(json.dumps([in_chunks, positions, in_one_batch, whole, few]))
 """

@@ -72,7 +72,7 @@ def live(world: World, rows: Rows) -> torch.Tensor:
     """What the teacher in memory says of these rows."""
     reader = teacher_reader(world.teacher)
     spec = Cache.open(world.cache).identity.spec
-    kept = engine_for(engine_inputs(world.teacher, spec, reader, rows)).ask(np.arange(len(rows.row_ids)))
+    kept = engine_for(engine_inputs(world.teacher, spec, reader, rows)).answer(np.arange(len(rows.row_ids)))
     return torch.from_numpy(kept.kept.logits)
 
 
