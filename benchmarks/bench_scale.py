@@ -21,7 +21,7 @@ import common
 import numpy as np
 import pyarrow as pa
 
-from pipeline.capture.plan import cut_into_shards, unfinished_shards
+from pipeline.capture.shard_keys import cut_into_shards, unfinished_shards
 from storage import Cache, manifest, order
 from storage.checksums import file_entry
 from storage.codecs import Threshold

@@ -2,7 +2,9 @@
 
 from functools import partial
 
-from pipeline.capture.capture import capture_cache, capture_summary
+from pipeline.capture.capture import capture_cache
+from pipeline.capture.job import CaptureJob
+from pipeline.capture.seal import capture_summary
 from pipeline.config.load import load_params, pick_entry
 from pipeline.runtime.files import write_json
 from stages import cli, paths
@@ -14,19 +16,18 @@ def main(name: str) -> None:
     """Capture one cache."""
     params = load_params()
     entry = pick_entry(params.caches, "caches", name)
-    teacher = paths.TEACHERS / entry.teacher
-    captured = capture_cache(
-        name,
-        entry,
-        paths.DATA / entry.dataset,
-        teacher,
-        paths.CACHES / name,
-        open_store(paths.STORE, params.workers.store),
+    job = CaptureJob(
+        name=name,
+        entry=entry,
+        dataset=paths.DATA / entry.dataset,
+        teacher=paths.TEACHERS / entry.teacher,
+        out=paths.CACHES / name,
+        store=open_store(paths.STORE, params.workers.store),
         before_teacher=partial(check_not_done_elsewhere, f"cache@{name}", name),
         workers=params.workers,
     )
-    summary = capture_summary(name, entry, captured, teacher)
-    write_json(summary, paths.CAPTURE / f"{name}.json")
+    captured = capture_cache(job)
+    write_json(capture_summary(job, captured), paths.CAPTURE / f"{name}.json")
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def test_dask_is_imported_where_a_capture_is_not_inline_and_nowhere_else() -> No
     importers = {
         name for name, path in modules().items() if "pipeline.capture.dask_cluster" in imported(path)
     }
-    assert importers == {"pipeline.capture.capture"}
+    assert importers == {"pipeline.capture.answer"}
     code = "import sys, stages.cache; sys.exit(bool({'dask', 'distributed'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 

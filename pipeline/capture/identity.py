@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from pipeline.config.caches import CacheEntry, Hidden, mask_spec
 from pipeline.config.tasks import TASKS
@@ -19,28 +20,19 @@ LAYERS_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 WIDTH_KEYS = ("hidden_size", "dim", "n_embd", "d_model")
 
 
-def capture_identity(
-    entry: CacheEntry,
-    teacher: Path,
-    ranks: Sha256 | None = None,
-    basis: Sha256 | None = None,
-) -> Identity:
-    """Who will be asked, and what will be kept. Reads the teacher's files, loads no model.
-
-    `ranks` is the fingerprint of a compact layout's table of frequent ids, `basis` that of the axes of hidden
-    states as principal components.
-    """
+def capture_identity(entry: CacheEntry, teacher: Path) -> Identity:
+    """The teacher, tokenizer and spec of a cache, without fitted tables. Reads files, loads no model."""
     record = teacher_record(teacher)
     reader, how = teacher_reader(teacher), reading_spec(teacher)
     spec = Spec(
         task=record["task"],
         labels=tuple(record["labels"]),
         vocab_size=record.get("vocab_size"),
-        codec=entry.targets.spec(ranks),
+        codec=entry.targets.spec(None),
         max_length=reader.max_length,
         too_long=record["too_long"],
         precision=hardware.precision(entry.precision),
-        hidden=_hidden_spec(entry.hidden, record["task"], teacher, basis),
+        hidden=_hidden_spec(entry.hidden, record["task"], teacher),
         mask=mask_spec(record["task"], entry.mask),
         image=how if isinstance(how, ImageSpec) else None,
         embedding=how if isinstance(how, EmbeddingSpec) else None,
@@ -53,7 +45,21 @@ def capture_identity(
     )
 
 
-def _hidden_spec(entry: Hidden | None, task: Task, teacher: Path, basis: Sha256 | None) -> HiddenSpec | None:
+def with_tables(bare: Identity, ranks: Sha256 | None, basis: Sha256 | None) -> Identity:
+    """The identity of a cache whose spec names these fitted tables, by their fingerprints.
+
+    `ranks` belongs to a compact layout, `basis` to hidden states as principal components; where the spec has
+    no use for one, it is left out.
+    """
+    spec, changes = bare.spec, dict[str, Any]()
+    if spec.sparse is not None and spec.ranked:
+        changes["codec"] = spec.sparse.model_copy(update={"ranks": ranks})
+    if spec.hidden is not None and spec.hidden.pca is not None:
+        changes["hidden"] = spec.hidden.model_copy(update={"basis": basis})
+    return bare.model_copy(update={"spec": spec.model_copy(update=changes)})
+
+
+def _hidden_spec(entry: Hidden | None, task: Task, teacher: Path) -> HiddenSpec | None:
     if entry is None:
         return None
     if TASKS[task].inputs == "images":
@@ -85,5 +91,4 @@ def _hidden_spec(entry: Hidden | None, task: Task, teacher: Path, basis: Sha256 
         )
     return HiddenSpec(
         layers=entry.layers, pool=entry.pool, width=width, dtype=entry.dtype, qkv=entry.qkv, pca=entry.pca,
-        basis=basis,
     )  # fmt: skip

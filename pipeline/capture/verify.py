@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.capture.identity import capture_identity
+from pipeline.capture.identity import capture_identity, with_tables
 from pipeline.capture.teacher_weights import check_weights
 from pipeline.config.caches import CacheEntry
 from pipeline.data.rows import Rows, load_rows
@@ -48,7 +48,7 @@ def verify_cache(name: str, cache: Cache, entry: CacheEntry, dataset: Path, teac
     codec = cache.identity.spec.sparse
     ranks = None if codec is None else codec.ranks  # any table of frequent ids is good
     basis = None if cache.identity.spec.hidden is None else cache.identity.spec.hidden.basis  # and any basis
-    expected = capture_identity(entry, teacher, ranks, basis)
+    expected = with_tables(capture_identity(entry, teacher), ranks, basis)
     if entry.precision == "auto":  # captured elsewhere, perhaps: its own word for its precision is good
         spec = expected.spec.model_copy(update={"precision": cache.identity.spec.precision})
         expected = expected.model_copy(update={"spec": spec})

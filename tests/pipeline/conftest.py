@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import pytest
 from accelerate.state import AcceleratorState
 
-from pipeline.capture.capture import Captured, capture_cache
+from pipeline.capture.capture import capture_cache
+from pipeline.capture.job import Captured, CaptureJob
 from pipeline.capture.verify import verify_cache
 from pipeline.config.caches import CacheEntry
 from pipeline.config.load import load_params
@@ -65,9 +66,14 @@ class World(NamedTuple):
     def make_teacher(self) -> dict[str, Any]:
         return prepare_teacher("tiny", self.params.teachers["tiny"], self.dataset, self.teacher)
 
+    def job(self, **changes: Any) -> CaptureJob:
+        """The capture of its cache; `changes` are to the entry of params.yaml."""
+        entry = self.entry(**changes)
+        return CaptureJob("toy", entry, self.dataset, self.teacher, self.cache, self.store)
+
     def capture(self, **changes: Any) -> Captured:
         """Seal the cache; `changes` are to its entry of params.yaml."""
-        return capture_cache("toy", self.entry(**changes), self.dataset, self.teacher, self.cache, self.store)
+        return capture_cache(self.job(**changes))
 
     def entry(self, **changes: Any) -> CacheEntry:
         return self.params.caches["toy"].model_copy(update={"precision": "float32", **changes})

@@ -17,7 +17,8 @@ import dask
 import psutil
 from distributed.utils import get_mp_context
 
-from pipeline.capture.capture import Captured, capture_cache
+from pipeline.capture.capture import capture_cache
+from pipeline.capture.job import Captured, CaptureJob
 from pipeline.config.params import Workers
 from pipeline.runtime import hardware
 from tests import toy
@@ -46,9 +47,8 @@ def local(processes: int, **changes: Any) -> Workers:
 def compute(world: World, workers: Workers = INLINE, **changes: Any) -> Captured:
     """Capture in many small shards."""
     entry = world.entry(**{"shard_rows": SHARD_ROWS} | changes)
-    return capture_cache(
-        "toy", entry, world.dataset, world.teacher, world.cache, world.store, workers=workers
-    )
+    job = CaptureJob("toy", entry, world.dataset, world.teacher, world.cache, world.store, workers=workers)
+    return capture_cache(job)
 
 
 def forget(world: World) -> None:

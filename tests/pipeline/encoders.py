@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any, Self
 
-from pipeline.capture.capture import Captured, capture_cache
+from pipeline.capture.capture import capture_cache
+from pipeline.capture.job import Captured, CaptureJob
 from pipeline.capture.verify import verify_cache
 from pipeline.config.caches import CacheEntry
 from pipeline.config.datasets import Dataset
@@ -103,10 +104,12 @@ class Project:
             entry["targets"] = {"codec": "threshold", "tau": 0.1}
         return CacheEntry.model_validate(entry | changes)
 
+    def job(self, **changes: Any) -> CaptureJob:
+        store, entry = Store(self.root / "store"), self.entry(**changes)
+        return CaptureJob("toy", entry, self.dataset, self.teacher, self.cache, store)
+
     def capture(self, **changes: Any) -> Captured:
-        store = Store(self.root / "store")
-        entry = self.entry(**changes)
-        return capture_cache("toy", entry, self.dataset, self.teacher, self.cache, store)
+        return capture_cache(self.job(**changes))
 
     def check(self, **changes: Any) -> dict[str, Any]:
         entry = self.entry(**changes)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline.capture.capture import Captured, capture_cache
+from pipeline.capture.capture import capture_cache
+from pipeline.capture.job import Captured, CaptureJob
 from pipeline.capture.verify import verify_cache
 from pipeline.config.caches import CacheEntry
 from pipeline.config.datasets import Dataset
@@ -82,8 +83,8 @@ class Prose:
         )
 
     def capture(self, **targets: Any) -> Captured:
-        store = Store(self.root / "store")
-        return capture_cache("prose", self.entry(**targets), self.dataset, self.teacher, self.cache, store)
+        store, entry = Store(self.root / "store"), self.entry(**targets)
+        return capture_cache(CaptureJob("prose", entry, self.dataset, self.teacher, self.cache, store))
 
     def check(self, **targets: Any) -> dict[str, Any]:
         entry = self.entry(**targets)

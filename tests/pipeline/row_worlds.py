@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.capture.capture import Captured, capture_cache
+from pipeline.capture.capture import capture_cache
+from pipeline.capture.job import Captured, CaptureJob
 from pipeline.capture.verify import verify_cache
 from pipeline.config.caches import CacheEntry
 from pipeline.config.datasets import Dataset
@@ -65,7 +66,7 @@ class World:
 
     def capture(self) -> Captured:
         store = Store(self.root / "store")
-        return capture_cache("toy", self.caching(), self.dataset, self.teacher, self.cache, store)
+        return capture_cache(CaptureJob("toy", self.caching(), self.dataset, self.teacher, self.cache, store))
 
     def check(self) -> dict[str, Any]:
         """Verify it, and keep the record where runs look for it."""

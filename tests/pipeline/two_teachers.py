@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.capture.capture import capture_cache
+from pipeline.capture.job import CaptureJob
 from pipeline.config.caches import MixtureEntry
 from pipeline.config.params import RunInputs
 from pipeline.streaming.verified import make_mixture
@@ -36,7 +37,9 @@ class Two(World):
         entry = self.params.teachers["tiny"].model_copy(update={"model": str(self.root / f"model-{name}")})
         teacher = self.root / f"teacher-{name}"
         prepare_teacher(name, entry, self.dataset, teacher)
-        capture_cache(name, self.entry(**changes), self.dataset, teacher, self.caches / name, self.store)
+        capture_cache(
+            CaptureJob(name, self.entry(**changes), self.dataset, teacher, self.caches / name, self.store)
+        )
         cache = Cache.open(self.caches / name)
         (self.records / f"{name}.json").write_text(json.dumps({"manifest": cache.manifest_sha256}))
         return cache

@@ -16,7 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pipeline.capture.capture import Captured, capture_cache, capture_summary
+from pipeline.capture.capture import capture_cache
+from pipeline.capture.job import Captured, CaptureJob
+from pipeline.capture.seal import capture_summary
 from pipeline.config.teachers import Teacher, TeacherTraining
 from pipeline.data.prepare import prepare_dataset
 from pipeline.engines import classifier
@@ -158,7 +160,7 @@ def test_before_the_teacher_is_loaded_the_stage_may_refuse(own: World) -> None:
         raise TeacherError("not here")
 
     with pytest.raises(TeacherError, match="not here"):
-        capture_cache("toy", own.entry(), own.dataset, own.teacher, own.cache, own.store, refuse)
+        capture_cache(CaptureJob("toy", own.entry(), own.dataset, own.teacher, own.cache, own.store, refuse))
 
 
 def test_appended_rows_cost_themselves_alone(own: World) -> None:
@@ -281,7 +283,7 @@ def test_replay_catches_a_row_whose_text_was_changed_under_its_id(own: World) ->
 
 def test_a_summary_counts_what_was_made(world: World) -> None:
     captured = Captured(Cache.open(world.cache).manifest, 0, 1.5, 0)
-    found: dict[str, Any] = capture_summary("toy", world.entry(), captured, world.teacher)
+    found: dict[str, Any] = capture_summary(world.job(), captured)
     assert found["rows"] == 180
     assert found["logit_bytes"] + found["hidden_bytes"] == found["bytes"]
     assert found["seconds"] == 1.5

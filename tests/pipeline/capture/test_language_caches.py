@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.capture.capture import capture_cache
+from pipeline.capture.job import CaptureJob
 from pipeline.config.caches import CacheEntry
 from pipeline.config.datasets import Dataset
 from pipeline.data.prepare import prepare_dataset
@@ -53,7 +54,9 @@ def test_topk_entries_are_those_of_the_live_model_at_every_token(prose: Prose) -
     chosen = CacheEntry.model_validate(
         {"dataset": "prose", "teacher": "tiny", "targets": entry, "precision": "float32", "shard_rows": 16}
     )
-    capture_cache("prose", chosen, prose.dataset, prose.teacher, prose.cache, Store(prose.root / "store"))
+    capture_cache(
+        CaptureJob("prose", chosen, prose.dataset, prose.teacher, prose.cache, Store(prose.root / "store"))
+    )
     rows, model = load_rows(prose.dataset), load_language_model(prose.teacher, "float32")
     reader, kept = teacher_reader(prose.teacher), held(Cache.open(prose.cache))
     assert kept.keys() == set(rows.row_ids.to_pylist())
@@ -118,7 +121,9 @@ def test_entries_do_not_depend_on_how_rows_were_cut_into_shards(prose: Prose) ->
     first = held(Cache.open(prose.cache))
     entry = prose.entry().model_copy(update={"shard_rows": 7})
     shutil.rmtree(prose.root / "store")
-    capture_cache("prose", entry, prose.dataset, prose.teacher, prose.cache, Store(prose.root / "store"))
+    capture_cache(
+        CaptureJob("prose", entry, prose.dataset, prose.teacher, prose.cache, Store(prose.root / "store"))
+    )
     again = held(Cache.open(prose.cache))
     same = [(first[row].entries.ids == again[row].entries.ids).all() for row in first
             if len(first[row].entries.ids) == len(again[row].entries.ids)]  # fmt: skip

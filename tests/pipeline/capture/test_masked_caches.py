@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from pipeline.capture.capture import capture_summary
+from pipeline.capture.seal import capture_summary
 from pipeline.config.params import Run, RunInputs
 from pipeline.config.recipes import Recipe
 from pipeline.config.students import FCStudent
@@ -260,7 +260,7 @@ def test_the_teachers_row_of_the_report(own: Project) -> None:
     found = evaluate_teacher("tiny", Teacher(model="x", dataset="toy"), own.dataset, own.teacher)
     assert found["lm_loss"]["mean"] == teacher_record(own.teacher)["reading"]["test"]["loss"]
     write_json(found, own.root / "eval" / "teacher-tiny.json")
-    summary = capture_summary("toy", own.entry(), own.capture(), own.teacher)
+    summary = capture_summary(own.job(), own.capture())
     write_json(summary, own.root / "capture" / "toy.json")
     kinds_of_results = ("eval", "capture", "models", "export")
     build_report(*(own.root / name for name in kinds_of_results), own.root / "index.html")

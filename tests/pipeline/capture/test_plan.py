@@ -7,7 +7,7 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.capture.plan import plan_reuse
+from pipeline.capture.shard_keys import plan_reuse
 from storage.manifest import FileEntry, ShardEntry
 from storage.writer import StoredShard
 

@@ -5,7 +5,7 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.capture.plan import (
+from pipeline.capture.shard_keys import (
     cut_into_shards,
     first_occurrences,
     key_bytes,

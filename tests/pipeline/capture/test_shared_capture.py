@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.capture.capture import Captured, capture_cache
+from pipeline.capture.capture import capture_cache
+from pipeline.capture.job import Captured, CaptureJob
 from pipeline.engines import classifier
 from storage.location import Url
 from storage.shared_store import SharedStore
@@ -20,7 +21,7 @@ def test_a_second_machine_seals_the_same_cache_without_the_teacher(
 
     def seal(machine: str) -> Captured:
         store, out = SharedStore(tmp_path / machine, url), tmp_path / f"cache-{machine}"
-        return capture_cache("toy", world.entry(), world.dataset, world.teacher, out, store)
+        return capture_cache(CaptureJob("toy", world.entry(), world.dataset, world.teacher, out, store))
 
     assert seal("one").computed_rows == 180
     monkeypatch.setattr(classifier, "load_classifier", no_teacher)

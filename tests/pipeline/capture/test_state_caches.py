@@ -13,6 +13,7 @@ from pipeline.capture import fitted_tables
 from pipeline.capture.capture import capture_cache
 from pipeline.capture.fitted_tables import BASIS_VECTORS
 from pipeline.capture.identity import capture_identity
+from pipeline.capture.job import CaptureJob
 from pipeline.capture.verify import verify_cache
 from pipeline.config.caches import CacheEntry
 from pipeline.config.tasks import TASKS
@@ -47,7 +48,7 @@ def entry(world: World, **hidden: Any) -> CacheEntry:
 def seal_and_check(world: World, **hidden: Any) -> Cache:
     """The cache with these hidden states, captured and verified."""
     made = entry(world, **hidden)
-    capture_cache("toy", made, world.dataset, world.teacher, world.cache, world.store)
+    capture_cache(CaptureJob("toy", made, world.dataset, world.teacher, world.cache, world.store))
     cache = Cache.open(world.cache)
     capture_check(world, made)
     return cache
@@ -112,13 +113,15 @@ def test_a_cache_that_grew_keeps_its_basis_and_asks_for_the_new_rows_alone(
     toy.write_csv(own.root / "reviews.csv", num=140)
     own.prepare()
     made = entry(own, **wanted)
-    done = capture_cache("toy", made, own.dataset, own.teacher, own.cache, own.store)
+    done = capture_cache(CaptureJob("toy", made, own.dataset, own.teacher, own.cache, own.store))
     after = Cache.open(own.cache)
     kept = [shard.rows for shard in after.shards if shard.key in keys]
     assert 0 < sum(kept) == after.num_rows - done.computed_rows
     for part, same in zip(after.hidden_basis("layer.2"), basis, strict=True):
         assert np.array_equal(part, same)
-    again = capture_cache("toy", made, own.dataset, own.teacher, own.cache, own.store, never_loaded)
+    again = capture_cache(
+        CaptureJob("toy", made, own.dataset, own.teacher, own.cache, own.store, never_loaded)
+    )
     assert again.computed_rows == 0
 
 
@@ -195,7 +198,9 @@ def test_what_the_teacher_has_not_is_refused_before_it_is_loaded(
 ) -> None:
     with pytest.raises(TeacherError, match=said):
         capture_cache(
-            "toy", entry(own, **wanted), own.dataset, own.teacher, own.cache, own.store, never_loaded
+            CaptureJob(
+                "toy", entry(own, **wanted), own.dataset, own.teacher, own.cache, own.store, never_loaded
+            )
         )
 
 
@@ -217,7 +222,7 @@ def test_language_models_keep_their_states_beside_their_entries(tmp_path: Path) 
         update={"hidden": entry_hidden(layers=[0, 2], qkv=[1], pool="none", dtype="float32")}
     )
     store = Store(tmp_path / "store")
-    capture_cache("prose", made, prose.dataset, prose.teacher, prose.cache, store)
+    capture_cache(CaptureJob("prose", made, prose.dataset, prose.teacher, prose.cache, store))
     cache = Cache.open(prose.cache)
     verify_cache("prose", cache, made, prose.dataset, prose.teacher)
     check_states_of_tokens(cache, load_language_model(prose.teacher, "float32"))
@@ -231,7 +236,9 @@ def test_a_teacher_without_such_projections_is_refused_before_it_reads_a_row(tmp
     prose.make_teacher()
     made = prose.entry().model_copy(update={"hidden": entry_hidden(qkv=[1], pool="none")})
     with pytest.raises(TeacherError, match="grouped queries share keys and values"):
-        capture_cache("prose", made, prose.dataset, prose.teacher, prose.cache, Store(tmp_path / "store"))
+        capture_cache(
+            CaptureJob("prose", made, prose.dataset, prose.teacher, prose.cache, Store(tmp_path / "store"))
+        )
     assert not list((tmp_path / "store").rglob("*.json")), "it was not asked for frequent ids either"
 
 

@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pipeline.capture.capture import Captured, capture_cache
+from pipeline.capture.capture import capture_cache
+from pipeline.capture.job import Captured, CaptureJob
 from pipeline.capture.teacher_weights import check_weights, find_tensors, write_tensors
 from pipeline.capture.verify import verify_cache
 from pipeline.config.caches import CacheEntry
@@ -49,7 +50,9 @@ def entry(prose: Prose, *layers: int) -> CacheEntry:
 
 def seal(prose: Prose, *layers: int) -> Captured:
     store = Store(prose.root / "store")
-    return capture_cache("prose", entry(prose, *layers), prose.dataset, prose.teacher, prose.cache, store)
+    return capture_cache(
+        CaptureJob("prose", entry(prose, *layers), prose.dataset, prose.teacher, prose.cache, store)
+    )
 
 
 def check(prose: Prose, *layers: int) -> None:

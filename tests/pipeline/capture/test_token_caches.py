@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
-from pipeline.capture.capture import capture_summary
+from pipeline.capture.seal import capture_summary
 from pipeline.config.params import Run, RunInputs
 from pipeline.config.recipes import Recipe
 from pipeline.config.students import FCStudent
@@ -255,7 +255,7 @@ def test_the_teachers_row_of_the_report(own: Project, monkeypatch: pytest.Monkey
     assert found["agreement"]["mean"] == 1
     assert found["latency_ms_batch_1"]["mean"] > 0
     write_json(found, own.root / "eval" / "teacher-tiny.json")
-    summary = capture_summary("toy", own.entry(), own.capture(), own.teacher)
+    summary = capture_summary(own.job(), own.capture())
     write_json(summary, own.root / "capture" / "toy.json")
     kinds_of_results = ("eval", "capture", "models", "export")
     build_report(*(own.root / name for name in kinds_of_results), own.root / "index.html")

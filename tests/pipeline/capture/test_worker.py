@@ -14,8 +14,9 @@ import torch
 
 from pipeline.capture import dask_cluster, worker
 from pipeline.capture.capture import capture_cache
+from pipeline.capture.job import CaptureJob
 from pipeline.capture.shards import answer_and_write
-from pipeline.capture.worker import CaptureJob, PlannedShard, compute_shard
+from pipeline.capture.worker import PlannedShard, WorkerJob, compute_shard
 from pipeline.config.caches import CacheEntry
 from pipeline.config.params import Workers
 from pipeline.engines import classifier
@@ -42,27 +43,27 @@ def own(world: World, tmp_path: Path) -> World:
     return made
 
 
-Spread = Callable[[str, CaptureJob, Sequence[PlannedShard], Workers], list[StoredShard]]
+Spread = Callable[[str, WorkerJob, Sequence[PlannedShard], Workers], list[StoredShard]]
 
 
-def here(name: str, job: CaptureJob, shards: Sequence[PlannedShard], _: Workers) -> list[StoredShard]:
+def here(name: str, job: WorkerJob, shards: Sequence[PlannedShard], _: Workers) -> list[StoredShard]:
     """A worker in this process: what it is told goes through pickle, as on its way to others."""
     found = []
     for shard in shards:
         told = pickle.loads(pickle.dumps((job, shard.key, shard.rows)))
         assert compute_shard(*told) == {"key": shard.key, "computed": True}
-        stored = Store(job.store).shard(job.who, shard.key)
+        stored = Store(job.store).shard(job.identity, shard.key)
         assert stored is not None
         found.append(stored)
     return found
 
 
 @pytest.fixture
-def assigned(own: World, monkeypatch: pytest.MonkeyPatch) -> tuple[CaptureJob, PlannedShard]:
+def assigned(own: World, monkeypatch: pytest.MonkeyPatch) -> tuple[WorkerJob, PlannedShard]:
     """What a worker is told, and the first shard of a capture that computes none."""
     told: list[Any] = []
 
-    def keep(name: str, job: CaptureJob, shards: Sequence[PlannedShard], _: Workers) -> Any:
+    def keep(name: str, job: WorkerJob, shards: Sequence[PlannedShard], _: Workers) -> Any:
         told.append((job, shards[0]))
         raise KeyboardInterrupt
 
@@ -75,7 +76,7 @@ def assigned(own: World, monkeypatch: pytest.MonkeyPatch) -> tuple[CaptureJob, P
 
 
 def test_a_worker_is_told_little_and_tells_little(
-    assigned: tuple[CaptureJob, PlannedShard],
+    assigned: tuple[WorkerJob, PlannedShard],
 ) -> None:
     job, shard = assigned
     assert len(pickle.dumps((job, shard.key, shard.rows))) < 10_000
@@ -83,7 +84,7 @@ def test_a_worker_is_told_little_and_tells_little(
 
 
 def test_a_finished_shard_is_not_computed_again(
-    assigned: tuple[CaptureJob, PlannedShard], monkeypatch: pytest.MonkeyPatch
+    assigned: tuple[WorkerJob, PlannedShard], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, shard = assigned
     compute_shard(job, shard.key, shard.rows)
@@ -92,7 +93,7 @@ def test_a_finished_shard_is_not_computed_again(
 
 
 def test_a_worker_loads_the_teacher_once(
-    assigned: tuple[CaptureJob, PlannedShard], monkeypatch: pytest.MonkeyPatch
+    assigned: tuple[WorkerJob, PlannedShard], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, shard = assigned
     loads, load = [], load_classifier
@@ -106,7 +107,7 @@ def test_a_worker_loads_the_teacher_once(
 
 
 def test_a_worker_works_on_one_shard_at_a_time_whatever_threads_dask_gives_it(
-    assigned: tuple[CaptureJob, PlannedShard], monkeypatch: pytest.MonkeyPatch
+    assigned: tuple[WorkerJob, PlannedShard], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, shard = assigned
     inside, most, ask = [0], [0], answer_and_write
@@ -125,7 +126,7 @@ def test_a_worker_works_on_one_shard_at_a_time_whatever_threads_dask_gives_it(
 
 
 def test_a_worker_computes_with_the_threads_that_it_is_told(
-    assigned: tuple[CaptureJob, PlannedShard],
+    assigned: tuple[WorkerJob, PlannedShard],
 ) -> None:
     job, shard = assigned
     compute_shard(job._replace(threads=3), shard.key, shard.rows)
@@ -135,25 +136,28 @@ def test_a_worker_computes_with_the_threads_that_it_is_told(
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        (lambda job: job._replace(who=job.who.model_copy(update={"capture_version": 99})), "identity"),
+        (
+            lambda job: job._replace(identity=job.identity.model_copy(update={"capture_version": 99})),
+            "identity",
+        ),
         (lambda job: job._replace(rows="0" * 64), "rows"),
     ],
     ids=["teacher", "rows"],
 )
 def test_a_worker_that_sees_other_things_than_the_driver_is_refused(
-    assigned: tuple[CaptureJob, PlannedShard],
-    change: Callable[[CaptureJob], CaptureJob],
+    assigned: tuple[WorkerJob, PlannedShard],
+    change: Callable[[WorkerJob], WorkerJob],
     field: str,
 ) -> None:
     job, shard = assigned
     with pytest.raises(SpecMismatch, match="does not see what was to be captured") as refused:
         compute_shard(change(job), shard.key, shard.rows)
     assert [fault.field for fault in refused.value.mismatches] == [field]
-    assert not Store(job.store).finished(job.who)
+    assert not Store(job.store).finished(job.identity)
 
 
 def test_rows_that_do_not_make_the_shard_that_was_meant_are_refused(
-    assigned: tuple[CaptureJob, PlannedShard],
+    assigned: tuple[WorkerJob, PlannedShard],
 ) -> None:
     job, shard = assigned
     with pytest.raises(SpecMismatch) as refused:
@@ -169,7 +173,9 @@ def test_a_shard_that_another_capture_finished_meanwhile_is_not_asked_about(
         monkeypatch.setattr(classifier, "infer_rows", None)
 
     entry = own.entry(shard_rows=crew.SHARD_ROWS)
-    done = capture_cache("toy", entry, own.dataset, own.teacher, own.cache, own.store, other, crew.INLINE)
+    done = capture_cache(
+        CaptureJob("toy", entry, own.dataset, own.teacher, own.cache, own.store, other, crew.INLINE)
+    )
     assert done.manifest.num_rows == 180
 
 
@@ -215,7 +221,7 @@ def test_every_kind_of_teacher_says_to_workers_what_it_says_inline(
     for name, workers in (("inline", crew.INLINE), ("local", crew.local(2))):
         store = Store(tmp_path / name / "store")
         place = tmp_path / name / "cache"
-        capture_cache("toy", entry, own.dataset, own.teacher, place, store, workers=workers)
+        capture_cache(CaptureJob("toy", entry, own.dataset, own.teacher, place, store, workers=workers))
     found = crew.content(tmp_path / "inline" / "cache")
     assert len([path for path in found if path.startswith("logits/")]) > 3
     assert crew.content(tmp_path / "local" / "cache") == found

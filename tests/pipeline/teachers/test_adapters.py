@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from pipeline.capture.capture import capture_cache
+from pipeline.capture.job import CaptureJob
 from pipeline.config.teachers import Lora, Teacher, TeacherTraining
 from pipeline.engines.loading import load_classifier
 from pipeline.teachers.adapters import merge_adapters, with_adapters
@@ -84,7 +85,7 @@ def test_a_teacher_by_adapters_is_a_teacher_like_any_other(world: World, tmp_pat
     for name in layers:
         assert torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3) <= 2
     store, cache = Store(tmp_path / "store"), tmp_path / "cache"
-    capture_cache("toy", world.entry(), world.dataset, tmp_path / "teacher", cache, store)
+    capture_cache(CaptureJob("toy", world.entry(), world.dataset, tmp_path / "teacher", cache, store))
 
 
 def test_layers_that_the_model_has_not_are_refused_with_the_nearest(world: World, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from pydantic import TypeAdapter
 
 from pipeline.capture.capture import capture_cache
+from pipeline.capture.job import CaptureJob
 from pipeline.capture.verify import verify_cache
 from pipeline.config.caches import Weights
 from pipeline.config.params import Run, RunInputs
@@ -302,7 +303,7 @@ def test_a_student_that_starts_from_all_of_its_teacher_is_its_teacher(made: Pros
     """Through a run, from the cache alone: the teacher's directory is gone when it trains."""
     own = Prose.copied(made.root, tmp_path / "own")
     entry = own.entry().model_copy(update={"weights": Weights(layers=(0, 1))})
-    capture_cache("prose", entry, own.dataset, own.teacher, own.cache, Store(own.root / "store"))
+    capture_cache(CaptureJob("prose", entry, own.dataset, own.teacher, own.cache, Store(own.root / "store")))
     record = verify_cache("prose", Cache.open(own.cache), entry, own.dataset, own.teacher)
     write_json(record, own.root / "verified.json")
     teacher = load_language_model(own.teacher, "float32")
