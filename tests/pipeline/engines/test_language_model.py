@@ -67,7 +67,7 @@ ARCHITECTURES = {
 }
 
 
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
+def batch() -> dict[str, torch.Tensor]:
     """Three rows of 9, 5 and 1 tokens."""
     ids = torch.randint(3, V, (3, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.arange(9) < torch.tensor([[9], [5], [1]])
@@ -113,7 +113,7 @@ def test_an_unknown_treatment_of_logits_is_refused(monkeypatch: pytest.MonkeyPat
     torch.manual_seed(0)
     head = LanguageHead(ARCHITECTURES["cohere, logit scale"]().eval(), V)
     with pytest.raises(TeacherError, match="unknown here"):
-        head.check(*batch())
+        head.check(batch())
 
 
 def test_a_model_without_a_vocabulary_head_is_refused() -> None:
