@@ -17,8 +17,9 @@ import oracle
 import pyarrow as pa
 import torch
 
-from pipeline.capture.identity import capture_identity
-from pipeline.capture.shards import answer_and_write
+from pipeline.capture.fitted_tables import FittedTables
+from pipeline.capture.identity import capture_identity, with_tables
+from pipeline.capture.shards import ShardWriter, answer_and_write
 from pipeline.config.caches import CacheEntry
 from pipeline.data.tokenizer import Tokens
 from pipeline.engines.engine import EngineInputs
@@ -67,16 +68,17 @@ def bare(inputs: EngineInputs) -> None:
 
 def captured(inputs: EngineInputs, directory: Path) -> None:
     """Does the work of the cache stage, without reading texts."""
-    identity = capture_identity(ENTRY, inputs.teacher, "0" * 64)
+    bare = capture_identity(ENTRY, inputs.teacher)
+    tables = FittedTables(np.arange(compact.MAX_RANKED)[: bare.spec.num_outputs], None, {})
+    identity = with_tables(bare, tables.ranks_fingerprint, None)
     engine = engine_for(inputs._replace(spec=identity.spec))
-    ranks = np.arange(compact.MAX_RANKED)[: identity.spec.num_outputs]
     engine.load()
 
     def step() -> None:
         store = Store(directory / f"store-{time.monotonic_ns()}")
         rows = np.arange(DOCUMENTS)
         shards = [rows[start : start + SHARD_ROWS] for start in range(0, DOCUMENTS, SHARD_ROWS)]
-        answer_and_write(engine, shards, store, identity, ranks)
+        answer_and_write(engine, shards, ShardWriter(store, identity, tables))
 
     common.measure_alone(step, 2)
 
