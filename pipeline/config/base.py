@@ -1,6 +1,7 @@
 """The base of all sections of params.yaml, and the description of what pydantic finds wrong in one."""
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same values. Raises ValueError where one is listed twice."""
-    if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
+    if twice := [value for value, count in Counter(values).items() if count > 1]:
         raise ValueError(f"{twice[0]!r} is listed twice")
     return values
 

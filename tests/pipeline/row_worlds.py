@@ -52,6 +52,7 @@ class World:
         self.root, self.teaching = root, {"dataset": "toy", "max_length": 32, **teacher}
         self.dataset, self.teacher, self.cache = root / "data", root / "teacher", root / "cache"
         self.entry = Dataset.model_validate({"split": SPLIT, **dataset})
+        self.hidden: dict[str, Any] | None = None  # of the cache entry
 
     def prepare(self) -> dict[str, Any]:
         return prepare_dataset("toy", self.entry, self.dataset)
@@ -62,7 +63,7 @@ class World:
 
     def caching(self) -> CacheEntry:
         entry = {"dataset": "toy", "teacher": "tiny", "precision": "float32", "shard_rows": 32}
-        return CacheEntry.model_validate(entry)
+        return CacheEntry.model_validate({**entry, "hidden": self.hidden})
 
     def capture(self) -> Captured:
         store = Store(self.root / "store")
