@@ -211,7 +211,7 @@ def fields(manifest: Manifest) -> dict[str, Any]:
 
 def render(manifest: Manifest) -> bytes:
     """The exact bytes of manifest.json: canonical JSON with its checksum, and a newline."""
-    return seal(fields(manifest))
+    return checksummed(fields(manifest))
 
 
 def load(cache: Path) -> Manifest:
@@ -240,7 +240,7 @@ def parse(raw: bytes, path: Location) -> Manifest:
     again = f"Copy the cache again (`dvc checkout --force {path.parent}`), or rebuild it."
     if isinstance(path, Url):
         again = "Upload the cache again."
-    body = open_sealed(raw, path, FORMAT, again)
+    body = open_checksummed(raw, path, FORMAT, again)
     version = body.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise FormatTooNew(
@@ -263,13 +263,13 @@ def parse(raw: bytes, path: Location) -> Manifest:
     return manifest
 
 
-def seal(body: dict[str, Any]) -> bytes:
+def checksummed(body: dict[str, Any]) -> bytes:
     """The bytes of a file with its own checksum: canonical JSON, and a newline."""
     return canonical_json({**body, "checksum": sha256_json(body)}) + b"\n"
 
 
-def open_sealed(raw: bytes, path: Location, kind: str, again: str) -> dict[str, Any]:
-    """The argument of `seal`, of the format `kind`. Raises ManifestInvalid with the advice `again`."""
+def open_checksummed(raw: bytes, path: Location, kind: str, again: str) -> dict[str, Any]:
+    """The argument of `checksummed`, of the format `kind`. Raises ManifestInvalid with the advice `again`."""
     try:
         body = _read_json(raw)
         if not isinstance(body, dict) or body.get("format") != kind:

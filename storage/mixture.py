@@ -183,7 +183,7 @@ def mix(out: Path, caches: Mapping[str, tuple[Cache, float]], missing: Missing) 
     with replaced_directory(out) as aside:
         for member in members:
             shutil.copytree(_local_path(out.name, member), aside / member.name, copy_function=link)
-        (aside / MIXTURE_NAME).write_bytes(manifest.seal(_file(members, missing, VERSION)))
+        (aside / MIXTURE_NAME).write_bytes(manifest.checksummed(_file(members, missing, VERSION)))
     return Mixture.open(out)
 
 
@@ -212,10 +212,10 @@ def _parse(raw: bytes, file: Path, again: str) -> MixtureFile:
         read = MixtureFile.model_validate(json.loads(raw))
         written = canonical_json(read.model_dump(mode="json")) + b"\n"
     else:
-        read = MixtureFile.model_validate(manifest.open_sealed(raw, file, "stillroom-mixture", again))
+        read = MixtureFile.model_validate(manifest.open_checksummed(raw, file, "stillroom-mixture", again))
         if read.format_version != VERSION:
             raise ValueError(f"format_version is {read.format_version}: that one has no checksum")
-        written = manifest.seal(read.model_dump(mode="json"))
+        written = manifest.checksummed(read.model_dump(mode="json"))
     if written != raw:
         raise ValueError("it is not in canonical form")
     return read

@@ -160,7 +160,7 @@ class Store:
                 return np.array(json.loads(raw), np.int64)
             except ValueError as error:
                 raise ManifestInvalid(f"{path} is not a table of ids: {error}.\n{again}") from None
-        return np.array(manifest.open_sealed(raw, path, RANKS_FORMAT, again)["ranks"], np.int64)
+        return np.array(manifest.open_checksummed(raw, path, RANKS_FORMAT, again)["ranks"], np.int64)
 
     def keep_ranks(self, identity: Identity, ranks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Store the table of frequent ids; return the stored one, perhaps another worker's."""
@@ -168,7 +168,7 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._aside() as aside, disk_full_explained(self.root):
             body = {"format": RANKS_FORMAT, "ranks": ranks.tolist()}
-            (aside / path.name).write_bytes(manifest.seal(body))
+            (aside / path.name).write_bytes(manifest.checksummed(body))
             fsync(aside / path.name)
             os.replace(aside / path.name, path)
         kept = Store.ranks(self, identity)  # the local one, also where a subclass shares it

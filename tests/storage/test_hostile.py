@@ -105,7 +105,7 @@ def test_any_value_anywhere_in_a_manifest_is_read_or_refused(
         part = part[key]
     part[last] = value
     try:
-        raw = manifest.seal(body) if checksum else json.dumps(body).encode()
+        raw = manifest.checksummed(body) if checksum else json.dumps(body).encode()
     except ValueError:  # no canonical JSON: infinity, half a letter
         raw = json.dumps(body | {"checksum": "0" * 64}).encode()
     with contextlib.suppress(ManifestInvalid, FormatTooNew):  # and no other error

@@ -122,7 +122,7 @@ def edit(path: Path, **fields: Any) -> None:
     """As a forger would: with a right checksum."""
     content = json.loads((path / MIXTURE_NAME).read_text()) | fields
     content.pop("checksum")
-    (path / MIXTURE_NAME).write_bytes(manifest.seal(content))
+    (path / MIXTURE_NAME).write_bytes(manifest.checksummed(content))
 
 
 def test_a_changed_weight_is_another_mixture(two: Two, tmp_path: Path) -> None:
