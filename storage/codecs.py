@@ -24,7 +24,8 @@ from pydantic import Field
 from storage import compact
 from storage.compact import Columns, Counts, Ranks
 from storage.entries import Entries, ends, ranges
-from storage.fingerprints import Seed, Sha256, Strict
+from storage.fields import Seed
+from storage.fingerprints import Sha256, Strict
 
 NumEntries = Annotated[int, Field(ge=1, le=65_535)]  # of a position; counts are uint16
 Tau = Annotated[float, Field(ge=2**-15, le=1, allow_inf_nan=False)]  # probability

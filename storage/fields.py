@@ -19,4 +19,5 @@ VectorWidth = Annotated[int, Field(ge=1, le=2**20)]  # numbers of a state, of a 
 RowPool = Literal["first", "mean"]  # one vector a row: the first token's state, or the mean over its tokens
 StatePool = Literal["first", "mean", "none"]  # none: one vector a token
 StateType = Literal["float16", "float32", "int8"]
-Missing = Literal["error", "skip"]  # what a mixture does about rows that one of its caches lacks
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Missing = Literal["error", "skip"]  # for rows that one cache of a mixture lacks

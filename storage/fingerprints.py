@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=2**53)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
 ROW_ID_CHARS = 32  # 128 bits in hex: 10^12 rows collide with probability 10^-15
 
 

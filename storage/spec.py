@@ -20,12 +20,13 @@ from storage.fields import (
     MaskShare,
     MaxLength,
     RowPool,
+    Seed,
     StatePool,
     StateType,
     TooLong,
     VectorWidth,
 )
-from storage.fingerprints import Seed, Sha256, Strict, sha256_json
+from storage.fingerprints import Sha256, Strict, sha256_json
 from storage.tasks import STORED_TASKS, Part, StoredTask, Task
 
 QKV_PARTS = 3  # a vector of attention's queries, keys and values is this many vectors of a layer's width

@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from storage.fields import MAX_LABELS, EntryName, LayerNumber
-from storage.fingerprints import Seed
+from storage.fields import MAX_LABELS, EntryName, LayerNumber, Seed
 
 Name = EntryName
 Fraction = Annotated[float, Field(ge=0, le=1)]

@@ -16,11 +16,12 @@ from storage.fields import (
     LayerNumber,
     MaskShare,
     Missing,
+    Seed,
     StatePool,
     StateType,
     VectorWidth,
 )
-from storage.fingerprints import Seed, Sha256
+from storage.fingerprints import Sha256
 from storage.spec import Mask
 from storage.tasks import Task
 

@@ -13,8 +13,8 @@ from pydantic import (
 
 from pipeline.config.base import Fraction, LabelNames, Name, Positive, Section
 from pipeline.config.tasks import DEFAULT_TASK, TASKS, TaskSpec, tasks_with
-from storage.fields import ImageSide
-from storage.fingerprints import Seed, Sha256
+from storage.fields import ImageSide, Seed
+from storage.fingerprints import Sha256
 from storage.tasks import Task
 
 Where = dict[str, str | int]  # column -> the value that a row must have in it

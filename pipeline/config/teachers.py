@@ -5,8 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.config.base import Fraction, LabelNames, Name, Positive, Section, distinct
-from storage.fields import MaxLength, RowPool, TooLong
-from storage.fingerprints import Seed
+from storage.fields import MaxLength, RowPool, Seed, TooLong
 
 
 class Lora(Section):

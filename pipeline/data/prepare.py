@@ -28,7 +28,7 @@ from pipeline.data.chunking import SENTENCE_END, chunk_documents
 from pipeline.data.images import image_names, read_images
 from pipeline.data.labels import RowLabels, join_words, read_labels
 from pipeline.data.rows import NO_LABEL, POOL, SPLITS
-from pipeline.data.sources import read_raw
+from pipeline.data.sources import Selection, read_raw
 from pipeline.runtime.files import write_json
 from pipeline.runtime.progress import tracked
 from storage.errors import DataError
@@ -65,7 +65,8 @@ def prepare_dataset(name: str, config: Dataset, out: Path) -> dict[str, Any]:
     content = config.content_column
     needed = [*([content] if content else []), *config.label_columns]
     needed += [config.split] if isinstance(config.split, str) else []
-    raw = read_raw(name, config, name, config.files, config.where, needed, others=content is None)
+    selection = Selection(name, config.files, config.where, needed, others=content is None)
+    raw = read_raw(name, config, selection)
     counts: Counter[str] = Counter()
     images, column = None, raw.columns.get(content or "", [])
     if config.images is not None:
@@ -178,7 +179,7 @@ def _pool(name: str, config: Dataset, pool: Pool, labelled: set[str], counts: Co
     A text is held to be a labelled one whatever its markup and white space.
     """
     column = config.columns.text
-    raw = read_raw(name, config, f"{name}.pool", pool.files or config.files, pool.where, [column])
+    raw = read_raw(name, config, Selection(f"{name}.pool", pool.files or config.files, pool.where, [column]))
     known = {_folded(text) for text in labelled}
     texts: dict[str, None] = {}
     found = raw.columns[column]
