@@ -7,7 +7,8 @@ these columns and come back. The encoder that makes the entries is in pipeline/c
     plain    ids and log-probabilities, for any tool that reads Parquet
     compact  gaps between ranks and small codes (storage/compact.py); about half the bytes
 
-docs/cache-format.md defines every column.
+docs/cache-format.md defines every column. A new codec is a class here (in `SparseCodec`), an entry of
+pipeline.codecs.encoders.ENCODERS and a section in pipeline/config/caches.py. No other file names a codec.
 
 Shape letters: P positions, E entries.
 """

@@ -90,7 +90,7 @@ class Manifest(Strict):
     format: Literal["stillroom-cache"] = "stillroom-cache"
     format_version: Annotated[int, Field(ge=1)]
     identity: Identity
-    dataset: Sha256  # storage.spec.content_fingerprint of the rows
+    dataset: Sha256  # storage.fingerprints.content_fingerprint of the rows
     shards: Annotated[tuple[ShardEntry, ...], Field(max_length=10_000_000, strict=False)]
     tokenizer_files: Annotated[tuple[FileEntry, ...], Field(max_length=100, strict=False)]
     provenance: dict[str, Any]  # versions, hardware, the teacher's score: to be read, in no fingerprint

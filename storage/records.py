@@ -1,9 +1,9 @@
 """Logit shards: Parquet files that pandas, DuckDB, Polars and `datasets` read without this package.
 
 One row of the file is one row of the dataset, in dataset order. Every shard has
-    row_id      string    32 hex characters, storage.spec.row_id
-    input_hash  string    32 hex characters, storage.spec.input_hash of the token ids that the teacher read
-    num_tokens  int32     how many token ids it read; 1 for an image
+    row_id      string    32 hex characters, storage.fingerprints.row_id
+    input_hash  string    32 hex characters, storage.fingerprints.input_hash of the teacher's token ids
+    num_tokens  int32     number of these token ids; 1 for an image
 then, for targets a token, `token_ids` int32; and then the targets: `logits` float32[C] (dense; `values` or
 `embedding` for other numbers than logits; a list of them for targets a token), or lists over the positions
 and entries of the row (sparse: storage/codecs.py has their columns).

@@ -36,7 +36,7 @@ class Pixels(NamedTuple):
         return np.full(len(self.values), -(-self.values.shape[1] // PATCH))
 
     def hashes(self, rows: npt.NDArray[np.int64] | None = None) -> pa.StringArray:
-        """storage.spec.pixels_hash of these rows, or of all."""
+        """storage.fingerprints.pixels_hash of these rows, or of all."""
         chosen = self.values if rows is None else self.values[rows]
         return pa.array([pixels_hash(image.tobytes()) for image in chosen], pa.string())
 

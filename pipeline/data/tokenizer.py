@@ -52,7 +52,7 @@ class Tokens(NamedTuple):
         return self.ids[self.offsets[index] : self.offsets[index + 1]]
 
     def hashes(self, rows: npt.NDArray[np.int64] | None = None) -> pa.StringArray:
-        """storage.spec.input_hash of these rows, or of all."""
+        """storage.fingerprints.input_hash of these rows, or of all."""
         chosen = range(len(self.offsets) - 1) if rows is None else rows
         return pa.array([input_hash(self.row(i)) for i in chosen], pa.string())
 
