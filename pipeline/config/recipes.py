@@ -1,4 +1,4 @@
-"""Entries of params.yaml: `recipes`, a mix of losses, with `match` for the hidden states of the teacher."""
+"""Entries of params.yaml: `recipes`, a mix of losses, and how long to train with it."""
 
 from itertools import product
 from typing import Annotated, Any, Literal
@@ -6,78 +6,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
 from pipeline.config.base import Fraction, Positive, Section, distinct
-from pipeline.config.schedules import ShareOrSchedule, Temperature, WeightOrNone, WeightOrSchedule, bounds
+from pipeline.config.match import Match
+from pipeline.config.schedules import ShareOrSchedule, Temperature, bounds
 from pipeline.config.tasks import ClassDivergence
-
-Layer = Annotated[int, Field(ge=0)]
-LayerPair = Annotated[tuple[Layer, Layer], Field(strict=False)]
-LayerMap = (
-    Literal["uniform", "top", "bottom"] | Annotated[tuple[LayerPair, ...], Field(min_length=1, strict=False)]
-)
-
-
-class MatchedStates(Section):
-    """Outputs of layers, of each position or pooled as in the cache: the student's are pooled alike."""
-
-    weight: WeightOrSchedule = 1.0
-    map: LayerMap = "uniform"
-    """The teacher's layer for each layer of the student. With layer i of n, and N the deepest in the cache:
-    uniform: i N / n, rounded up; top: N - n + i; bottom: i. Or a list of [teacher's, student's]; 0 is the
-    embeddings."""
-    loss: Literal["mse", "cosine"] = "mse"
-    """mse: mean squared difference a dimension. cosine: 1 - cos."""
-    project: bool = True
-    """Whether a learned matrix, one for all layers, maps states to the teacher's width. false: widths must be
-    equal."""
-
-
-class MatchedEmbeddings(Section):
-    """Outputs of the embeddings (layer 0), by their mean squared difference."""
-
-    weight: WeightOrSchedule = 1.0
-    project: bool = True
-    """Whether a learned matrix maps them to the teacher's width. false: widths must be equal."""
-
-
-class MatchedAttention(Section):
-    """Attention scores before the softmax, of caches with qkv."""
-
-    heads: Positive
-    """Attention heads of the teacher: the cache keeps vectors before they are split into heads. The student
-    must have as many."""
-    weight: WeightOrSchedule = 1.0
-    map: LayerMap = "uniform"
-    """As for states, over the layers whose qkv is in the cache."""
-
-
-class MatchedRelations(Section):
-    """Relations among queries, keys and values (MiniLM), of caches with qkv. Widths and heads may differ."""
-
-    heads: Positive
-    """Relation heads: they divide the widths of teacher and student, and may be more than attention heads."""
-    teacher_layer: Positive
-    weight: WeightOrSchedule = 1.0
-    student_layer: Literal["last"] | Positive = "last"
-
-
-class Match(Section):
-    """Hidden states that a student is matched with, and the weight of its predictions next to them."""
-
-    prediction: WeightOrNone = 1.0
-    """Weight of the recipe's other losses (alpha CE + (1 - alpha) soft). 0: hidden states alone; the best
-    state is then that of the lowest matching loss on validation. All weights are numbers, or schedules over
-    the steps like alpha."""
-    states: MatchedStates | None = None
-    embeddings: MatchedEmbeddings | None = None
-    attention: MatchedAttention | None = None
-    relations: MatchedRelations | None = None
-
-    @model_validator(mode="after")
-    def _something(self) -> "Match":
-        if not any((self.states, self.embeddings, self.attention, self.relations)):
-            raise ValueError("nothing to match: name states, embeddings, attention or relations")
-        return self
-
 
 # Fields that may be a list of candidates: cross-validation chooses one.
 CHOOSABLE = (

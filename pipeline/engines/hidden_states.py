@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline.losses.features import pool_states
 from pipeline.streaming.model_inputs import InputTensors
 from storage.entries import ends, ranges
 from storage.errors import TeacherError
@@ -71,12 +72,11 @@ class HiddenStateRecorder:
         mask_BL = inputs["attention_mask"]
         for name in self._spec.names:
             states_BLW = torch.cat(recorded[name], -1).float()
+            kept = pool_states(states_BLW, mask_BL, self._spec.pool).cpu().numpy()
+            places, owners = batch, batch
             if self._spec.pool == "none":
-                values, lengths = states_BLW[mask_BL], self._lengths[batch]
+                lengths = self._lengths[batch]
                 places, owners = ranges(self._first[batch], lengths), np.repeat(batch, lengths)
-            else:
-                values, places, owners = _pool(states_BLW, mask_BL, self._spec.pool), batch, batch
-            kept = values.cpu().numpy()
             check_finite(kept, f"hidden state {name}", self._rows[owners], self._names)
             if name not in self.found:
                 total = int(self._first[-1]) if self._spec.pool == "none" else len(self._lengths)
@@ -172,10 +172,3 @@ def _keep_into(recorded: list[torch.Tensor]) -> Callable[[torch.nn.Module, Any, 
         recorded.append(out)
 
     return keep
-
-
-def _pool(states_BLW: torch.Tensor, mask_BL: torch.Tensor, pool: str) -> torch.Tensor:
-    if pool == "first":
-        return states_BLW[:, 0]
-    weight_BL1 = mask_BL[..., None].float()
-    return (states_BLW * weight_BL1).sum(1) / weight_BL1.sum(1)

@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import normalize
 
 from pipeline.config.teachers import Embedding
+from pipeline.losses.features import pool_states
 from storage.errors import TeacherError
 from storage.spec import EmbeddingSpec
 
@@ -59,11 +60,7 @@ class SentenceEncoder(torch.nn.Module):
     def forward(self, attention_mask: torch.Tensor, **inputs: Any) -> SimpleNamespace:
         """`logits`: vectors [B, W]; `hidden_states` where `output_hidden_states` is among the inputs."""
         out = self.model(attention_mask=attention_mask, **inputs)
-        states_BLW = out.last_hidden_state.float()
-        vectors_BW = states_BLW[:, 0]
-        if self._how.pool == "mean":
-            weight_BL1 = attention_mask[..., None].float()
-            vectors_BW = (states_BLW * weight_BL1).sum(1) / weight_BL1.sum(1)
+        vectors_BW = pool_states(out.last_hidden_state.float(), attention_mask, self._how.pool)
         return SimpleNamespace(
             logits=normalize(vectors_BW) if self._how.normalised else vectors_BW,
             hidden_states=getattr(out, "hidden_states", None),

@@ -1,17 +1,34 @@
-"""How far a student's inner states are from its teacher's: pure functions of tensors.
+"""How far a student's hidden states are from its teacher's: pure functions of tensors, and their registry.
 
 Positions are true tokens alone. States come one after the other, [T, W]; what compares the tokens of a row
-with each other takes rows, [B, L, W], and the mask of true tokens. Layers, projections and weights are
-matched.py's.
+with each other takes rows, [B, L, W], and the mask of true tokens. Layers, projections and weights are in
+training/feature_matching.py.
 
 Shape letters: T positions or pooled rows, W the teacher's width, D the student's, B rows, L tokens, H heads,
 d width of a head, X three widths: query, key and value side by side.
 """
 
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
 import torch
 from torch.nn.functional import cosine_similarity, kl_div, mse_loss
 
 from storage.spec import QKV_PARTS
+
+Pooling = Literal["first", "mean", "none"]
+
+
+def pool_states(states_BLW: torch.Tensor, mask_BL: torch.Tensor, pool: Pooling) -> torch.Tensor:
+    """One state a row [B, W]: first: its first token's; mean: the mean of its true tokens'. none: the states
+    of all true tokens, row after row [T, W].
+    """
+    if pool == "none":
+        return states_BLW[mask_BL]
+    if pool == "first":
+        return states_BLW[:, 0]
+    weight_BL1 = mask_BL[..., None].to(states_BLW.dtype)
+    return (states_BLW * weight_BL1).sum(1) / weight_BL1.sum(1)
 
 
 def state_mse(student_TW: torch.Tensor, teacher_TW: torch.Tensor) -> torch.Tensor:
@@ -60,15 +77,33 @@ def relation_kl(
     """
     hidden_B11L = ~mask_BL[:, None, None, :]
     total = student_BLX.new_zeros(())
-    for own, wanted in zip(_parts(student_BLX), _parts(teacher_BLX), strict=True):
-        lowest = torch.finfo(own.dtype).min / 2  # no -inf: infinities leave no number in the gradient
-        said, told = (
+    for student_part, teacher_part in zip(_parts(student_BLX), _parts(teacher_BLX), strict=True):
+        lowest = torch.finfo(student_part.dtype).min / 2  # not -inf: its gradient would be NaN
+        student_logs, teacher_logs = (
             _products(part, part, heads).masked_fill(hidden_B11L, lowest).log_softmax(-1)
-            for part in (own, wanted)
+            for part in (student_part, teacher_part)
         )
-        kl_BHL = kl_div(said, told, log_target=True, reduction="none").sum(-1)
+        kl_BHL = kl_div(student_logs, teacher_logs, log_target=True, reduction="none").sum(-1)
         total = total + kl_BHL.masked_fill(~mask_BL[:, None], 0).sum()
     return total / (heads * mask_BL.sum())
+
+
+class FeaturePair(NamedTuple):
+    """What is compared: pooled rows or true tokens [T, W], or rows of query, key and value [B, L, X]."""
+
+    student: torch.Tensor
+    teacher: torch.Tensor
+    mask_BL: torch.Tensor
+
+
+STATE_LOSSES = {"mse": state_mse, "cosine": state_cosine}
+# The loss of each part of `match`, by name. The second argument is its section (config/match.py).
+FEATURE_LOSSES: dict[str, Callable[[FeaturePair, Any], torch.Tensor]] = {
+    "states": lambda pair, part: STATE_LOSSES[part.loss](pair.student, pair.teacher),
+    "embeddings": lambda pair, part: state_mse(pair.student, pair.teacher),
+    "attention": lambda pair, part: score_mse(*pair, part.heads),
+    "relations": lambda pair, part: relation_kl(*pair, part.heads),
+}
 
 
 def unflatten_rows(flat_TW: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:

@@ -89,11 +89,11 @@ class BiLSTM(nn.Module):
 
 
 class StudentFeatures(NamedTuple):
-    """What a student answers, and what it thinks meanwhile."""
+    """The logits of a student, and the states that lead to them."""
 
     logits_BC: torch.Tensor
     states: tuple[torch.Tensor, ...]  # [B, L, W] behind the embeddings and behind each layer
-    vectors: dict[int, torch.Tensor]  # layer (the first is 1) -> query, key, value side by side: [B, L, 3 W]
+    qkv: dict[int, torch.Tensor]  # layer (the first is 1) -> query, key, value side by side: [B, L, 3 W]
 
 
 class TinyBERT(nn.Module):
@@ -147,8 +147,8 @@ class TinyBERT(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-        vectors = {layer: torch.cat(found, -1) for layer, found in parts.items()}
-        return StudentFeatures(out.logits, out.hidden_states, vectors)
+        qkv = {layer: torch.cat(found, -1) for layer, found in parts.items()}
+        return StudentFeatures(out.logits, out.hidden_states, qkv)
 
 
 class Transformers(nn.Module):

@@ -1,4 +1,4 @@
-"""A student beside its teacher's inner states: projections that are trained with it, and the loss.
+"""A student that is matched with its teacher's hidden states: projections that train with it, and the loss.
 
 The projections are no part of the student and are not saved with it.
 
@@ -6,47 +6,43 @@ Shape letters: B rows, L tokens, T true tokens or pooled rows, W the teacher's w
 """
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from pipeline.config.recipes import Match
+from pipeline.config.match import Match, MatchedPart
 from pipeline.config.schedules import Schedule, bounds, value_at
-from pipeline.losses.features import relation_kl, score_mse, state_cosine, state_mse, unflatten_rows
+from pipeline.losses.features import FEATURE_LOSSES, FeaturePair, pool_states, unflatten_rows
 from pipeline.objectives.base import Validate, Validation
 from pipeline.streaming.batch import DistillBatch
 from pipeline.streaming.model_inputs import inputs_of
 from pipeline.students.architectures import StudentFeatures, TinyBERT
-from pipeline.training.layer_maps import MatchPlan
+from pipeline.training.layer_maps import MatchedPair, MatchPlan
 from storage.spec import HiddenSpec
-
-Pooling = Literal["first", "mean", "none"]
-STATE_LOSSES = {"mse": state_mse, "cosine": state_cosine}
 
 
 class MatchedOutput(NamedTuple):
-    """What a student says to a batch, and how far its states are from its teacher's."""
+    """What a student returns for a batch, and how far its states are from its teacher's."""
 
     logits_BC: torch.Tensor
-    loss: torch.Tensor  # all matched parts, each times its weight
+    loss: torch.Tensor  # of all matched parts, each times its weight
 
 
 class MatchedStudent(nn.Module):
-    """`student` and a matrix to the teacher's width for its states, another for its embeddings.
+    """`student` and, for each part of `match` that is projected, a matrix to the teacher's width.
 
-    Called, it answers as the student does. `kept` says what the cache's states are.
+    Called, it returns the student's logits. `kept` describes the states of the cache.
     """
 
     def __init__(self, student: TinyBERT, match: Match, plan: MatchPlan, kept: HiddenSpec) -> None:
         super().__init__()
         self.student, self._match, self._plan, self._pool = student, match, plan, kept.pool
-        own = student.bert.config.hidden_size
         self.projections = nn.ModuleDict()
-        for part, settings in (("states", match.states), ("embeddings", match.embeddings)):
-            if settings and settings.project:
-                width = kept.kept_width(getattr(plan, part)[0].name)
-                self.projections[part] = nn.Linear(own, width, bias=False)
+        for name, part in match.parts.items():
+            if part.projects:
+                width = kept.kept_width(plan.pairs[name][0].name)
+                self.projections[name] = nn.Linear(plan.width, width, bias=False)
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -58,59 +54,42 @@ class MatchedStudent(nn.Module):
         logits_BC: torch.Tensor = self.student(**inputs)
         return logits_BC
 
-    def answer(self, batch: DistillBatch, done: float | None = None) -> MatchedOutput:
+    def match(self, batch: DistillBatch, done: float | None = None) -> MatchedOutput:
         """The student's logits, and the sum over parts of weight times the sum over its pairs of layers.
 
-        Weights are those where this share of the training is done; None: each at its largest, so that looks
-        at different steps can be compared.
+        Weights are those where this share of the training is done; None: each at its largest, so that
+        validations at different steps can be compared.
         """
-        match, plan, mask_BL = self._match, self._plan, batch.mask
-        layers = {pair.layer for pair in (*plan.attention, *plan.relations)}
-        seen = self.student.features(batch.inputs, sorted(layers))
-        parts = []
-        if match.states:
-            loss = STATE_LOSSES[match.states.loss]
-            found = [
-                loss(self._state("states", seen, p.layer, mask_BL), batch.hidden[p.name]) for p in plan.states
-            ]
-            parts.append(_weight(match.states.weight, done) * torch.stack(found).sum())
-        if match.embeddings:
-            (pair,) = plan.embeddings
-            own = self._state("embeddings", seen, pair.layer, mask_BL)
-            apart = state_mse(own, batch.hidden[pair.name])
-            parts.append(_weight(match.embeddings.weight, done) * apart)
-        for settings, pairs, compare in (
-            (match.attention, plan.attention, score_mse),
-            (match.relations, plan.relations, relation_kl),
-        ):
-            if settings:
-                found = [
-                    compare(
-                        seen.vectors[pair.layer], unflatten_rows(batch.hidden[pair.name], mask_BL), mask_BL,
-                        settings.heads,
-                    )
-                    for pair in pairs
-                ]  # fmt: skip
-                parts.append(_weight(settings.weight, done) * torch.stack(found).sum())
-        return MatchedOutput(seen.logits_BC, torch.stack(parts).sum())
+        parts = self._match.parts
+        qkv = {
+            pair.layer for name, part in parts.items() if part.reads == "qkv" for pair in self._pairs(name)
+        }
+        features = self.student.features(batch.inputs, sorted(qkv))
+        losses = []
+        for name, part in parts.items():
+            compare = FEATURE_LOSSES[name]
+            found = [compare(self._features(name, p, features, batch), part) for p in self._pairs(name)]
+            losses.append(_weight(part, done) * torch.stack(found).sum())
+        return MatchedOutput(features.logits_BC, torch.stack(losses).sum())
 
-    def _state(self, part: str, seen: StudentFeatures, layer: int, mask_BL: torch.Tensor) -> torch.Tensor:
-        """The student's state as the cache has its teacher's, at its width: [T, W]."""
-        state_TD = pool_states(seen.states[layer], mask_BL, self._pool)
-        return self.projections[part](state_TD) if part in self.projections else state_TD
+    def _pairs(self, name: str) -> tuple[MatchedPair, ...]:
+        return self._plan.pairs[name]
+
+    def _features(
+        self, name: str, pair: MatchedPair, features: StudentFeatures, batch: DistillBatch
+    ) -> FeaturePair:
+        """The student's vectors of one pair of layers, as the cache has its teacher's, and these."""
+        cached = batch.hidden[pair.name]
+        if self._match.parts[name].reads == "qkv":
+            return FeaturePair(features.qkv[pair.layer], unflatten_rows(cached, batch.mask), batch.mask)
+        state_TD = pool_states(features.states[pair.layer], batch.mask, self._pool)
+        own = self.projections[name](state_TD) if name in self.projections else state_TD
+        return FeaturePair(own, cached, batch.mask)
 
 
-def _weight(value: float | Schedule, done: float | None) -> float:
+def _weight(part: MatchedPart, done: float | None) -> float:
+    value: float | Schedule = part.weight
     return max(bounds(value)) if done is None else value_at(value, done)
-
-
-def pool_states(states_BLD: torch.Tensor, mask_BL: torch.Tensor, pool: Pooling) -> torch.Tensor:
-    """One state a row [B, D]: its first token's, or the mean of its tokens'; none: one a token [T, D]."""
-    if pool == "none":
-        return states_BLD[mask_BL]
-    if pool == "first":
-        return states_BLD[:, 0]
-    return (states_BLD * mask_BL[..., None]).sum(1) / mask_BL.sum(1, keepdim=True)
 
 
 @torch.inference_mode()
@@ -123,10 +102,10 @@ def validate_matching(
     student, teacher, labels = [], [], []
     for batch in batches:
         batch = batch.to(device)
-        answer = model.answer(batch)
-        loss += float(answer.loss) * batch.own_rows
+        output = model.match(batch)
+        loss += float(output.loss) * batch.own_rows
         rows += batch.own_rows
-        student.append(answer.logits_BC.cpu())
+        student.append(output.logits_BC.cpu())
         labels.append(batch.labels_T.cpu())
         if isinstance(batch.teacher, torch.Tensor):
             teacher.append(batch.teacher.cpu())

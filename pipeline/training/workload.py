@@ -109,12 +109,11 @@ def rows_workload(
     def loss(model: torch.nn.Module, batch: DistillBatch, done: float) -> torch.Tensor:
         if match is None:
             return predictions_loss(call_model(model, batch.inputs), batch, done)
-        answer = cast(MatchedStudent, getattr(model, "module", model)).answer(batch, done)
+        output = cast(MatchedStudent, getattr(model, "module", model)).match(batch, done)
         if not recipe.predicts:
-            return answer.loss
-        return (
-            value_at(match.prediction, done) * predictions_loss(answer.logits_BC, batch, done) + answer.loss
-        )
+            return output.loss
+        predictions = predictions_loss(output.logits_BC, batch, done)
+        return value_at(match.prediction, done) * predictions + output.loss
 
     def validate(model: torch.nn.Module) -> Validation:
         if not recipe.predicts:

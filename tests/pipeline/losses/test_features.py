@@ -1,4 +1,4 @@
-"""Losses on inner states: their formulas in float64, term by term, and what must not change them."""
+"""Losses on hidden states: their formulas in float64, term by term, and what must not change them."""
 
 import math
 
@@ -7,7 +7,16 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from pipeline.losses.features import relation_kl, score_mse, state_cosine, state_mse, unflatten_rows
+from pipeline.config.match import matched_parts
+from pipeline.losses.features import (
+    FEATURE_LOSSES,
+    pool_states,
+    relation_kl,
+    score_mse,
+    state_cosine,
+    state_mse,
+    unflatten_rows,
+)
 
 LENGTHS, HEADS = (5, 2, 1), 2
 MASK = torch.arange(5) < torch.tensor(LENGTHS)[:, None]
@@ -114,3 +123,16 @@ def test_vectors_in_a_row_stand_where_the_mask_says() -> None:
         [6, 7, 0, 0, 0],
         [8, 0, 0, 0, 0],
     ]
+
+
+def test_every_part_that_a_recipe_can_match_has_a_loss_and_every_loss_a_part() -> None:
+    assert tuple(FEATURE_LOSSES) == matched_parts()
+
+
+def test_pooled_states_are_those_of_true_tokens() -> None:
+    states_BLW = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    mask_BL = torch.tensor([[True, True, False], [True, True, True]])
+    mean = torch.stack([states_BLW[0, :2].mean(0), states_BLW[1].mean(0)])
+    assert torch.allclose(pool_states(states_BLW, mask_BL, "mean"), mean)
+    assert torch.equal(pool_states(states_BLW, mask_BL, "first"), states_BLW[:, 0])
+    assert torch.equal(pool_states(states_BLW, mask_BL, "none"), states_BLW[mask_BL])

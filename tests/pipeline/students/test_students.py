@@ -115,6 +115,6 @@ def test_a_bert_with_its_features_answers_alike_and_has_its_states_and_vectors()
             attention = model.bert.bert.encoder.layer[layer - 1].attention.self
             parts = (attention.query, attention.key, attention.value)
             by_hand = torch.cat([part(seen.states[layer - 1]) for part in parts], -1)
-            assert torch.equal(seen.vectors[layer], by_hand)
+            assert torch.equal(seen.qkv[layer], by_hand)
     assert model.bert.config._attn_implementation == "sdpa"  # the fused kernel
     assert not any(part._forward_hooks for part in parts)

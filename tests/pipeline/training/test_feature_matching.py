@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from transformers import BertForSequenceClassification
 
 from pipeline.config.caches import Hidden
-from pipeline.config.recipes import Match, Recipe
+from pipeline.config.match import Match
+from pipeline.config.recipes import Recipe
 from pipeline.config.students import Student, TinyBERTStudent
 from pipeline.data.rows import POOL
 from pipeline.data.tokenizer import TextReader
@@ -113,7 +114,7 @@ def both(world: World, match: Match, pool: str, entry: TinyBERTStudent = BERT, m
     batch = first_batch(world, own._plan.names)
     teacher = BertForSequenceClassification.from_pretrained(world.teacher).eval()
     with torch.inference_mode():
-        return [float(own.answer(part).loss) for part in (batch, live(teacher, batch, pool))]
+        return [float(own.match(part).loss) for part in (batch, live(teacher, batch, pool))]
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -205,7 +206,7 @@ def test_the_projections_learn_too(per_position: World) -> None:
         "states": (toy.WIDTH, 8),
         "embeddings": (toy.WIDTH, 8),
     }
-    own.answer(first_batch(per_position, own._plan.names)).loss.backward()
+    own.match(first_batch(per_position, own._plan.names)).loss.backward()
     assert all(p.weight.grad is not None and p.weight.grad.any() for p in own.projections.values())
 
 
@@ -231,7 +232,7 @@ def test_weights_that_are_schedules_have_their_value_of_the_step(per_position: W
     def loss(match: dict[str, Any], done: float | None) -> float:
         own = dressed(per_position, Match.model_validate(match), BERT)
         with torch.inference_mode():
-            return float(own.answer(first_batch(per_position, own._plan.names), done).loss)
+            return float(own.match(first_batch(per_position, own._plan.names), done).loss)
 
     attention, relations = (loss({name: part}, None) for name, part in parts.items())
     for done, (first, second) in {0.0: (4, 0), 0.25: (3, 1), 0.5: (2, 2), 1.0: (0, 2), None: (4, 2)}.items():

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.recipes import Match
+from pipeline.config.match import Match
 from pipeline.config.students import FCStudent, TinyBERTStudent
 from pipeline.training.layer_maps import MatchPlan, resolve_layers
 from storage.errors import SpecMismatch
@@ -33,7 +33,7 @@ def resolve(match: dict[str, Any], hidden: HiddenSpec | None = KEPT, **student: 
 def test_maps_pair_the_layers_of_teacher_and_student(
     chosen: Any, layers: int, wanted: list[tuple[int, int]]
 ) -> None:
-    pairs = resolve({"states": {"map": chosen}}, layers=layers).states
+    pairs = resolve({"states": {"map": chosen}}, layers=layers).pairs["states"]
     assert pairs == tuple((f"layer.{teacher}", own) for teacher, own in wanted)
 
 
@@ -46,9 +46,9 @@ def test_each_part_has_its_pairs_and_every_name_is_read_once() -> None:
             "relations": {"heads": 4, "teacher_layer": 6},
         }
     )
-    assert plan.embeddings == (("layer.0", 0),)
-    assert plan.attention == (("qkv.2", 1), ("qkv.4", 2), ("qkv.6", 3))
-    assert plan.relations == (("qkv.6", 3),)
+    assert plan.pairs["embeddings"] == (("layer.0", 0),)
+    assert plan.pairs["attention"] == (("qkv.2", 1), ("qkv.4", 2), ("qkv.6", 3))
+    assert plan.pairs["relations"] == (("qkv.6", 3),)
     assert plan.names == ("layer.0", "layer.6", "qkv.2", "qkv.4", "qkv.6")
 
 
@@ -99,7 +99,7 @@ def test_a_student_with_more_layers_than_its_teacher_has_none_at_the_top(part: d
 
 
 def test_a_cache_without_states_and_a_student_without_layers_are_refused() -> None:
-    with pytest.raises(SpecMismatch, match="The cache keeps no inner states"):
+    with pytest.raises(SpecMismatch, match="The cache keeps no hidden states"):
         resolve({"states": {}}, None)
     match, student = Match.model_validate({"states": {}}), FCStudent(kind="fc")
     with pytest.raises(SpecMismatch, match=r"the student of runs\.x has no layers to match"):
@@ -110,4 +110,4 @@ def test_the_angle_of_principal_components_is_not_that_of_the_states() -> None:
     components = KEPT.model_copy(update={"pca": 4, "basis": "0" * 64})
     with pytest.raises(SpecMismatch, match="components lack the mean"):
         resolve({"states": {"loss": "cosine"}}, components)
-    assert resolve({"states": {}}, components).states
+    assert resolve({"states": {}}, components).pairs["states"]
