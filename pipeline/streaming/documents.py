@@ -1,15 +1,13 @@
 """Cached shards of language models -> training batches: what the teacher read is what the student reads.
 
-A row is read in pieces of at most so many tokens. A piece ends before its row's last token, which has no
-target: so every true token of a batch has a label (the next token) and the teacher's entries. The order
-depends on (seed, epoch, position) alone, as in batches.py.
+A row is read in pieces of at most `max_length` tokens. A piece ends before its row's last token, which has no
+target: so every true token of a batch has a label (the next token) and the teacher's entries. epochs.py has
+the order.
 
 Shape letters: N pieces, T tokens.
 """
 
-import itertools
-from collections.abc import Generator, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,23 +21,19 @@ from pipeline.streaming.batch import (
     BUCKET_BATCHES,
     SHARDS_PER_WINDOW,
     DistillBatch,
-    GlobalBatch,
     Stream,
     locate_rows,
-    read_ahead,
 )
 from pipeline.streaming.decoded_shards import SCRATCH, DecodedShards
+from pipeline.streaming.epochs import Indices, PlannedWindow, ShardStream
 from pipeline.streaming.hidden_states import check_hidden_kept, read_states, shards_in_memory
 from pipeline.streaming.model_inputs import input_tensors
-from pipeline.streaming.prefetch import decode_ahead
 from storage import Cache, order
 from storage.entries import ends, ranges
 from storage.records import EntryRows
 
 WINDOW_TOKENS = 2**21  # about 200 MB of entries at a time
-PAD_ID = 0  # read by no token: padding stands behind, and a decoder looks back
-
-Indices = npt.NDArray[np.int64]
+PAD_ID = 0  # no token attends to it: padding is on the right, and a decoder looks back
 
 
 class _Pieces(NamedTuple):
@@ -58,7 +52,7 @@ class _Pieces(NamedTuple):
         return cls(first[owner] + inside, np.minimum(max_length, tokens[owner] - 1 - inside))
 
 
-class CachedDocuments:
+class CachedDocuments(ShardStream["_Part"]):
     """The rows of some splits of a dataset, in pieces, with the entries that a cache holds for them.
 
     `hidden` are names of `Cache.hidden_names` to read along: states of the true tokens of each batch. Raises
@@ -77,7 +71,7 @@ class CachedDocuments:
     ) -> None:
         check_hidden_kept(cache, hidden)
         self.cache, self.max_length, self.hidden = cache, max_length, hidden
-        self._stream, self._spool = stream, spool or DecodedShards(SCRATCH, stream.decoded_bytes)
+        self._spool = spool or DecodedShards(SCRATCH, stream.decoded_bytes)
         self._by_shard = [place.held for place in locate_rows(cache, rows, splits)]
         lengths, starts = cache.index()[1], ends([shard.rows for shard in cache.shards])
         self._num_tokens = np.split(lengths, starts[1:-1])
@@ -90,40 +84,23 @@ class CachedDocuments:
         self.num_targets = int(sum(pieces.sum() for pieces in self._pieces))
         largest = max(shard.positions for shard in cache.shards)
         mixed = max(1, min(SHARDS_PER_WINDOW, WINDOW_TOKENS // max(largest, 1)))
-        self._shards_per_window = shards_in_memory(mixed, cache, hidden)
+        super().__init__(len(self._by_shard), shards_in_memory(mixed, cache, hidden), stream)
 
     def num_steps(self, seed: int, epochs: int, batch_tokens: int) -> int:
-        """Batches of so many epochs: exact, from the lengths alone."""
-        return sum(len(list(cut)) for e in range(epochs) for _, cut in self._order(seed, e, batch_tokens))
+        """Batches of all epochs: exact, from the lengths alone."""
+        return sum(len(list(cut)) for e in range(epochs) for _, cut in self.plan(seed, e, batch_tokens))
 
     def padding(self, seed: int, batch_tokens: int) -> tuple[float, float]:
         """The share of padding among the tokens of an epoch: as it is, and where lengths were not sorted."""
         spent = spent_unsorted = 0
-        for shards, cut in self._order(seed, 0, batch_tokens):
-            lengths = np.concatenate([self._pieces[shard] for shard in shards])
+        for shards, cut in self.plan(seed, 0, batch_tokens):
+            lengths = self._lengths(shards)
             parts = list(cut)
             spent += sum(len(part) * int(lengths[part].max()) for part in parts)
             unsorted = lengths[order.permutation(len(lengths), seed)]
             same_sizes = np.split(unsorted, np.cumsum([len(part) for part in parts])[:-1])
             spent_unsorted += sum(len(part) * int(part.max()) for part in same_sizes)
         return 1 - self.num_targets / max(spent, 1), 1 - self.num_targets / max(spent_unsorted, 1)
-
-    def epoch(
-        self, seed: int, epoch: int, batch_tokens: int, start: int = 0
-    ) -> Generator[DistillBatch, None, None]:
-        """The batches of one training epoch from the `start`th on, read ahead.
-
-        The order depends on (seed, epoch) alone; shards whose batches all lie before `start` are not read.
-        """
-        return read_ahead(self._epoch(seed, epoch, batch_tokens, start), self._stream.readers)
-
-    def in_order(self, batch_tokens: int) -> Iterator[DistillBatch]:
-        """All pieces once, a shard at a time, those of like length together: for evaluation."""
-        for shard, lengths in enumerate(self._pieces):
-            if len(lengths):
-                window = _Window([self._read(shard)])
-                for part in order.token_batches(lengths, batch_tokens, BUCKET_BATCHES, 0):
-                    yield window.batch(part)
 
     def entropy(self) -> float:
         """The teacher's mean entropy over all targets, in nats."""
@@ -133,35 +110,16 @@ class CachedDocuments:
                 total += float(_entropy(self.cache.read(shard))[held].sum(dtype=np.float64))
         return total / max(self.num_targets, 1)
 
-    def _order(
-        self, seed: int, epoch: int, batch_tokens: int
-    ) -> Iterator[tuple[list[int], Iterator[Indices]]]:
-        """(shards, batches of their pieces) of each window of an epoch."""
-        for number, shards in enumerate(
-            order.windows(len(self._by_shard), self._shards_per_window, seed, epoch)
-        ):
-            chosen = sorted(int(shard) for shard in shards)
-            lengths = np.concatenate([self._pieces[shard] for shard in chosen])
-            if len(lengths):
-                yield chosen, order.token_batches(lengths, batch_tokens, BUCKET_BATCHES, seed, epoch, number)
+    def _lengths(self, shards: Sequence[int]) -> Indices:
+        return np.concatenate([self._pieces[shard] for shard in shards])
 
-    def _epoch(self, seed: int, epoch: int, batch_tokens: int, start: int) -> Iterator[DistillBatch]:
-        windows: list[tuple[list[int], Iterator[Indices]]] = []
-        for shards, cut in self._order(seed, epoch, batch_tokens):
-            if start:  # lengths alone say what lies before it
-                parts = list(cut)
-                behind, start = min(start, len(parts)), max(0, start - len(parts))
-                if behind == len(parts):
-                    continue
-                cut = iter(parts[behind:])
-            windows.append((shards, cut))
-        reading = [partial(self._read, shard) for shards, _ in windows for shard in shards]
-        with decode_ahead(reading, self._stream.readers) as held:
-            for shards, cut in windows:
-                window = _Window(list(itertools.islice(held, len(shards))))
-                for part in cut:
-                    yield self._own(part, window)
-                del window  # before the next one is read
+    def _cut(self, lengths: Indices, batch_size: int, *key: int) -> Iterator[Indices]:
+        return order.token_batches(lengths, batch_size, BUCKET_BATCHES, *key)
+
+    def _plan_in_order(self, batch_size: int) -> Iterator[PlannedWindow]:
+        for shard, lengths in enumerate(self._pieces):
+            if len(lengths):
+                yield PlannedWindow([shard], self._cut(lengths, batch_size, 0))
 
     def _read(self, shard: int) -> "_Part":
         """What the cache holds of one shard, and the pieces of its rows that are asked for."""
@@ -185,14 +143,8 @@ class CachedDocuments:
             **{name: kept.values for name, kept in states.items()},
         }  # fmt: skip
 
-    def _own(self, part: Indices, window: "_Window") -> DistillBatch:
-        """This rank's part of a global batch."""
-        ranks = self._stream.ranks
-        if ranks == 1:
-            return window.batch(part)
-        own, targets = order.part(part, self._stream.rank, ranks), window.num_targets(part)
-        whole = GlobalBatch(ranks, len(part), targets, targets, not len(own))
-        return window.batch(own if len(own) else part[:1])._replace(whole=whole)
+    def _window(self, shards: Sequence[int], parts: Iterable["_Part"]) -> "_Window":
+        return _Window(list(parts))
 
 
 class _Part(NamedTuple):
@@ -221,16 +173,20 @@ class _Window:
             places.append(np.concatenate([owners, tokens, offsets[tokens]], axis=1))
         self._places = np.concatenate(places)
 
-    def num_targets(self, part: Indices) -> int:
+    def num_targets(self, items: Indices) -> int:
         """Those of these pieces."""
-        return int(self._lengths[part].sum())
+        return int(self._lengths[items].sum())
 
-    def batch(self, part: Indices) -> DistillBatch:
+    def num_labelled(self, items: Indices) -> int:
+        """All of them: the label of a token is the next one."""
+        return self.num_targets(items)
+
+    def batch(self, items: Indices) -> DistillBatch:
         """These pieces, padded on the right."""
-        lengths = self._lengths[part]
+        lengths = self._lengths[items]
         mask_BL = np.arange(lengths.max()) < lengths[:, None]
         ids_BL = np.full(mask_BL.shape, PAD_ID, np.int64)
-        pieces = [(self._parts[owner], *place) for owner, *place in self._places[part].tolist()]
+        pieces = [(self._parts[owner], *place) for owner, *place in self._places[items].tolist()]
         ids_BL[mask_BL] = np.concatenate([own.token_ids[start:stop] for own, start, stop, _, _ in pieces])
         labels = [own.token_ids[start + 1 : stop + 1] for own, start, stop, _, _ in pieces]
         counts_T = np.concatenate([own.counts[start:stop] for own, start, stop, _, _ in pieces])
