@@ -43,7 +43,7 @@ def documents_of(prose: Prose, num_bytes: int, readers: int = 1) -> CachedDocume
 
 def tensors(batch: DistillBatch) -> list[torch.Tensor]:
     assert isinstance(batch.teacher, SparseTargets)
-    return [*batch[:3], *batch.teacher, *batch.hidden.values()]
+    return [*batch.inputs.values(), batch.labels_T, *batch.teacher, *batch.hidden.values()]
 
 
 def same(first: list[DistillBatch], second: list[DistillBatch]) -> bool:

@@ -54,7 +54,8 @@ def contents(stream: Iterator[DistillBatch]) -> list[tuple[tuple[int, ...], int,
     """(token ids, label, teacher's logits) of each row, in the order of the stream."""
     found = []
     for batch in stream:
-        for ids, mask, label, logits in zip(*batch[:4], strict=True):
+        rows = (batch.inputs["input_ids"], batch.mask, batch.labels_T, batch.teacher)
+        for ids, mask, label, logits in zip(*rows, strict=True):
             found.append((tuple(ids[mask].tolist()), int(label), logits.tolist()))
     return found
 
@@ -99,7 +100,7 @@ def test_the_order_is_a_function_of_seed_and_epoch(world: World, monkeypatch: py
 def test_the_number_of_batches_is_never_more_than_was_said(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming_batch, "SHARDS_PER_WINDOW", 2)
+    monkeypatch.setattr("pipeline.streaming.rows.SHARDS_PER_WINDOW", 2)
     some = cached(world, world.rows(), "train", POOL)
     for epoch in range(4):
         assert len(list(some.epoch(0, epoch, 16))) <= some.num_batches(16)
