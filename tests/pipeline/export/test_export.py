@@ -20,6 +20,7 @@ from pipeline.config.students import LlamaStudent, Student
 from pipeline.data.rows import Rows
 from pipeline.data.tokenizer import TextReader, Tokens
 from pipeline.evaluation import latency
+from pipeline.export import to_onnx
 from pipeline.export.predictor import FACTS, MODEL_FILES, OnnxModel, Predictor, find_export
 from pipeline.export.to_onnx import Answers, compare_forms, export_run, write_onnx
 from pipeline.streaming.model_inputs import InputTensors, call_model, input_tensors, num_rows
@@ -231,7 +232,7 @@ def test_a_refused_export_cannot_be_asked(
     """The models of another seed are written: the directory stays without its facts."""
     made, write = exports("fc"), write_onnx
     monkeypatch.setattr(
-        onnx, "write_onnx", lambda model, out: write(load_student(made.models / "seed-0"), out)
+        to_onnx, "write_onnx", lambda model, out: write(load_student(made.models / "seed-0"), out)
     )
     paths, out = world.run_paths(made.models), tmp_path / "exported" / "fc"
     with pytest.raises(ExportError, match="does not say what the student says"):
