@@ -182,7 +182,7 @@ def test_a_model_without_what_is_needed_is_refused(model: Path, masked: Path, tm
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"replace": 0.6, "delete": 0.5}, "more than 1 together"),
+        ({"replace": 0.6, "delete": 0.5}, "sum to more than 1"),
         ({"delete": 0.0}, "views would equal their rows"),
         ({"views": 256}, "less than or equal to 255"),
     ],
@@ -336,7 +336,7 @@ def test_labels_of_views_are_the_rows_or_none() -> None:
     ("recipe", "message"),
     [
         ({"views": 1, "alpha": 1.0}, "views have none"),
-        ({"view_labels": True}, "takes none"),
+        ({"view_labels": True}, "view_labels needs views"),
     ],
 )
 def test_recipes_that_would_learn_nothing_from_views_are_refused(
