@@ -35,8 +35,8 @@ def seconds(program: str) -> float:
 
 def loaded(program: str) -> list[str]:
     """Which of the heavy modules a program imports."""
-    told = f"{program}\nimport sys; print(*[name for name in {HEAVY} if name in sys.modules])"
-    command = [sys.executable, "-c", told]
+    listing = f"{program}\nimport sys; print(*[name for name in {HEAVY} if name in sys.modules])"
+    command = [sys.executable, "-c", listing]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return done.stdout.split()
 
