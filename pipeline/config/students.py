@@ -209,7 +209,6 @@ class MLPStudent(_Trained):
     """Layers of ReLUs over all pixels of an image."""
 
     inputs: ClassVar[ModelInputs] = "images"
-    objectives: ClassVar[tuple[ObjectiveName, ...]] = ("classification",)
 
     kind: Literal["mlp"]
     hidden: Annotated[tuple[Positive, ...], Field(min_length=1, strict=False)] = (32,)
