@@ -230,7 +230,9 @@ def test_a_teacher_that_cannot_fill_masks_is_refused(own: Project) -> None:
     with pytest.raises(TeacherError, match="taken as they are"):
         own.make_teacher(train={})
     encoders.write(own.root / "headless", "token-classification")
-    with pytest.raises(TeacherError, match=r"not a trained model for AutoModelForMaskedLM: its weights lack cls\.predictions"):
+    with pytest.raises(
+        TeacherError, match=r"not a trained model for AutoModelForMaskedLM: its weights lack cls\.predictions"
+    ):
         own.make_teacher(model=str(own.root / "headless"))
     path = own.root / "model" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"mask_token": None}))

@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.datasets import Dataset
 from pipeline.config.load import load_params, pick_entry
 from pipeline.config.params import Params
 from storage.errors import ConfigError
-from storage.fields import MAX_LABELS
 from tests import toy
 
 Change = Callable[[dict[str, Any]], object]
@@ -303,57 +301,6 @@ def test_a_name_on_the_command_line_is_refused_with_the_nearest_one(tmp_path: Pa
         pick_entry(load(tmp_path).runs, "runs", "fc-cee")
 
 
-SAMPLE, THRESHOLD, IMAGES = {"codec": "sample"}, {"codec": "threshold"}, "image-classification"
-
-
-# Each of these passed, and ended in a traceback where the cache, the run or the URL was made.
-@pytest.mark.parametrize(
-    ("change", "place"),
-    [
-        (
-            lambda p: p["caches"]["toy"].update(targets={"codec": "sample", "seed": 2**63}),
-            "caches.toy.targets",
-        ),
-        (
-            lambda p: p["caches"]["toy"].update(targets={"codec": "threshold", "seed": 2**63}),
-            "caches.toy.targets",
-        ),
-        (lambda p: p["caches"]["toy"].update(mask={"seed": 2**63}), "caches.toy.mask.seed"),
-        (lambda p: p["runs"]["fc-ce"].update(seeds=[2**63]), "runs.fc-ce.seeds"),
-        (lambda p: p["teachers"]["tiny"].update(train={"seed": 2**63}), "teachers.tiny.train.seed"),
-        (lambda p: p["teachers"]["tiny"].update(max_length=2**31 + 1), "teachers.tiny.max_length"),
-        (lambda p: p["caches"]["toy"].update(hidden={"layers": [10_001]}), "caches.toy.hidden.layers"),
-        (
-            lambda p: p["caches"]["toy"].update(hidden={"qkv": [10_001], "pool": "none"}),
-            "caches.toy.hidden.qkv",
-        ),
-        (lambda p: p["caches"]["toy"].update(hidden={"layers": [1], "pca": 2**21}), "caches.toy.hidden.pca"),
-        (lambda p: p["caches"]["toy"].update(weights={"layers": [10_001]}), "caches.toy.weights.layers"),
-        (
-            lambda p: p["datasets"]["toy"].update(
-                task="image-classification", images={"shape": [2**16, 1, 1]}
-            ),
-            "datasets.toy.images.shape",
-        ),
-        (
-            lambda p: p.update(received={"far": {"url": f"s3://{'a' * 2000}", "manifest": "0" * 64}}),
-            "received.far.url",
-        ),
-    ],
-)
-def test_a_value_that_no_cache_or_run_can_hold_is_refused_with_its_place(
-    tmp_path: Path, change: Change, place: str
-) -> None:
-    assert place in refusal(tmp_path, change)
-
-
-def test_as_many_labels_as_a_cache_can_hold_are_accepted_and_one_more_is_not() -> None:
-    names = [str(number) for number in range(MAX_LABELS + 1)]
-    assert len(Dataset.model_validate({"path": "x", "labels": names[:-1]}).labels) == MAX_LABELS
-    with pytest.raises(ValueError, match="at most 100000 items"):
-        Dataset.model_validate({"path": "x", "labels": names})
-
-
 def test_sections_that_are_left_out_are_empty(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("{}\n")
     empty = load_params(tmp_path / "params.yaml")
@@ -382,4 +329,21 @@ def test_augmented_datasets_are_datasets_to_caches_and_runs_under_a_name_of_thei
         p["caches"]["toy"]["dataset"] = p["runs"]["fc-ce"]["dataset"] = name
 
     assert load(tmp_path, more).augmented["more"].views == 1
-    assert "'toy' stands in datasets and in augmented" in refusal(tmp_path, lambda p: more(p, "toy"))
+    assert "'toy' is in datasets and in augmented" in refusal(tmp_path, lambda p: more(p, "toy"))
+
+
+def test_a_run_with_the_name_of_a_teachers_results_is_refused(tmp_path: Path) -> None:
+    def more(p: dict[str, Any]) -> None:
+        p["runs"]["teacher-tiny"] = p["runs"]["fc-ce"]
+
+    assert "'teacher-tiny' is a run, and the results of teachers.tiny" in refusal(tmp_path, more)
+
+
+def test_entries_that_do_not_fit_each_other_come_in_one_message(tmp_path: Path) -> None:
+    def two(p: dict[str, Any]) -> None:
+        p["augmented"]["toy"] = {"dataset": "toy", "model": "model"}
+        p["caches"]["toy"]["mask"] = {}
+
+    message = refusal(tmp_path, two)
+    assert "'toy' is in datasets and in augmented" in message
+    assert "caches.toy.mask" in message

@@ -143,7 +143,7 @@ def test_a_changed_weight_is_another_mixture(two: Two, tmp_path: Path) -> None:
         ({"toy": {"caches": ["toy", "more"]}}, "mixtures.toy: caches has this name too"),
         (
             {"both": {"caches": ["toy", "again"]}, "again": {"caches": ["more", "both"]}},
-            "mixtures.both.caches: it holds itself, by way of again, both, more, toy",
+            "mixtures.both.caches: the mixture contains itself, through again, both, more, toy",
         ),
         ({"both": {"caches": ["toy", "more"], "mising": "skip"}}, "unknown key; did you mean 'missing'"),
     ],

@@ -124,7 +124,7 @@ def test_students_of_another_shape_classes_or_tokenizer_are_no_start(
     ("entry", "line"),
     [
         ({"init": "fc-c"}, "chained.b.init: no 'fc-c' in runs or chained; did you mean 'fc-ce'?"),
-        ({"init": "b"}, "chained.b.init: comes back to 'b'"),
+        ({"init": "b"}, "chained.b.init: circular, b <- b"),
         ({"student": "bilstm"}, "chained.b.student: found 'bilstm', but fc-ce trains 'fc'"),
         ({"seeds": [0, 7]}, "chained.b.seeds: fc-ce has [0, 1], not [7]"),
         ({}, None),
@@ -151,4 +151,4 @@ def test_a_name_on_both_shelves_and_a_circle_of_runs_are_refused(tmp_path: Path)
     with pytest.raises(ConfigError) as refused:
         load_params(tmp_path / "params.yaml")
     assert "chained.fc-ce: runs has this name too" in str(refused.value)
-    assert "chained.c.init: comes back to 'c', c <- b" in str(refused.value)
+    assert "chained.c.init: circular, c <- b <- c" in str(refused.value)

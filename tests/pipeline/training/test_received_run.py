@@ -62,7 +62,7 @@ def test_a_run_reads_a_received_cache_and_a_mixture_does_not(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ({"toy": FAR}, "'toy' stands in received and in caches"),
+        ({"toy": FAR}, "'toy' is in received and in caches"),
         ({"far": FAR | {"url": "/some/where"}}, r"received\.far\.url"),
         ({"far": FAR | {"manifest": "0f7c"}}, r"received\.far\.manifest"),
     ],
