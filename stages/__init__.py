@@ -1,1 +1,1 @@
-"""One thin typed `main` a DVC stage: read params, call pipeline, write outputs. Nothing here computes."""
+"""One thin typed `main` for each DVC stage: reads params, calls pipeline, writes outputs."""

@@ -1,4 +1,4 @@
-"""A prepared dataset and a model -> data/NAME: its rows, and views of its training rows."""
+"""A prepared dataset and a model -> data/NAME: its rows and views of its training rows."""
 
 import json
 

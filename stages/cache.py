@@ -1,4 +1,4 @@
-"""A dataset and a teacher -> caches/NAME, sealed; only shards that are missing are computed."""
+"""A dataset and a teacher -> caches/NAME, sealed. Only missing shards are computed."""
 
 from functools import partial
 

@@ -1,6 +1,6 @@
-"""models/RUN -> results/eval/RUN.json: quality, agreement, calibration, size, latency on the test split.
+"""models/RUN -> results/eval/RUN.json: quality, agreement, calibration, size, latency.
 
-Of a run of several tasks each task has a file of its own: results/eval/TASK.json.
+All on the test split. Each task of a multi-task run has a file of its own: results/eval/TASK.json.
 """
 
 from pipeline.config.load import load_params, pick_entry
@@ -10,7 +10,7 @@ from stages import cli, paths
 
 
 def main(name: str) -> None:
-    """Evaluate one run, or one of the tasks of a run."""
+    """Evaluate one run, or one task of a multi-task run."""
     params = load_params()
     run = pick_entry(params.everything_trained, "runs", name)
     where = paths.of_run(name, run, params.workers)

@@ -1,4 +1,6 @@
-"""models/RUN -> exported/RUN: ONNX in float32 and int8; results/export/RUN.json: accuracy, size, latency."""
+"""models/RUN -> exported/RUN: ONNX in float32 and int8, compared with the student.
+
+results/export/RUN.json has accuracy, size and latency of each."""
 
 from pipeline.config.load import load_params, pick_entry
 from pipeline.export.to_onnx import export_run
@@ -7,7 +9,7 @@ from stages import cli, paths
 
 
 def main(name: str) -> None:
-    """Export one run, or one of the tasks of a run."""
+    """Export one run, or one task of a multi-task run."""
     params = load_params()
     run = pick_entry(params.everything_trained, "runs", name)
     student = params.students[run.student]

@@ -1,4 +1,4 @@
-"""assets.NAME of params.yaml -> assets/NAME."""
+"""A package, hub id or local path -> assets/NAME."""
 
 from pipeline.config.load import load_params, pick_entry
 from pipeline.data.assets import fetch_asset

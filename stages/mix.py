@@ -1,4 +1,4 @@
-"""Two caches -> caches/NAME, a mixture: they lie in it side by side, and a run reads them as one."""
+"""Two caches -> caches/NAME, a mixture that a run reads as one cache."""
 
 from pipeline.config.load import load_params, pick_entry
 from pipeline.runtime.files import write_json

@@ -1,4 +1,4 @@
-"""Where stages keep what they make. dvc.yaml says the same; a test compares the two."""
+"""Where stages write their outputs. dvc.yaml has the same paths; a test compares the two."""
 
 from pathlib import Path
 
@@ -18,11 +18,12 @@ EVAL = Path("results/eval")
 EXPORT = Path("results/export")
 CAPTURE = Path("results/capture")
 CURVES = Path("results/curves")
+LIMITS = Path("results/limits.json")
 REPORT = Path("report/index.html")
 
 
 def of_run(name: str, run: Run, workers: Workers | None = None) -> RunInputs:
-    """What a run reads and where it writes; `workers` say how much local disk it may take."""
+    """What a run reads and where it writes; `workers` limits the local disk that it takes."""
     local_gb = workers.local_gb if workers else None
     return RunInputs(
         cache=CACHES / run.cache,

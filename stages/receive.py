@@ -1,4 +1,4 @@
-"""A URL and the digest of a manifest -> caches/NAME, which stands for the cache that lies there."""
+"""A URL and the digest of a manifest -> caches/NAME, a reference to the cache at the URL."""
 
 from pipeline.config.load import load_params, pick_entry
 from pipeline.runtime.files import write_json

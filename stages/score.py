@@ -1,4 +1,4 @@
-"""teachers/NAME -> results/eval/teacher-NAME.json: the teacher's own row of the table."""
+"""teachers/NAME -> results/eval/teacher-NAME.json: the teacher's row of the table."""
 
 from pipeline.config.load import load_params, pick_entry
 from pipeline.evaluation.evaluate import evaluate_teacher

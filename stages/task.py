@@ -1,4 +1,4 @@
-"""A task of params.yaml -> tasks/RUN/TASK.json: what it learns from, by digest. Its run depends on that."""
+"""A task of a multi-task run -> tasks/RUN/TASK.json: the digests of what it learns from."""
 
 from pipeline.config.load import load_params, pick_entry
 from pipeline.runtime.files import write_json
@@ -7,7 +7,7 @@ from stages import cli, paths
 
 
 def main(name: str) -> None:
-    """Pin what one task learns from."""
+    """Record the digests of what one task learns from."""
     params = load_params()
     run = pick_entry(params.tasks, "tasks", name).run
     task = params.everything_trained[name]

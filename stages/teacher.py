@@ -1,4 +1,4 @@
-"""A model and a dataset -> teachers/NAME: fine-tuned or as it is, scored, ready to be asked."""
+"""A model and a dataset -> teachers/NAME: fine-tuned or as it is, and scored."""
 
 from pipeline.config.load import load_params, pick_entry
 from pipeline.teachers.prepare import prepare_teacher
@@ -7,7 +7,7 @@ from stages.teacher_guard import check_not_done_elsewhere
 
 
 def main(name: str) -> None:
-    """Make one teacher."""
+    """Prepare one teacher."""
     params = load_params()
     entry = pick_entry(params.teachers, "teachers", name)
     caches = [cache for cache, made in params.caches.items() if made.teacher == name]

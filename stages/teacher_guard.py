@@ -1,8 +1,8 @@
-"""Refuses to start a teacher that has already done its work on another machine.
+"""Refuses to run a teacher whose result was finished on another machine.
 
 dvc.lock travels with git, large outputs do not. Where dvc.lock says that a stage ran with just these inputs,
-and its output is neither here nor in this clone's DVC cache, then running it would pay for the teacher a
-second time.
+and its output is neither here nor in this clone's DVC cache, running the stage would compute the same result
+a second time.
 """
 
 import os
@@ -14,7 +14,7 @@ REBUILD = "STILLROOM_REBUILD"
 
 
 def check_not_done_elsewhere(stage: str, cache: str = "NAME") -> None:
-    """Raise TeacherElsewhere where dvc.lock has the finished output of `stage` for the inputs of today."""
+    """Raise TeacherElsewhere if dvc.lock has the output of `stage` for these inputs, and it is not here."""
     if os.environ.get(REBUILD) or not Path("dvc.lock").is_file():
         return
     from dvc.repo import Repo
@@ -22,7 +22,7 @@ def check_not_done_elsewhere(stage: str, cache: str = "NAME") -> None:
     with Repo() as repo:
         found = repo.stage.load_one("dvc.yaml", stage)
         outputs = [out for out in found.outs if out.use_cache]
-        # dep by dep: the stage's own changed_deps() wants the lock that the running `dvc repro` holds
+        # dep by dep: the stage's own changed_deps() takes the lock that the running `dvc repro` holds
         unchanged = not any(dep.status() for dep in found.deps)
         finished = outputs and all(out.hash_info for out in outputs) and unchanged
         here = all(out.hash_info and out.cache.exists(out.hash_info.value) for out in outputs)

@@ -1,6 +1,6 @@
-"""A run of params.yaml -> models/RUN: one student a seed, trained from the cache.
+"""A run of params.yaml -> models/RUN: a student for each seed, trained from the cache.
 
-`torchrun --nproc-per-node 2 -m stages.train RUN` trains it in two processes that share each batch.
+`torchrun --nproc-per-node 2 -m stages.train RUN` trains it in two processes, each with a part of every batch.
 """
 
 from pipeline.config.load import load_params, pick_entry

@@ -1,4 +1,4 @@
-"""A run of several tasks of params.yaml -> models/RUN: one student a seed, trained from the caches of all."""
+"""A multi-task run -> models/RUN: a student for each seed, trained from several caches."""
 
 from pipeline.config.load import load_params, pick_entry
 from pipeline.training.job import TaskPart, write_curve
@@ -7,7 +7,7 @@ from stages import cli, paths
 
 
 def main(name: str) -> None:
-    """Train one run of several tasks."""
+    """Train one multi-task run."""
     params = load_params()
     entry = pick_entry(params.multitask, "multitask", name)
     tasks = {task: params.everything_trained[task] for task in entry.weights}

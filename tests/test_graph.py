@@ -1,4 +1,4 @@
-"""dvc.yaml: its paths are the code's, cheap stages depend on the code that they run, dear ones do not."""
+"""dvc.yaml: its paths are the code's; cheap stages depend on the rooms that they import, others do not."""
 
 import ast
 from pathlib import Path
@@ -7,24 +7,38 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.config.params import ChainedRun, Run, TaskRun
-from stages import paths
+from pipeline.config.params import ChainedRun, Params, Run, TaskRun
+from stages import main, paths
+from stages.commands.run import LAST_STAGES
 from tests.imports import ROOMS, ROOT, closure
 
-# Stages that run the code of another one: for chained runs, and for the tasks of runs that learn several.
-AGAIN = {
+# Stages that run the code of another one: for chained runs, and for the tasks of multi-task runs.
+SAME_CODE = {
     "train-after": "train", "evaluate-after": "evaluate", "export-after": "export",
     "evaluate-tasks": "evaluate", "export-tasks": "export",
 }  # fmt: skip
 PACKAGES = ("pipeline/__init__.py", "stages/__init__.py")
-CHEAP = ("prepare", "augment", "mix", "task", "train", "train-tasks", "evaluate", "export", "report", *AGAIN)
-DEAR = ("fetch", "teacher", "cache", "verify", "receive", "score")
-GRAPH: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
+CHEAP = (
+    "check",
+    "prepare",
+    "augment",
+    "mix",
+    "task",
+    "train",
+    "train-tasks",
+    "evaluate",
+    "export",
+    "report",
+    *SAME_CODE,
+)
+EXPENSIVE = ("fetch", "teacher", "cache", "verify", "receive", "score")
+FILE: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())
+GRAPH: dict[str, Any] = FILE["stages"]
 
 
 def module(stage: str) -> str:
     """The file of stages/ that a stage runs."""
-    return f"stages.{AGAIN.get(stage, stage).replace('-', '_')}"
+    return f"stages.{SAME_CODE.get(stage, stage).replace('-', '_')}"
 
 
 def body(stage: str) -> dict[str, Any]:
@@ -66,15 +80,41 @@ def test_packages_that_no_stage_lists_hold_a_docstring_alone() -> None:
         assert len(ast.parse((ROOT / path).read_text()).body) == 1, path
 
 
-@pytest.mark.parametrize("stage", DEAR)
-def test_a_dear_stage_depends_on_no_code_but_the_capture_version(stage: str) -> None:
+@pytest.mark.parametrize("stage", EXPENSIVE)
+def test_an_expensive_stage_depends_on_no_code_but_the_capture_version(stage: str) -> None:
     code = {dep for dep in names(stage, "deps") if dep.startswith(("pipeline/", "stages/", "storage/"))}
     assert code <= {"pipeline/CAPTURE_VERSION"}
 
 
-def test_every_stage_is_either_cheap_or_dear_and_none_depends_on_workers() -> None:
-    assert set(GRAPH) == {*CHEAP, *DEAR}
+def test_every_stage_is_either_cheap_or_expensive_and_none_depends_on_workers() -> None:
+    assert set(GRAPH) == {*CHEAP, *EXPENSIVE}
     assert "workers" not in (ROOT / "dvc.yaml").read_text().replace("dvc.yaml", "")
+
+
+def test_a_section_that_params_leaves_out_is_empty_in_the_graph_and_in_the_code() -> None:
+    defaults = {name: value for item in FILE["vars"] for name, value in item.items()}
+    assert {f"${{{name}}}" for name in defaults} == {s["foreach"] for s in GRAPH.values() if "foreach" in s}
+    assert all(value == {} == getattr(Params(), name) for name, value in defaults.items())
+    for stage in GRAPH:  # DVC fails where a stage's params are missing: an entry's own are not
+        assert all("${" in param for param in names(stage, "params")), stage
+
+
+def test_exports_depend_on_the_limits_that_check_writes() -> None:
+    assert names("check", "outs") == [str(paths.LIMITS)]
+    assert "params.yaml" in names("check", "deps")
+    for stage in ("export", "export-after", "export-tasks"):
+        assert str(paths.LIMITS) in names(stage, "deps")
+
+
+def test_the_command_has_every_stage_and_runs_all_stages_of_an_entry() -> None:
+    assert {*main.STAGES} == {*GRAPH} - {*SAME_CODE}
+    for section, last in LAST_STAGES.items():
+        needed = {dep for stage in last for dep in names(stage, "deps")}
+        for stage in (s for s in GRAPH if GRAPH[s].get("foreach") == f"${{{section}}}" and s not in last):
+            assert {*names(stage, "outs")} & needed or stage == "task", stage  # tasks: through their run
+    assert {f"${{{section}}}" for section in (*LAST_STAGES, "multitask")} == {
+        stage["foreach"] for stage in GRAPH.values() if "foreach" in stage
+    }
 
 
 def test_the_graph_and_the_code_name_the_same_paths() -> None:

@@ -1,1 +1,1 @@
-"""Commands that people run by hand with `stillroom`: none of them is a stage of dvc.yaml."""
+"""Commands of `stillroom` that are not stages of dvc.yaml."""

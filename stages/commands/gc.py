@@ -1,4 +1,4 @@
-"""`stillroom gc`: what lies in the store and no cache names; with --yes it is removed."""
+"""`stillroom gc`: list finished shards that no cache uses; --yes removes them."""
 
 from pathlib import Path
 from typing import Annotated
@@ -17,31 +17,33 @@ LOCK = Path("dvc.lock")
 
 
 def main(
-    yes: Annotated[bool, typer.Option("--yes", help="Remove it. Without this it is only shown.")] = False,
-    keep_hours: Annotated[float, typer.Option(help="Leave what was made in the last hours.")] = 24.0,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove them; without this they are listed.")] = False,
+    keep_hours: Annotated[
+        float, typer.Option(help="Leave shards that were written in the last hours.")
+    ] = 24.0,
 ) -> None:
-    """Show or remove finished shards of this machine that no sealed cache names."""
+    """List or remove finished shards of this machine that no sealed cache uses."""
     if PARAMS.is_file() and (shared := load_params().workers.store):
-        print(f"{shared} is left alone: other projects may use what lies there")
+        print(f"{shared} is left alone: other projects may use its shards")
     store = Store(paths.STORE)
     if not store.root.is_dir():
         print(f"there is no store at {store.root}: nothing to remove")
         return
     with garbage.lock_exclusive(store):
-        _refuse_unknown()
+        _check_finished_caches()
         found = garbage.unused(store, paths.CACHES, keep_hours * 3600)
         for item in found:
             what = f"{item.rows:,} rows" if item.rows else "a table"
             print(f"{item.path}  {what}  {item.bytes / 1e6:,.1f} MB")
         rows, size = sum(item.rows for item in found), sum(item.bytes for item in found)
-        total = f"{len(found):,} of no use: {rows:,} rows, {size:,} bytes that nothing else holds"
+        total = f"{len(found):,} unused: {rows:,} rows, {size:,} bytes that nothing else holds"
         if yes:
             garbage.remove(store, found)
         print(f"{total}; {'removed' if yes else 'remove them with --yes' if found else 'nothing to do'}")
 
 
-def _refuse_unknown() -> None:
-    """Raise ConfigError where a cache was finished once and is not here: its shards would seem of no use."""
+def _check_finished_caches() -> None:
+    """Raise ConfigError where a finished cache is not here: its shards would look unused."""
     if not (LOCK.is_file() and PARAMS.is_file()):
         return
     finished = YAML(typ="safe", pure=True).load(LOCK.read_text()).get("stages", {})
@@ -54,8 +56,8 @@ def _refuse_unknown() -> None:
     if gone:
         raise ConfigError(
             f"caches.{gone[0]} was finished once and is not in {paths.CACHES}/ ({len(gone)} such): "
-            "nothing says which shards it needs.\n"
-            f"Bring it back (`dvc checkout {paths.CACHES}/{gone[0]}`), or finish it "
+            "the shards that it needs are unknown.\n"
+            f"Restore it (`dvc checkout {paths.CACHES}/{gone[0]}`), or finish it "
             f"(`dvc repro cache@{gone[0]}`)."
         )
 

@@ -1,4 +1,4 @@
-"""`stillroom merge A B --into C`: caches of one teacher and spec, made on several machines, as one."""
+"""`stillroom merge A B --into C`: merge caches of one teacher and spec into one."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,16 +18,16 @@ def main(
     caches: Annotated[
         list[Path], typer.Argument(help="Directories of sealed caches; the first one's rows come first.")
     ],
-    into: Annotated[Path, typer.Option(help="Where the merged cache is put, such as caches/NAME.")],
+    into: Annotated[Path, typer.Option(help="The directory of the merged cache, such as caches/NAME.")],
 ) -> None:
-    """Merge caches of one teacher and spec. Rows that several hold must be the same, and are kept once."""
+    """Merge caches of one teacher and spec. Rows that are in several must be equal, and are kept once."""
     if len(caches) < 2:
-        raise ConfigError(f"there is nothing to merge with {caches[0]}: name two caches or more.")
+        raise ConfigError(f"{caches[0]} alone cannot be merged: name two caches or more.")
     shared = load_params().workers.store if PARAMS.is_file() else None
     merged = merge([Cache.open(path) for path in caches], into, open_store(paths.STORE, shared))
     print(
         f"{into}: {merged.manifest.num_rows:,} rows in {len(merged.manifest.every_shard):,} shards; "
-        f"{merged.dropped_rows:,} rows were there twice, and are kept once"
+        f"{merged.dropped_rows:,} rows were in several, and are kept once"
     )
 
 

@@ -1,4 +1,4 @@
-"""`stillroom predict RUN TEXT`: answers from the exported model alone, on a machine without torch."""
+"""`stillroom predict RUN TEXT`: label texts with an exported student, without torch."""
 
 import json
 import sys
@@ -15,9 +15,13 @@ from storage.errors import ConfigError
 
 def main(
     run: Annotated[str, typer.Argument(help="Name of a run, or the directory of an export.")],
-    texts: Annotated[list[str] | None, typer.Argument(help="None: lines of standard input.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a text.")] = False,
-    float32: Annotated[bool, typer.Option("--float32", help="The exact model; the default is int8.")] = False,
+    texts: Annotated[
+        list[str] | None, typer.Argument(help="Texts to label; without any, lines of standard input.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object for each text.")] = False,
+    float32: Annotated[
+        bool, typer.Option("--float32", help="The float32 model; the default is int8.")
+    ] = False,
 ) -> None:
     """Label texts with an exported student."""
     if not texts and sys.stdin.isatty():

@@ -1,4 +1,4 @@
-"""`stillroom publish NAME s3://bucket/caches/NAME`: a sealed cache at a URL, for machines that train."""
+"""`stillroom publish NAME URL`: copy a sealed cache to a bucket, for machines that train from it."""
 
 from pipeline.runtime.progress import bar
 from stages import cli, paths
@@ -12,7 +12,7 @@ def main(name: str, url: str) -> None:
     """Copy a sealed cache to a URL, and print the entry of params.yaml that receives it."""
     where = location(url)
     if not isinstance(where, Url):
-        raise ConfigError(f"{url} is no URL of a bucket, like s3://bucket/caches/{name}.")
+        raise ConfigError(f"{url} is not the URL of a bucket, like s3://bucket/caches/{name}.")
     total = sum(file.bytes for file in Cache.open(paths.CACHES / name).manifest.files)
     with bar(f"publishing {name}", total, "bytes") as advance:
         cache = publish(paths.CACHES / name, where, advance)

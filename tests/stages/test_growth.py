@@ -64,7 +64,7 @@ def test_gc_shows_and_removes_what_a_changed_spec_left_behind(project: Project) 
         os.utime(path, (time.time() - 10**6,) * 2)
     command = ["python", "-m", "stages.main", "gc"]
     shown = project.run(*command).stdout
-    assert f"{len(old)} of no use: 180 rows, " in shown
+    assert f"{len(old)} unused: 180 rows, " in shown
     assert "remove them with --yes" in shown
     assert old < set(project.shards())
     project.run(*command, "--yes")
@@ -72,7 +72,7 @@ def test_gc_shows_and_removes_what_a_changed_spec_left_behind(project: Project) 
     project.params(workers={"store": str(project.root.parent / "nfs")})
     shown = project.run(*command).stdout
     assert f"{project.root.parent / 'nfs'} is left alone" in shown
-    assert "0 of no use" in shown
+    assert "0 unused" in shown
     sealed = Cache.open(project.root / "caches" / "toy")
     assert len(project.shards()) == len(sealed.shards)
 
@@ -92,7 +92,7 @@ def test_merged_caches_are_one_cache_that_the_next_capture_goes_on_from(
     project.params(workers={"store": str(tmp_path / "nfs")})  # what merging makes goes where captures look
     said = project.run(*command, "--into", str(tmp_path / "both")).stdout
     assert "180 rows in" in said
-    assert "180 rows were there twice" in said
+    assert "180 rows were in several" in said
     assert list((tmp_path / "nfs").rglob("*.parquet"))
     assert not project.shards()
     assert Cache.open(tmp_path / "both").shards == Cache.open(tmp_path / "elsewhere").shards

@@ -15,15 +15,16 @@ from tests.stages.conftest import Project
 
 # Appended to the code of the test's own project: shards and seals then take long enough to be interrupted.
 SLOW_SHARDS = """
-_infer = infer
-def infer(*arguments, **options):
+_put = Store.put
+def put(self, *arguments, **options):
     import time
     time.sleep(0.6)
-    return _infer(*arguments, **options)
+    return _put(self, *arguments, **options)
+Store.put = put
 """
 SLOW_WRITES = """
-_fsync_tree_now = _fsync_tree
-def _fsync_tree(root):
+_fsync_tree_now = fsync_tree
+def fsync_tree(root):
     import time
     time.sleep(0.4)
     _fsync_tree_now(root)
@@ -51,7 +52,7 @@ def kill_when(project: Project, moment: Callable[[], bool]) -> None:
 def interrupted(project: Project) -> Project:
     """The finished project without its cache and its shards: capturing is all that is left to do, slowly."""
     project.run("rm", "-rf", ".stillroom", ".dvc/cache/runs", "caches")
-    for name, code in (("pipeline/engine.py", SLOW_SHARDS), ("storage/writer.py", SLOW_WRITES)):
+    for name, code in (("storage/writer.py", SLOW_SHARDS), ("storage/disk.py", SLOW_WRITES)):
         with (project.root / name).open("a") as file:
             file.write(code)
     yaml, lock = YAML(), project.root / "dvc.lock"

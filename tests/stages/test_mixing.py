@@ -14,13 +14,13 @@ def test_a_mixture_runs_again_where_its_caches_or_weights_change_and_only_there(
         "runs": {**base["runs"], "fc-both": run},
     }
     project.params(**shelves)
-    learned = {"mix@both", "train@fc-both", "evaluate@fc-both", "export@fc-both", "report"}
+    learned = {"check", "mix@both", "train@fc-both", "evaluate@fc-both", "export@fc-both", "report"}
     asked = {"teacher@other", "score@other", "cache@more", "verify@more"}
     assert project.repro().stages == asked | learned
     assert project.repro().stages == set()
     recipes = base["recipes"] | {"ce": base["recipes"]["ce"] | {"epochs": 1}}
     project.params(**shelves, recipes=recipes)
-    assert project.repro().stages == {"train@fc-ce", "evaluate@fc-ce", "export@fc-ce", "report"}
+    assert project.repro().stages == {"check", "train@fc-ce", "evaluate@fc-ce", "export@fc-ce", "report"}
     weighed = {"both": {"caches": ["toy", "more"], "weights": [3.0, 1.0]}}
     project.params(**shelves | {"mixtures": weighed}, recipes=recipes)
     assert project.repro().stages == learned

@@ -1,9 +1,11 @@
 """What runs again and what does not: real DVC over the toy project."""
 
 import csv
+import json
 import os
 from pathlib import Path
 
+from pipeline.config.params import Export
 from tests import toy
 from tests.stages.conftest import Project
 
@@ -11,17 +13,30 @@ from tests.stages.conftest import Project
 def test_the_whole_chain_runs_and_ends_with_a_report(finished: Project) -> None:
     ran = finished.first.stages  # type: ignore[attr-defined]
     assert ran == {
-        "prepare@toy", "teacher@tiny", "cache@toy", "verify@toy", "train@fc-ce", "train@fc-kd-pool",
+        "check", "prepare@toy", "teacher@tiny", "cache@toy", "verify@toy", "train@fc-ce", "train@fc-kd-pool",
         "evaluate@fc-ce", "evaluate@fc-kd-pool", "export@fc-ce", "export@fc-kd-pool", "score@tiny", "report",
     }  # fmt: skip
     page = (finished.root / "report" / "index.html").read_text()
     assert all(name in page for name in ("fc-ce", "fc-kd-pool", "teacher-tiny"))
 
 
-def test_a_second_repro_runs_nothing_and_neither_does_a_change_of_workers(project: Project) -> None:
+def test_a_second_repro_runs_nothing_and_a_change_of_workers_computes_nothing(project: Project) -> None:
     assert project.repro().stages == set()
     project.params(workers={"seeds_at_once": 1})
+    assert project.repro().stages == {"check"}, "which reads the whole of params.yaml, and changes nothing"
+
+
+def test_sections_that_params_leaves_out_are_empty_and_exports_take_the_defaults(project: Project) -> None:
+    own = ("datasets", "teachers", "caches", "students", "recipes", "runs")  # as in the README
+    toy.write_params(project.root, {name: toy.params()[name] for name in own})
+    exports = {"export@fc-ce", "export@fc-kd-pool"}
+    assert project.repro().stages == {"check", *exports, "report"}, "the limit is the default now"
+    record = json.loads((project.root / "results" / "limits.json").read_text())
+    assert record == Export().model_dump()
     assert project.repro().stages == set()
+    toy.write_params(project.root, {"datasets": toy.params()["datasets"]})
+    alone = project.repro()
+    assert (alone.code, alone.stages) == (0, {"check", "report"})
 
 
 def test_workers_of_this_machine_make_the_cache_that_one_process_made(
@@ -29,7 +44,7 @@ def test_workers_of_this_machine_make_the_cache_that_one_process_made(
 ) -> None:
     cores = len(os.sched_getaffinity(0))
     project.params(workers={"capture": "local", "processes": 2, "threads": cores})
-    assert project.repro().stages == set(), "how work is spread makes nothing anew"
+    assert project.repro().stages == {"check"}, "how work is spread changes no result"
     project.run("rm", "-rf", ".stillroom", "caches")
     done = project.stage("cache", "toy")
     assert done.returncode == 0, done.stderr
@@ -40,7 +55,7 @@ def test_workers_of_this_machine_make_the_cache_that_one_process_made(
 def test_a_changed_recipe_runs_only_its_runs(project: Project) -> None:
     recipes = toy.params()["recipes"]
     project.params(recipes=recipes | {"ce": recipes["ce"] | {"epochs": 3}})
-    assert project.repro().stages == {"train@fc-ce", "evaluate@fc-ce", "export@fc-ce", "report"}
+    assert project.repro().stages == {"check", "train@fc-ce", "evaluate@fc-ce", "export@fc-ce", "report"}
 
 
 def test_a_new_student_trains_only_its_run(project: Project) -> None:
@@ -49,7 +64,7 @@ def test_a_new_student_trains_only_its_run(project: Project) -> None:
     students = base["students"] | {"small": {"kind": "bilstm", "embedding": 4, "hidden": 4, "tokenizer": 40}}
     project.params(runs=runs, students=students)
     assert project.repro().stages == {
-        "train@small-ce", "evaluate@small-ce", "export@small-ce", "report",
+        "check", "train@small-ce", "evaluate@small-ce", "export@small-ce", "report",
     }  # fmt: skip
 
 

@@ -96,7 +96,7 @@ def test_a_bucket_is_a_remote_of_dvc_and_a_place_to_publish_a_cache(
     assert second.files("caches/toy") == first.files("caches/toy")
 
     second.run("dvc", "pull", "data/toy")
-    said = first.stage("command", "publish", "toy", f"s3://{BUCKET}/caches/toy").stdout
+    said = first.stage("main", "publish", "toy", f"s3://{BUCKET}/caches/toy").stdout
     entry = YAML(typ="safe", pure=True).load(said)["received"]["toy"]
     run = NEW["new-kd-pool"] | {"cache": "far"}
     second.params(
