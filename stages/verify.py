@@ -1,6 +1,7 @@
 """caches/NAME -> verified/NAME.json: every byte, every row, and a replay of the teacher.
 
-Runs depend on the record: nothing is trained from a cache that fails."""
+Runs depend on the record: nothing is trained from a cache that fails.
+"""
 
 from pipeline.capture.verify import verify_cache
 from pipeline.config.load import load_params, pick_entry
