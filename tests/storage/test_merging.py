@@ -152,7 +152,7 @@ def test_a_row_that_is_not_the_same_in_both_is_refused_and_named(tmp_path: Path,
 
 def test_a_damaged_cache_is_not_merged_and_none_is_written_over(tmp_path: Path) -> None:
     one, two = captured(tmp_path / "one", (0, 4)), captured(tmp_path / "two", (4, 4))
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists already"):
         merge([one, two], one.path, Store(tmp_path / "store"))
     shutil.copytree(two.path, tmp_path / "damaged")
     path = next((tmp_path / "damaged" / "hidden").glob("*/layer.1/c.0.0"))
