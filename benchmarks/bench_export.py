@@ -16,8 +16,9 @@ import torch
 from pipeline.config.students import BiLSTMStudent, FCStudent, Student, TinyBERTStudent
 from pipeline.data.tokenizer import Tokens
 from pipeline.evaluation.latency import latencies
+from pipeline.export.compare import onnx_call
 from pipeline.export.predictor import MODEL_FILES, OnnxModel
-from pipeline.export.to_onnx import as_answers, write_onnx
+from pipeline.export.to_onnx import write_onnx
 from pipeline.runtime import hardware
 from pipeline.students.registry import build_student
 
@@ -44,7 +45,7 @@ def main() -> None:
             write_onnx(model, Path(directory))
             files = {form: Path(directory) / file for form, file in MODEL_FILES.items()}
             sizes = {form: file.stat().st_size / 1e6 for form, file in files.items()}
-            forms = {"torch": model, **{form: as_answers(OnnxModel(file)) for form, file in files.items()}}
+            forms = {"torch": model, **{form: onnx_call(OnnxModel(file)) for form, file in files.items()}}
             for size in (1, 32):
                 times = latencies(forms, tokens, np.arange(ROWS), 0, size)
                 print(

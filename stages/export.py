@@ -3,7 +3,7 @@
 results/export/RUN.json has accuracy, size and latency of each."""
 
 from pipeline.config.load import load_params, pick_entry
-from pipeline.export.to_onnx import export_run
+from pipeline.export.export_run import export_run
 from pipeline.runtime.files import write_json
 from stages import cli, paths
 

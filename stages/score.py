@@ -1,7 +1,7 @@
 """teachers/NAME -> results/eval/teacher-NAME.json: the teacher's row of the table."""
 
 from pipeline.config.load import load_params, pick_entry
-from pipeline.evaluation.evaluate import evaluate_teacher
+from pipeline.evaluation.teachers import evaluate_teacher
 from pipeline.runtime.files import write_json
 from stages import cli, paths
 

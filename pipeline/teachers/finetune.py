@@ -7,9 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipeline.config.teachers import TeacherTraining
-from pipeline.data.inputs import Inputs
-from pipeline.data.rows import Rows
-from pipeline.engines.inference import InferenceRequest, infer_rows
 from pipeline.engines.loading import ReadingSpec, load_classifier
 from pipeline.objectives.base import Validation
 from pipeline.objectives.registry import objective_of
@@ -18,7 +15,8 @@ from pipeline.runtime.progress import bar
 from pipeline.streaming.batch import BUCKET_BATCHES, DistillBatch
 from pipeline.streaming.model_inputs import for_transformers, input_tensors
 from pipeline.teachers.adapters import merge_adapters, with_adapters
-from pipeline.teachers.scoring import try_extremes
+from pipeline.teachers.extremes import try_extremes
+from pipeline.teachers.scoring import TeacherRows
 from pipeline.training.job import Fit
 from pipeline.training.loop import TrainingSettings, fit
 from storage import order
@@ -29,32 +27,23 @@ if TYPE_CHECKING:
 
 
 def fine_tune(
-    name: str, train: TeacherTraining, source: Path, rows: Rows, tokens: Inputs, pad_id: int,
-    how: ReadingSpec | None,
-) -> "tuple[PreTrainedModel, Fit]":  # fmt: skip
-    """The fine-tuned model, and what training did."""
+    name: str, train: TeacherTraining, source: Path, read: TeacherRows, how: ReadingSpec | None
+) -> "tuple[PreTrainedModel, Fit]":
+    """The fine-tuned model, and what training did. Raises TeacherError where the model cannot be trained."""
     torch.manual_seed(train.seed)
-    objective = objective_of(rows.task)
-    changes: dict[str, Any] = {} if train.dropout is None else {
-        "hidden_dropout_prob": train.dropout, "attention_probs_dropout_prob": train.dropout
-    }  # fmt: skip
-    changes["id2label"] = dict(enumerate(rows.label_names))
-    changes["label2id"] = {n: i for i, n in enumerate(rows.label_names)}
-    if rows.task_spec.problem_type:
-        changes["problem_type"] = rows.task_spec.problem_type
-    model = load_classifier(source, len(rows.label_names), rows.task, how, pad_token_id=pad_id, **changes)
-    try_extremes(model, tokens, pad_id)
+    rows, inputs, objective = read.rows, read.inputs, objective_of(read.rows.task)
+    model = _load(train, source, read, how)
+    try_extremes(model, read)
     if train.frozen_layers is not None:
         _freeze(name, model, train.frozen_layers)
     learner = with_adapters(name, model, train.lora) if train.lora else model
     chosen, truth = rows.select("train"), rows.truth
 
     def batches(epoch: int) -> Iterator[DistillBatch]:
-        for part in order.batches(
-            tokens.lengths[chosen], train.batch_rows, BUCKET_BATCHES, train.seed, epoch
-        ):
-            inputs = input_tensors(tokens.padded(chosen[part], pad_id))
-            yield DistillBatch(inputs, torch.from_numpy(truth[chosen[part]]), torch.zeros(len(part), 0))
+        lengths = inputs.lengths[chosen]
+        for part in order.batches(lengths, train.batch_rows, BUCKET_BATCHES, train.seed, epoch):
+            tensors = input_tensors(inputs.padded(chosen[part], read.pad_id))
+            yield DistillBatch(tensors, torch.from_numpy(truth[chosen[part]]), torch.zeros(len(part), 0))
 
     settings = TrainingSettings(
         epochs=train.epochs,
@@ -71,13 +60,27 @@ def fine_tune(
         done = fit(
             _Classifier(learner), batches,
             lambda net, batch, _: objective.label_loss(net(**batch.inputs), batch.labels_T),
-            lambda _: _validate(model, rows, tokens, pad_id), settings, advance,
+            lambda _: _validate(model, read), settings, advance,
         )  # fmt: skip
     return (merge_adapters(learner) if train.lora else model), done
 
 
+def _load(
+    train: TeacherTraining, source: Path, read: TeacherRows, how: ReadingSpec | None
+) -> "PreTrainedModel":
+    """The model with a head for the dataset's labels."""
+    rows, changes = read.rows, dict[str, Any]()
+    if train.dropout is not None:
+        changes |= {"hidden_dropout_prob": train.dropout, "attention_probs_dropout_prob": train.dropout}
+    changes["id2label"] = dict(enumerate(rows.label_names))
+    changes["label2id"] = {label: index for index, label in enumerate(rows.label_names)}
+    if rows.task_spec.problem_type:
+        changes["problem_type"] = rows.task_spec.problem_type
+    return load_classifier(source, len(rows.label_names), rows.task, how, pad_token_id=read.pad_id, **changes)
+
+
 def _freeze(name: str, model: "PreTrainedModel", num_layers: int) -> None:
-    """Take the embeddings and the first layers out of training."""
+    """Exclude the embeddings and the first layers from training."""
     stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
     layers = next((s for s in stacks if len(s) == getattr(model.config, "num_hidden_layers", None)), None)
     if layers is None or num_layers > len(layers):
@@ -101,7 +104,7 @@ class _Classifier(torch.nn.Module):
         return logits_BC
 
 
-def _validate(model: "PreTrainedModel", rows: Rows, tokens: Inputs, pad_id: int) -> Validation:
-    chosen = rows.select("validation")
-    logits_NC = torch.from_numpy(infer_rows(model, InferenceRequest(tokens, chosen, pad_id)))
-    return objective_of(rows.task).validate(logits_NC, torch.from_numpy(rows.truth[chosen]), None)
+def _validate(model: "PreTrainedModel", read: TeacherRows) -> Validation:
+    chosen = read.rows.select("validation")
+    logits_NC = torch.from_numpy(read.infer(model, chosen))
+    return objective_of(read.rows.task).validate(logits_NC, torch.from_numpy(read.rows.truth[chosen]), None)

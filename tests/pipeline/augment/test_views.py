@@ -347,7 +347,7 @@ def test_recipes_that_would_learn_nothing_from_views_are_refused(
 
 
 def test_rows_of_another_task_and_a_missing_model_are_refused(own: Own, tmp_path: Path) -> None:
-    with pytest.raises(AssetError, match=r"no directory with a config\.json"):
+    with pytest.raises(AssetError, match=r"not a directory with a config\.json"):
         own.augment(model=str(tmp_path / "nowhere"))
     words = encoders.Project.start(tmp_path, "token-classification")
     with pytest.raises(DataError, match="the task of toy is token-classification"):

@@ -21,7 +21,7 @@ from pipeline.engines.engine import engine_inputs
 from pipeline.engines.language_model import infer_entries
 from pipeline.engines.loading import load_language_model
 from pipeline.engines.registry import engine_for
-from pipeline.evaluation.evaluate import evaluate_teacher
+from pipeline.evaluation.teachers import evaluate_teacher
 from pipeline.report.build import build_report
 from pipeline.runtime import hardware
 from pipeline.runtime.files import write_json

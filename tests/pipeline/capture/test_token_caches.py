@@ -20,7 +20,7 @@ from pipeline.config.teachers import Teacher
 from pipeline.data.rows import NO_LABEL, POOL, load_rows
 from pipeline.data.tokenizer import TextReader, Tokens
 from pipeline.evaluation import latency
-from pipeline.evaluation.evaluate import evaluate_teacher
+from pipeline.evaluation.teachers import evaluate_teacher
 from pipeline.report.build import build_report
 from pipeline.runtime.files import write_json
 from pipeline.teachers.record import RECORD, teacher_reader, teacher_record

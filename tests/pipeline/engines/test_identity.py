@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.engines.loading import load_classifier
 from pipeline.engines.model_files import teacher_identity
-from pipeline.teachers.prepare import _save_tokenizer
+from pipeline.teachers.files import save_tokenizer
 from pipeline.teachers.record import teacher_labels, teacher_reader
 from storage.errors import AssetError, TeacherError
 from tests import toy
@@ -108,7 +108,7 @@ def test_code_that_comes_with_a_model_is_never_run(model: Path, tmp_path: Path) 
     settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(TeacherError, match=r"the tokenizer in .* cannot be loaded"):
-        _save_tokenizer(model, tmp_path)
+        save_tokenizer(model, tmp_path)
     assert not mark.exists()
 
 

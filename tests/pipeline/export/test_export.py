@@ -20,9 +20,11 @@ from pipeline.config.students import LlamaStudent, Student
 from pipeline.data.rows import Rows
 from pipeline.data.tokenizer import TextReader, Tokens
 from pipeline.evaluation import latency
-from pipeline.export import to_onnx
+from pipeline.export import export_run as export_stage
+from pipeline.export.compare import ComparedRows, ModelCall, compare_forms
+from pipeline.export.export_run import export_run
 from pipeline.export.predictor import FACTS, MODEL_FILES, OnnxModel, Predictor, find_export
-from pipeline.export.to_onnx import Answers, compare_forms, export_run, write_onnx
+from pipeline.export.to_onnx import write_onnx
 from pipeline.streaming.model_inputs import InputTensors, call_model, input_tensors, num_rows
 from pipeline.students.registry import build_student, load_student, save_student
 from stages import main
@@ -156,7 +158,7 @@ def test_a_model_holds_no_path_of_the_machine_that_made_it(exports: Callable[[st
         assert b"students.py" not in content
 
 
-def answers_of(model: torch.nn.Module) -> Answers:
+def answers_of(model: torch.nn.Module) -> ModelCall:
     def answer(inputs: InputTensors) -> Any:
         with torch.inference_mode():
             return call_model(model, inputs).numpy()
@@ -164,21 +166,22 @@ def answers_of(model: torch.nn.Module) -> Answers:
     return answer
 
 
-def scaled(answer: Answers, factor: float) -> Answers:
+def scaled(answer: ModelCall, factor: float) -> ModelCall:
     return lambda inputs: answer(inputs) * factor
 
 
 @pytest.fixture
-def asked(world: World, exports: Callable[[str], Made]) -> tuple[Rows, Tokens, Answers]:
+def asked(world: World, exports: Callable[[str], Made]) -> tuple[Rows, Tokens, ModelCall]:
     rows = world.rows().only("test")
     reader = TextReader(exports("fc").directory, 32, "truncate")
     return rows, reader.read(rows.texts.to_pylist(), rows.row_ids), answers_of(exports("fc").student)
 
 
 def test_a_model_that_says_something_else_is_refused_with_the_row(
-    asked: tuple[Rows, Tokens, Answers],
+    asked: tuple[Rows, Tokens, ModelCall],
 ) -> None:
     rows, tokens, right = asked
+    read = ComparedRows(rows, tokens, 0)
     row = 5
 
     def off(inputs: InputTensors) -> Any:
@@ -189,30 +192,32 @@ def test_a_model_that_says_something_else_is_refused_with_the_row(
         return said
 
     with pytest.raises(ExportError, match=r"runs\.x: its ONNX model, 1 rows at a time") as refused:
-        compare_forms("x", rows, tokens, 0, {"torch": right, "float32": off, "int8": right}, 100)
+        compare_forms("x", read, {"torch": right, "float32": off, "int8": right}, 100)
     assert f"row {rows.row_ids[row]}" in str(refused.value)
 
 
 def test_a_model_that_is_right_about_single_rows_alone_or_says_no_number_is_refused(
-    asked: tuple[Rows, Tokens, Answers],
+    asked: tuple[Rows, Tokens, ModelCall],
 ) -> None:
     rows, tokens, right = asked
+    read = ComparedRows(rows, tokens, 0)
 
     def single(inputs: InputTensors) -> Any:
         return right(inputs) + (0.01 if num_rows(inputs) > 1 else 0)
 
     with pytest.raises(ExportError, match="32 rows at a time"):
-        compare_forms("x", rows, tokens, 0, {"torch": right, "float32": single, "int8": right}, 100)
+        compare_forms("x", read, {"torch": right, "float32": single, "int8": right}, 100)
 
     nothing = scaled(right, float("nan"))
     with pytest.raises(ExportError, match="logits found"):
-        compare_forms("x", rows, tokens, 0, {"torch": right, "float32": nothing, "int8": right}, 100)
+        compare_forms("x", read, {"torch": right, "float32": nothing, "int8": right}, 100)
 
 
 def test_int8_that_loses_too_much_is_refused_and_a_loss_that_is_allowed_is_told(
-    asked: tuple[Rows, Tokens, Answers],
+    asked: tuple[Rows, Tokens, ModelCall],
 ) -> None:
     rows, tokens, right = asked
+    read = ComparedRows(rows, tokens, 0)
     said = right(input_tensors(tokens.padded(np.arange(len(rows.labels)), 0)))
     sign = 1 if (said.argmax(1) == rows.labels).mean() > 0.5 else -1
     kept = max((said.argmax(1) == rows.labels).mean(), (said.argmin(1) == rows.labels).mean())
@@ -220,8 +225,8 @@ def test_int8_that_loses_too_much_is_refused_and_a_loss_that_is_allowed_is_told(
     lost = 100 * (2 * kept - 1)
     assert lost > 0
     with pytest.raises(ExportError, match=rf"{lost:.2f} points lost, at most 0\.5 allowed"):
-        compare_forms("x", rows, tokens, 0, forms, 0.5)
-    found = compare_forms("x", rows, tokens, 0, forms, 100)
+        compare_forms("x", read, forms, 0.5)
+    found = compare_forms("x", read, forms, 100)
     assert found["int8"]["points_lost"] == pytest.approx(lost)
     assert found["int8"]["agreement"] == 0
 
@@ -232,10 +237,10 @@ def test_a_refused_export_cannot_be_asked(
     """The models of another seed are written: the directory stays without its facts."""
     made, write = exports("fc"), write_onnx
     monkeypatch.setattr(
-        to_onnx, "write_onnx", lambda model, out: write(load_student(made.models / "seed-0"), out)
+        export_stage, "write_onnx", lambda model, out: write(load_student(made.models / "seed-0"), out)
     )
     paths, out = world.run_paths(made.models), tmp_path / "exported" / "fc"
-    with pytest.raises(ExportError, match="does not say what the student says"):
+    with pytest.raises(ExportError, match="gives other logits than the student"):
         export_run("fc", run("fc"), entry("fc"), Export(), paths, out)
     with pytest.raises(AssetError, match=r"runs\.fc is not exported yet: make it with `dvc repro export@fc`"):
         find_export("fc", out.parent, lambda: ["fc"])

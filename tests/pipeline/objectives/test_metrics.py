@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.evaluation.evaluate import over_seeds
+from pipeline.evaluation.results import over_seeds
 from pipeline.objectives.classification import (
     Labels,
     Logits,

@@ -23,7 +23,8 @@ from pipeline.data.prepare import prepare_dataset
 from pipeline.data.rows import Rows, load_rows
 from pipeline.engines.engine import engine_inputs
 from pipeline.engines.registry import engine_for
-from pipeline.evaluation.evaluate import evaluate_run, evaluate_teacher
+from pipeline.evaluation.evaluate import evaluate_run
+from pipeline.evaluation.teachers import evaluate_teacher
 from pipeline.objectives import multilabel, regression
 from pipeline.objectives.embedding import DISTANCES, vector_agreement
 from pipeline.objectives.multilabel import binary_kl, label_quality

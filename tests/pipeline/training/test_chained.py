@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from pipeline.config.load import load_params
 from pipeline.config.students import FCStudent
 from pipeline.evaluation.evaluate import evaluate_run
-from pipeline.export.to_onnx import export_run
+from pipeline.export.export_run import export_run
 from pipeline.students.registry import load_student
 from pipeline.training.job import Job
 from pipeline.training.loop import fit

@@ -20,7 +20,8 @@ from pipeline.config.recipes import Recipe
 from pipeline.config.students import Student
 from pipeline.data.rows import load_rows
 from pipeline.engines.loading import load_language_model
-from pipeline.evaluation.evaluate import continue_prompts, evaluate_run
+from pipeline.evaluation.evaluate import evaluate_run
+from pipeline.evaluation.sampled_lines import continue_prompts
 from pipeline.losses.sparse import SparseTargets
 from pipeline.objectives.language_model import TeacherReference, score_documents
 from pipeline.runtime.files import write_json

@@ -17,8 +17,8 @@ from pipeline.config.students import FCStudent
 from pipeline.data.rows import POOL, load_rows
 from pipeline.data.tokenizer import TextReader
 from pipeline.evaluation.evaluate import evaluate_run
+from pipeline.export.export_run import export_run
 from pipeline.export.predictor import Predictor
-from pipeline.export.to_onnx import export_run
 from pipeline.report.build import build_report
 from pipeline.runtime.files import write_json
 from pipeline.streaming.batch import DistillBatch

@@ -14,7 +14,8 @@ from pipeline.data.prepare import prepare_dataset
 from pipeline.data.rows import POOL
 from pipeline.data.tokenizer import TextReader
 from pipeline.evaluation import latency
-from pipeline.evaluation.evaluate import evaluate_run, evaluate_teacher
+from pipeline.evaluation.evaluate import evaluate_run
+from pipeline.evaluation.teachers import evaluate_teacher
 from pipeline.streaming.verified import open_inputs
 from pipeline.teachers.record import RECORD, teacher_record
 from pipeline.training import processes
