@@ -100,6 +100,15 @@ def _one_core() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def warm_processes(warm_python: dict[str, str]) -> Iterator[None]:
+    """Programs that tests of this file start have their libraries imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in warm_python.items():
+            patch.setenv(name, value)
+        yield
+
+
 def make(root: Path) -> World:
     """A project in `root`, captured and verified."""
     made = World(root)

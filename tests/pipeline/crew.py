@@ -21,7 +21,7 @@ from pipeline.capture.capture import capture_cache
 from pipeline.capture.job import Captured, CaptureJob
 from pipeline.config.params import Workers
 from pipeline.runtime import hardware
-from tests import toy
+from tests import toy, warm
 from tests.pipeline.conftest import World
 
 SHARD_ROWS, SHARDS = 4, 45  # of the toy's 180 rows
@@ -69,11 +69,28 @@ def finished(world: World) -> set[str]:
 
 def processes(driver: int | None = None) -> list[int]:
     """The worker processes of a driver, or of this one, that live now: children of what forks them."""
-    found = []
-    for child in psutil.Process(driver).children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            found += [one.pid for one in child.children() if one.status() != psutil.STATUS_ZOMBIE]
-    return found
+    forked = [pid for child in _children(driver or os.getpid()) for pid in _children(child)]
+    return [pid for pid in forked if not has_ended(pid)]
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that it started, each before what it started."""
+    return [pid, warm.served(pid), *(one for child in _children(pid) for one in family(child))]
+
+
+def _children(pid: int) -> list[int]:
+    """What a process started, itself or through a warm interpreter."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [warm.served(child.pid) for child in psutil.Process(warm.served(pid)).children()]
+    return []
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or only waits for its parent to collect its status."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def send(number: signal.Signals, pid: int) -> None:
@@ -85,7 +102,7 @@ def send(number: signal.Signals, pid: int) -> None:
 @contextlib.contextmanager
 def driver(world: World, processes: int) -> Iterator[subprocess.Popen[bytes]]:
     """A capture by a process of its own, with so many workers; inline where that is 0. Killed at the end."""
-    command = [sys.executable, "-m", "tests.pipeline.crew", str(world.root), str(processes)]
+    command = [warm.python(), "-m", "tests.pipeline.crew", str(world.root), str(processes)]
     with subprocess.Popen(command, cwd=toy.ROOT, stderr=subprocess.PIPE) as running:
         try:
             yield running

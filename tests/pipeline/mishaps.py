@@ -11,19 +11,17 @@ import resource
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 
-import psutil
 import pytest
 
 from pipeline.capture import dask_cluster
 from pipeline.config.params import Workers
 from storage.disk import STALE_SECONDS
 from storage.errors import StoreFull, WorkersLost
-from tests import toy
+from tests import toy, warm
 from tests.pipeline import crew
 from tests.pipeline.conftest import World
 
@@ -52,7 +50,7 @@ def killed_driver(world: World, chance: random.Random) -> set[str]:
         _under_way(world, chance)
         workers = crew.processes(running.pid)
         running.kill()
-    crew.wait_for(lambda: not any(map(psutil.pid_exists, workers)))
+    crew.wait_for(lambda: all(map(crew.has_ended, workers)))
     return crew.go_on(world, crew.local(2))
 
 
@@ -129,10 +127,10 @@ def two_captures(world: World, chance: random.Random) -> set[str]:
     """Another process captures the same cache: it began before, and goes on when this one has sealed."""
     with crew.driver(world, 0) as other:
         _under_way(world, chance)
-        other.send_signal(signal.SIGSTOP)
+        crew.send(signal.SIGSTOP, warm.served(other.pid))
         kept = crew.finished(world)
         crew.compute(world, crew.local(2))
-        other.send_signal(signal.SIGCONT)
+        crew.send(signal.SIGCONT, warm.served(other.pid))
         said = other.communicate()[1].decode()
     assert other.returncode == 0, said
     return kept
@@ -171,23 +169,14 @@ MISHAPS = {
 @contextlib.contextmanager
 def started(program: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     """A program of Dask, with all that it starts; killed at the end."""
-    command = [sys.executable, "-m", f"distributed.cli.{program}", *arguments]
+    command = [warm.python(), "-m", f"distributed.cli.{program}", *arguments]
     environment = os.environ | {"DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD": "forkserver"}
-    running = subprocess.Popen(
-        command, cwd=toy.ROOT, stderr=subprocess.PIPE, env=environment, start_new_session=True
-    )
+    running = subprocess.Popen(command, cwd=toy.ROOT, stderr=subprocess.PIPE, env=environment)
     try:
         yield running
     finally:
-        family = psutil.Process(running.pid).children(recursive=True) if running.poll() is None else []
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(running.pid, signal.SIGKILL)
+        family = crew.family(running.pid)
+        for pid in family:
+            crew.send(signal.SIGKILL, pid)
         running.communicate()
-        crew.wait_for(lambda: all(map(_has_ended, family)))
-
-
-def _has_ended(process: psutil.Process) -> bool:
-    try:
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
+        crew.wait_for(lambda: all(map(crew.has_ended, family)))

@@ -3,15 +3,13 @@
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests import toy
-from tests.stages import warm
+from tests import shared, toy
 
 
 class Project:
@@ -19,6 +17,11 @@ class Project:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+
+    @property
+    def first(self) -> "Repro":
+        """What the first `dvc repro` of the finished project did."""
+        return Repro(0, (self.root.parent / "output").read_text())
 
     def run(self, *command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a command here; stdout and stderr come back as text."""
@@ -72,7 +75,7 @@ class Repro:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _quiet_tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _quiet_tools(tmp_path_factory: pytest.TempPathFactory, warm_python: dict[str, str]) -> Iterator[None]:
     """Keep DVC, git and datasets away from the user's own settings and caches."""
     home = tmp_path_factory.mktemp("home")
     settings = {
@@ -80,10 +83,10 @@ def _quiet_tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         "DVC_GLOBAL_CONFIG_DIR": str(home / "dvc"),
         "DVC_SYSTEM_CONFIG_DIR": str(home / "dvc-system"),
         "DVC_SITE_CACHE_DIR": str(home / "dvc-site"),
-        "HF_HOME": str(home / "hf"),
         "HF_HUB_OFFLINE": "1",
+        "PYTHONDONTWRITEBYTECODE": "",  # copies of a project have its bytecode too
         "GIT_CONFIG_GLOBAL": str(home / "gitconfig"),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        **warm_python,
     }
     (home / "gitconfig").write_text(
         "[user]\n name = toy\n email = toy@example.org\n[init]\n defaultBranch = main\n"
@@ -91,10 +94,7 @@ def _quiet_tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)
-        with warm.interpreter(home / "warm") as environment:
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            yield
+        yield
 
 
 def start(root: Path, **changes: Any) -> Project:
@@ -113,11 +113,14 @@ def start(root: Path, **changes: Any) -> Project:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project on which `dvc repro` has run to the end. Tests copy it."""
-    project = start(tmp_path_factory.mktemp("finished") / "project")
-    project.commit()
-    project.first = project.repro()  # type: ignore[attr-defined]
-    project.commit()
-    return project
+
+    def make(root: Path) -> None:
+        project = start(root / "project")
+        project.commit()
+        (root / "output").write_text(project.repro().output)
+        project.commit()
+
+    return Project(shared.once(tmp_path_factory, "finished", make) / "project")
 
 
 @pytest.fixture

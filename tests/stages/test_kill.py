@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from tests.stages import warm
+from tests import warm
 from tests.stages.conftest import Project
 
 # Appended to the code of the test's own project: shards and seals then take long enough to be interrupted.

@@ -11,7 +11,7 @@ from tests.stages.conftest import Project
 
 
 def test_the_whole_chain_runs_and_ends_with_a_report(finished: Project) -> None:
-    ran = finished.first.stages  # type: ignore[attr-defined]
+    ran = finished.first.stages
     assert ran == {
         "check", "prepare@toy", "teacher@tiny", "cache@toy", "verify@toy", "train@fc-ce", "train@fc-kd-pool",
         "evaluate@fc-ce", "evaluate@fc-kd-pool", "export@fc-ce", "export@fc-kd-pool", "score@tiny", "report",

@@ -10,6 +10,8 @@ from tests.pipeline import crew
 from tests.pipeline.conftest import World
 from tests.pipeline.mishaps import MISHAPS
 
+pytestmark = pytest.mark.usefixtures("warm_processes")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_processes() -> Iterator[None]:

@@ -23,9 +23,11 @@ from pipeline.capture.worker import Indices, ShardResult, WorkerJob
 from pipeline.config.params import Workers
 from pipeline.runtime import hardware
 from storage.errors import ConfigError, ShardsFailed, ShardUnwritten, WorkersLost
+from tests import warm
 from tests.pipeline import crew, mishaps
 from tests.pipeline.conftest import World
 
+pytestmark = pytest.mark.usefixtures("warm_processes")
 QUIET = {"host": "127.0.0.1", "dashboard_address": None, "silence_logs": logging.ERROR, "memory_limit": None}
 
 
@@ -121,7 +123,7 @@ def test_a_stalled_worker_that_nobody_can_restart_is_sent_away(
 
             def stop() -> None:
                 crew.wait_for(lambda: len(crew.finished(own)) > 5)
-                other.send_signal(signal.SIGSTOP)
+                crew.send(signal.SIGSTOP, warm.served(other.pid))
                 crew.wait_for(lambda: len(crew.finished(own)) >= crew.SHARDS - 2)
                 late.set()
 

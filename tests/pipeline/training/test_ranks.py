@@ -5,11 +5,9 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
@@ -19,13 +17,14 @@ from pipeline.config.recipes import Recipe
 from pipeline.training.checks import check_ranks
 from pipeline.training.run import train_run
 from storage.errors import ConfigError
-from tests import toy
+from tests import toy, warm
 from tests.pipeline import crew, gradients
 from tests.pipeline.conftest import World
 from tests.pipeline.prose import Prose
 from tests.pipeline.training.test_resume import project
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+pytestmark = pytest.mark.usefixtures("warm_processes")
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +40,10 @@ def ran(world: World, prose: Prose, tmp_path_factory: pytest.TempPathFactory) ->
     shelves["runs"]["long"]["seeds"] = [0, 1]
     shelves["runs"]["dropped"] = shelves["runs"]["long"] | {"student": "dropped", "seeds": [0]}
     toy.write_params(root, shelves)
-    environment = os.environ | {"PYTHONPATH": str(toy.ROOT), "OMP_NUM_THREADS": "1"}
     paths = [str(path) for path in (world.root, prose.root, out, root)]
     done = subprocess.run(
-        [*TORCHRUN, "-m", "tests.pipeline.gradients", *paths], cwd=root, env=environment, capture_output=True,
-        text=True, check=False,
+        [warm.python(), *TORCHRUN, "-m", "tests.pipeline.gradients", *paths], cwd=root, env=environment(),
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return out
@@ -93,16 +91,15 @@ def test_two_processes_that_are_killed_go_on_to_the_same_bits(ran: Path, tmp_pat
     """Each has random numbers of its own: dropout draws from them."""
     calm, root = ran / "project", tmp_path / "project"
     shutil.copytree(calm, root, symlinks=True, ignore=shutil.ignore_patterns("models", "results"))
-    command, kept = [*TORCHRUN, "-m", "stages.train", "dropped"], root / ".stillroom/training/dropped"
-    environment = os.environ | {"PYTHONPATH": str(toy.ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.DEVNULL) as running:
+    command = [warm.python(), *TORCHRUN, "-m", "stages.train", "dropped"]
+    kept = root / ".stillroom/training/dropped"
+    with subprocess.Popen(command, cwd=root, env=environment(), stderr=subprocess.DEVNULL) as running:
         crew.wait_for(lambda: steps_of(kept / "seed-0.safetensors") > 3 or running.poll() is not None, 120)
-        processes = psutil.Process(running.pid).children(recursive=True)
-        for process in (*processes, running):
-            process.kill()
+        for pid in crew.family(running.pid):
+            crew.send(signal.SIGKILL, pid)
     assert running.returncode == -signal.SIGKILL
     before = steps_of(kept / "seed-0.safetensors")
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "starts anew" not in done.stderr
     own, expected = (
@@ -112,6 +109,11 @@ def test_two_processes_that_are_killed_go_on_to_the_same_bits(ran: Path, tmp_pat
     assert [point["train_loss"] for point in own["curve"]] == [p["train_loss"] for p in expected["curve"]]
     weights = "models/dropped/seed-0/model.safetensors"
     assert (root / weights).read_bytes() == (calm / weights).read_bytes()
+
+
+def environment() -> dict[str, str]:
+    """What torchrun and its ranks find: the code of this checkout, one thread, the interpreter."""
+    return os.environ | {"PYTHONPATH": str(toy.ROOT), "OMP_NUM_THREADS": "1", "PYTHON_EXEC": warm.python()}
 
 
 def steps_of(checkpoint: Path) -> int:

@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,8 @@ from pipeline.training.resume import deciding_facts
 from pipeline.training.run import train_run, write_student_tokenizer
 from pipeline.training.seed import train_seed
 from storage import Cache
-from tests import toy
-from tests.pipeline import row_worlds
+from tests import toy, warm
+from tests.pipeline import crew, row_worlds
 from tests.pipeline.conftest import World
 from tests.pipeline.prose import Prose
 from tests.pipeline.training.test_language_students import recipe as language_recipe
@@ -274,6 +273,7 @@ def project(world: World, root: Path) -> dict[str, Any]:
     return shelves
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_a_killed_run_keeps_its_finished_seeds_and_cleans_up_when_it_is_done(
     world: World, tmp_path: Path
 ) -> None:
@@ -281,17 +281,16 @@ def test_a_killed_run_keeps_its_finished_seeds_and_cleans_up_when_it_is_done(
     root.mkdir()
     project(world, root)
     environment = os.environ | {"PYTHONPATH": str(toy.ROOT)}
-    command = [sys.executable, "-m", "stages.train", "long"]
+    command = [warm.python(), "-m", "stages.train", "long"]
     kept = root / ".stillroom" / "training" / "long"
-    with subprocess.Popen(
-        command, cwd=root, env=environment, start_new_session=True, stderr=subprocess.DEVNULL
-    ) as running:
+    with subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.DEVNULL) as running:
         deadline = time.monotonic() + 120
         while not (kept / "seed-1.safetensors").exists():
             assert running.poll() is None, "it ended before the moment came"
             assert time.monotonic() < deadline
             time.sleep(0.005)
-        os.killpg(running.pid, signal.SIGKILL)
+        for pid in crew.family(running.pid):
+            crew.send(signal.SIGKILL, pid)
     finished = load_file(kept / "seed-0.safetensors")
     assert all(name.startswith("best.") for name in finished), "the first seed was done"
     before = (kept / "seed-0.safetensors").stat().st_mtime_ns
