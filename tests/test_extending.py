@@ -1,4 +1,4 @@
-"""docs/extending.md: its blocks, applied to a copy of the project, work in every stage; its table counts them.
+"""docs/extending.md: its blocks, applied to a copy, work in every stage; its table counts them.
 
 All additions are made in one copy, and one process runs all stages: importing torch costs more than the toy.
 """

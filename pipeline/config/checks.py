@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from pipeline.config.params import Params
-from pipeline.config.students import STUDENTS, LlamaStudent, MLPStudent, Student, TransformersStudent
+from pipeline.config.students import STUDENTS, Student
 from pipeline.config.tasks import TASKS, tasks_with
 
 
@@ -50,10 +50,10 @@ def multitask_inconsistencies(params: Params) -> Iterator[str]:
 
 
 def _student_inconsistencies(where: str, student: Student) -> Iterator[str]:
-    if isinstance(student, LlamaStudent | MLPStudent):
+    if student.inputs != "text":
         kinds = ", ".join(kind for kind, section in STUDENTS.items() if section.inputs == "text")
         yield f"{where}: found kind {student.kind}, expected one that reads rows of text: {kinds}"
-    elif not isinstance(student, TransformersStudent) and student.init and student.init.from_teacher:
+    elif student.starts_from_teacher:
         yield f"{where}: its init copies weights of one teacher, and this run has several; remove it"
 
 

@@ -1,9 +1,9 @@
-"""Entries of params.yaml: `students`, a section a kind: its sizes, what it learns, its first weights.
+"""Entries of params.yaml: `students`, a section a kind: its facts, its sizes and its first weights.
 
-students/registry.py builds them.
+students/registry.py has the module of each kind, which builds it.
 """
 
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
@@ -94,9 +94,31 @@ class Decoder(Section):
 SET_HERE = {"vocab_size", "num_labels", "id2label", "label2id", "pad_token_id", "model_type", "dtype"}
 
 
-class _Trained(Section):
+class TextReading(NamedTuple):
+    """How a student reads text."""
+
+    tokenizer: Literal["teacher"] | int  # int: entries of a tokenizer of its own
+    max_length: int  # tokens
+
+
+class LayerSizes(NamedTuple):
+    """Of a student with attention layers."""
+
+    layers: int
+    width: int
+    heads: int
+
+
+class StudentSection(Section):
+    """What the sections of all kinds share. Rooms read the facts of a kind and never compare kinds."""
+
     inputs: ClassVar[ModelInputs] = "text"  # of the tasks that it learns
     objectives: ClassVar[tuple[ObjectiveName, ...]] = ROW_OBJECTIVES  # what it can be trained for
+    reads: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask")  # of its forward, in its order
+    exportable: ClassVar[bool] = False  # whether ONNX gives its logits
+    matchable: ClassVar[bool] = False  # whether it has `layer_sizes`, and its model `features`
+    starts_from: ClassVar[Literal["bert", "llama"] | None] = None  # teachers whose weights `init` can take
+    configured_by: ClassVar[Literal["transformers"] | None] = None  # the library that checks its config
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
 
@@ -105,17 +127,62 @@ class _Trained(Section):
         """Whether students of this kind can be trained on caches of a task."""
         return task.inputs == cls.inputs and task.objective in cls.objectives
 
+    @property
+    def text(self) -> TextReading | None:
+        """How it reads text; None for kinds that read something else."""
+        return None
 
-class _Reader(_Trained):
+    @property
+    def layer_sizes(self) -> LayerSizes | None:
+        """Of its attention layers; None for kinds without."""
+        return None
+
+    @property
+    def has_init(self) -> bool:
+        """Whether its entry names first weights other than the usual random ones."""
+        return False
+
+    @property
+    def starts_from_teacher(self) -> bool:
+        """Whether its first weights are made of the teacher's."""
+        return False
+
+
+class _Reader(StudentSection):
     tokenizer: Literal["teacher"] | Positive = "teacher"
     """`teacher`: the teacher's, from the cache. A number: a WordPiece tokenizer with this many entries,
     learned from the training and pool text."""
     max_length: Positive = 128
     """Most tokens of a row. The rest is cut; the run's record counts such rows."""
 
+    @property
+    def text(self) -> TextReading:
+        """See StudentSection."""
+        return TextReading(self.tokenizer, self.max_length)
+
 
 class _TextStudent(_Reader):
     dropout: Fraction = 0.1
+
+
+class EncoderSection(_TextStudent):
+    """What the encoders of texts share: ours, of any size."""
+
+    exportable = True
+    starts_from = "bert"
+    embedding_field: ClassVar[str] = "embedding"  # the field with the width of its embeddings
+    if TYPE_CHECKING:  # a field of each section, at its own place in their order
+        init: Start | EncoderStart | None
+
+    @property
+    def has_init(self) -> bool:
+        """See StudentSection."""
+        return self.init is not None
+
+    @property
+    def starts_from_teacher(self) -> bool:
+        """See StudentSection."""
+        return self.init is not None and self.init.from_teacher
 
 
 def _reads_as_its_teacher(init: Any, info: ValidationInfo) -> Any:
@@ -125,7 +192,7 @@ def _reads_as_its_teacher(init: Any, info: ValidationInfo) -> Any:
     return init
 
 
-class FCStudent(_TextStudent):
+class FCStudent(EncoderSection):
     """Mean of embeddings, then one hidden layer."""
 
     kind: Literal["fc"]
@@ -135,7 +202,7 @@ class FCStudent(_TextStudent):
     """The first weights of its embeddings; null: random ones."""
 
 
-class BiLSTMStudent(_TextStudent):
+class BiLSTMStudent(EncoderSection):
     """One bidirectional LSTM; max and mean over the row's tokens, then a linear layer."""
 
     kind: Literal["bilstm"]
@@ -146,8 +213,11 @@ class BiLSTMStudent(_TextStudent):
     """The first weights of its embeddings; null: random ones."""
 
 
-class TinyBERTStudent(_TextStudent):
+class TinyBERTStudent(EncoderSection):
     """A BERT of a few narrow layers, from scratch."""
+
+    matchable = True
+    embedding_field = "width"
 
     kind: Literal["tinybert"]
     layers: Positive = 2
@@ -156,6 +226,11 @@ class TinyBERTStudent(_TextStudent):
     """Attention heads; they divide the width."""
     init: Annotated[EncoderStart | None, AfterValidator(_reads_as_its_teacher)] = None
     """Its first weights; null: random ones, normal with BERT's standard deviation of 0.02."""
+
+    @property
+    def layer_sizes(self) -> LayerSizes:
+        """See StudentSection."""
+        return LayerSizes(self.layers, self.width, self.heads)
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "TinyBERTStudent":
@@ -169,14 +244,26 @@ class TinyBERTStudent(_TextStudent):
 class LlamaStudent(_TextStudent, Decoder):
     """A Llama of any small size over the teacher's vocabulary, its head tied to its embeddings."""
 
-    inputs: ClassVar[ModelInputs] = "documents"
-    objectives: ClassVar[tuple[ObjectiveName, ...]] = ("language_model",)
+    inputs = "documents"
+    objectives = ("language_model",)
+    reads = ("input_ids",)  # padding is on the right: no token attends to it
+    starts_from = "llama"
 
     kind: Literal["llama"]
     max_length: Positive = 512
     """Most tokens of a piece of a row. Longer rows are read in several pieces."""
     dropout: Fraction = 0.0
     """Of attention weights."""
+
+    @property
+    def has_init(self) -> bool:
+        """See StudentSection."""
+        return self.init is not None
+
+    @property
+    def starts_from_teacher(self) -> bool:
+        """See StudentSection."""
+        return self.init is not None
 
     @model_validator(mode="after")
     def _init_needs_the_tokenizer(self) -> "LlamaStudent":
@@ -188,7 +275,8 @@ class LlamaStudent(_TextStudent, Decoder):
 class TransformersStudent(_Reader):
     """Any architecture of transformers with a sequence classifier, from random weights."""
 
-    objectives: ClassVar[tuple[ObjectiveName, ...]] = ("classification",)
+    objectives = ("classification",)
+    configured_by = "transformers"
 
     kind: Literal["transformers"]
     model_type: str
@@ -205,10 +293,11 @@ class TransformersStudent(_Reader):
         return config
 
 
-class MLPStudent(_Trained):
+class MLPStudent(StudentSection):
     """Layers of ReLUs over all pixels of an image."""
 
-    inputs: ClassVar[ModelInputs] = "images"
+    inputs = "images"
+    reads = ("pixel_values",)
 
     kind: Literal["mlp"]
     hidden: Annotated[tuple[Positive, ...], Field(min_length=1, strict=False)] = (32,)
@@ -221,7 +310,7 @@ Student = Annotated[
     Field(discriminator="kind"),
 ]
 # The sections of all kinds of students, by kind.
-STUDENTS: dict[str, type[_Trained]] = {
+STUDENTS: dict[str, type[StudentSection]] = {
     get_args(section.model_fields["kind"].annotation)[0]: section
     for section in get_args(get_args(Student)[0])
 }

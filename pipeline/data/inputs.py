@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.config.students import MLPStudent, Student
+from pipeline.config.students import StudentSection
 from pipeline.data.rows import Rows
 from pipeline.data.tokenizer import InputArrays, TextReader, Tokens
 from storage.fingerprints import pixels_hash
@@ -73,8 +73,8 @@ def read_inputs(reader: Reader, rows: Rows, words: bool = False) -> Inputs:
     return Pixels(rows.pixels)
 
 
-def student_reader(student: Student, rows: Rows, tokenizer: Path) -> Reader:
+def student_reader(student: StudentSection, rows: Rows, tokenizer: Path) -> Reader:
     """The reader of this student; it cuts longer rows."""
-    if rows.pixels is not None or isinstance(student, MLPStudent):
+    if student.text is None:
         return PixelReader(int(np.prod(rows.shape)))
-    return TextReader(tokenizer, student.max_length, "truncate")
+    return TextReader(tokenizer, student.text.max_length, "truncate")

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from pipeline.students.architectures import perceptron
+from pipeline.students.mlp import perceptron
 from storage.errors import AssetError, TeacherError
 from storage.spec import ImageSpec
 

@@ -22,7 +22,7 @@ from pipeline.streaming.documents import CachedDocuments
 from pipeline.streaming.model_inputs import call_model
 from pipeline.streaming.rows import CachedRows
 from pipeline.streaming.verified import open_inputs
-from pipeline.students.llama import Llama
+from pipeline.students.base import LanguageModelStudent
 from pipeline.students.registry import load_student
 from pipeline.training.job import run_record
 from pipeline.training.workload import predict_all
@@ -80,7 +80,7 @@ def _evaluate_documents(
     found, lines = list[Metrics](), list[Line]()
     for seed in seeds:
         loaded, facts = _load(paths, seed)
-        model = cast(Llama, loaded)
+        model = cast(LanguageModelStudent, loaded)
         scores = score_documents(model, cached.in_order(BATCH_TOKENS), teacher)
         found.append({**scores.metrics, **facts, "train_tokens_per_second": seed["targets_per_second"]})
         lines = lines or sampled_lines(model.next_logits, rows, reader)

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from pipeline.data.inputs import Inputs
 from pipeline.data.rows import Rows
-from pipeline.data.tokenizer import Tokens
 from pipeline.export.predictor import OnnxModel
 from pipeline.objectives.classification import Logits
 from pipeline.streaming.model_inputs import InputTensors, input_tensors
@@ -30,7 +30,7 @@ class ComparedRows(NamedTuple):
     """The rows that all forms of a student are run on."""
 
     rows: Rows
-    tokens: Tokens
+    tokens: Inputs
     pad_id: int
 
     def logits(self, model: ModelCall, size: int) -> Logits:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.params import Export, Run, RunInputs
-from pipeline.config.students import MLPStudent, Student
+from pipeline.config.students import Student
+from pipeline.data.inputs import read_inputs, student_reader
 from pipeline.data.rows import Rows, load_rows
-from pipeline.data.tokenizer import TextReader
 from pipeline.evaluation.latency import latencies
 from pipeline.export.compare import SPLIT, ComparedRows, ModelCall, compare_forms, onnx_call
 from pipeline.export.predictor import FACTS, MODEL_FILES, NOT_EXPORTED, OnnxModel
@@ -25,8 +25,6 @@ from pipeline.streaming.model_inputs import call_model
 from pipeline.students.registry import load_student
 from pipeline.training.job import run_record
 from pipeline.training.selection import best_seed
-
-EXPORTED_KINDS = ("fc", "bilstm", "tinybert")  # they read token ids and give the logits of classes
 
 
 def export_run(
@@ -39,7 +37,7 @@ def export_run(
     rows = load_rows(paths.dataset).only(SPLIT)
     about: dict[str, Any] = {"name": name, "dataset": run.dataset}
     about |= {"student": run.student, "recipe": run.recipe}
-    if isinstance(student, MLPStudent) or not _is_exported(student, rows):
+    if not _is_exported(student, rows):
         reason = f"only classifiers of texts are exported, and this is a {student.kind} for {rows.task}."
         shutil.rmtree(out, ignore_errors=True)
         write_json({"run": name, NOT_EXPORTED: reason}, out / FACTS)
@@ -48,11 +46,11 @@ def export_run(
     shutil.rmtree(out, ignore_errors=True)
     hardware.pin_threads(1)
     shutil.copytree(paths.out / "tokenizer", out)
-    reader = TextReader(out, student.max_length, "truncate")
-    read = ComparedRows(rows, reader.read(rows.texts.to_pylist(), rows.row_ids), reader.pad_id)
+    reader = student_reader(student, rows, out)
+    read = ComparedRows(rows, read_inputs(reader, rows), reader.pad_id)
     found = _export_student(name, paths.out / f"seed-{seed}", paths.task, read, limits, out)
     facts: dict[str, Any] = {"run": name, "seed": seed, "labels": list(rows.label_names)}
-    facts["max_length"] = student.max_length
+    facts["max_length"] = reader.max_length
     write_json(facts, out / FACTS)
     about |= {"seed": seed, "split": SPLIT, "rows": len(rows.row_ids)}
     return {**found, "about": {**about, "machine": hardware.machine(), "threads": 1}}
@@ -76,7 +74,4 @@ def _export_student(
 
 def _is_exported(student: Student, rows: Rows) -> bool:
     """Whether the student is a classifier of texts of a kind that is exported."""
-    return student.kind in EXPORTED_KINDS and (rows.task_spec.inputs, rows.task_spec.labels) == (
-        "text",
-        "class",
-    )
+    return student.exportable and (rows.task_spec.inputs, rows.task_spec.labels) == ("text", "class")

@@ -1,13 +1,13 @@
 """What a model reads, as tensors by name, and how a model is called with what it reads of them.
 
-Names are those of transformers (`input_ids`, `attention_mask`, `pixel_values`, ...). A model of ours lists
-the names that it takes in `reads`, in the order of its forward; inputs that it does not list do not reach it.
+Names are those of transformers (`input_ids`, `attention_mask`, `pixel_values`, ...). A student has the names
+that it takes in `reads`, in the order of its forward; other inputs do not reach it.
 
 Shape letters: B batch.
 """
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any
 
 import torch
 
@@ -31,9 +31,15 @@ def num_rows(inputs: InputTensors) -> int:
     return len(next(iter(inputs.values())))
 
 
+def unwrapped(model: torch.nn.Module) -> Any:
+    """The model itself, where several processes train it: DistributedDataParallel wraps it."""
+    return getattr(model, "module", model)
+
+
 def inputs_of(model: torch.nn.Module) -> tuple[str, ...]:
-    """The names of the inputs that a student reads; it may be wrapped, as DistributedDataParallel does."""
-    return cast(tuple[str, ...], getattr(model, "module", model).reads)
+    """The names of the inputs that a student reads."""
+    reads: tuple[str, ...] = unwrapped(model).reads
+    return reads
 
 
 def call_model(model: torch.nn.Module, inputs: InputTensors) -> torch.Tensor:

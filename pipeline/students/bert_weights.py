@@ -1,6 +1,6 @@
-"""Encoders in params.yaml: where students of texts start, and whether they can start from a teacher.
+"""Whether an encoder of texts can start from a teacher, from sizes alone; names of a BERT's tensors.
 
-That is known from sizes alone. The weights themselves are the business of weights.py and encoder_start.py.
+initialise.py reads the weights.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from storage.errors import Mismatch, SpecMismatch
 
 if TYPE_CHECKING:
-    from pipeline.config.students import BiLSTMStudent, FCStudent, TinyBERTStudent
+    from pipeline.config.students import EncoderSection
 
 
 BERT_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
@@ -43,12 +43,10 @@ def bert_tensors(layers: Sequence[int]) -> list[str]:
     ]
 
 
-def check_bert_start(
-    what: str, student: "FCStudent | BiLSTMStudent | TinyBERTStudent", weights: Path, carried: Sequence[int]
-) -> None:
+def check_bert_start(what: str, student: "EncoderSection", weights: Path, carried: Sequence[int]) -> None:
     """Raise SpecMismatch where `student` cannot start from the weights in this directory, with every reason.
 
-    `carried` are the layers that lie there.
+    `carried` are the layers that it has.
     """
     if student.init is None or not student.init.from_teacher:
         return
@@ -57,10 +55,10 @@ def check_bert_start(
     if teacher.get("model_type") != "bert":
         faults.append(Mismatch("the teacher's model_type", teacher.get("model_type"), "bert"))
         advice = "Remove init."
-    elif student.kind == "tinybert" and student.init.layers is not None:
-        faults, advice = _misfits_of_layers(student, student.init.layers, teacher, carried)
+    elif student.layer_sizes is not None and (layers := getattr(student.init, "layers", None)) is not None:
+        faults, advice = _mismatched_layers(student, layers, teacher, carried)
     else:
-        field = "width" if student.kind == "tinybert" else "embedding"
+        field = student.embedding_field
         if getattr(student, field) > teacher["hidden_size"]:
             faults.append(Mismatch(field, getattr(student, field), f"at most {teacher['hidden_size']}"))
             advice = "No factorisation of the teacher's embeddings is wider than they are."
@@ -68,14 +66,16 @@ def check_bert_start(
         raise SpecMismatch(f"{what} cannot start from {weights}", faults, advice)
 
 
-def _misfits_of_layers(
-    student: "TinyBERTStudent", layers: tuple[int, ...], teacher: dict[str, Any], carried: Sequence[int]
+def _mismatched_layers(
+    student: "EncoderSection", layers: tuple[int, ...], teacher: dict[str, Any], carried: Sequence[int]
 ) -> tuple[list[Mismatch], str]:
     """(what differs from a teacher whose layers are to be copied, what to do)."""
+    assert student.layer_sizes is not None
+    _, width, heads = student.layer_sizes
     own = {
-        "hidden_size": student.width,
-        "num_attention_heads": student.heads,
-        "intermediate_size": FEED_FORWARD_RATIO * student.width,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "intermediate_size": FEED_FORWARD_RATIO * width,
         **BERT_SETTINGS,
     }
     theirs = {key: teacher.get(key, BERT_SETTINGS.get(key)) for key in own}

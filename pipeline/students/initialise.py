@@ -13,35 +13,25 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from pipeline.config.students import BiLSTMStudent, EncoderStart, FCStudent, TinyBERTStudent
-from pipeline.students.architectures import TinyBERT
 from pipeline.students.bert_weights import BERT_EMBEDDINGS, BERT_LAYER_PREFIX, BERT_POSITIONS, bert_tensors
 from pipeline.students.llama_weights import WEIGHTS_FILE
 
 
-def initialise_encoder(
-    model: nn.Module, entry: FCStudent | BiLSTMStudent | TinyBERTStudent, weights: Path | None
-) -> None:
-    """Give `model`, built from `entry`, the first weights that `entry.init` says.
+def xavier(model: nn.Module) -> None:
+    """Give all linear layers random weights by Glorot and Bengio (2010), uniform."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
 
-    `weights` is a cache's `weights_dir`, where init needs it; that the two fit is known
-    (encoders.refuse_misfit). Ids of the student past the teacher's keep their random embeddings.
+
+def initialise_embeddings(own_VW: torch.Tensor, weights: Path) -> None:
+    """Write the teacher's embeddings into these, in fewer dimensions.
+
+    `weights` is a cache's `weights_dir`. Ids of the student past the teacher's keep their random embeddings.
     """
-    init = entry.init
-    if isinstance(init, EncoderStart) and init.xavier:
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-    if isinstance(init, EncoderStart) and init.layers is not None:
-        assert isinstance(model, TinyBERT)
-        assert weights is not None
-        _copy_layers(model, init.layers, weights)
-    elif init is not None and init.embeddings:
-        assert weights is not None
-        own_VW = _embeddings(model)
-        with safe_open(weights / WEIGHTS_FILE, "pt") as file:
-            embeddings_VD = file.get_tensor(BERT_EMBEDDINGS)[: len(own_VW)].float()
-        own_VW[: len(embeddings_VD)] = factorise_embeddings(embeddings_VD, own_VW.shape[1])
+    with safe_open(weights / WEIGHTS_FILE, "pt") as file:
+        embeddings_VD = file.get_tensor(BERT_EMBEDDINGS)[: len(own_VW)].float()
+    own_VW[: len(embeddings_VD)] = factorise_embeddings(embeddings_VD, own_VW.shape[1])
 
 
 def factorise_embeddings(embeddings_VD: torch.Tensor, width: int) -> torch.Tensor:
@@ -49,13 +39,9 @@ def factorise_embeddings(embeddings_VD: torch.Tensor, width: int) -> torch.Tenso
     return embeddings_VD @ principal_axes(embeddings_VD, torch.ones(embeddings_VD.shape[1]), width)
 
 
-def _embeddings(model: nn.Module) -> torch.Tensor:
-    where = "bert.bert.embeddings.word_embeddings" if isinstance(model, TinyBERT) else "embedding"
-    return model.get_parameter(f"{where}.weight").data
-
-
-def _copy_layers(model: TinyBERT, layers: tuple[int, ...], weights: Path) -> None:
-    held = model.bert.state_dict()
+def copy_bert_layers(bert: nn.Module, layers: tuple[int, ...], weights: Path) -> None:
+    """Give a BERT classifier these layers of the teacher, in this order, its embeddings and its head."""
+    held = bert.state_dict()
     with safe_open(weights / WEIGHTS_FILE, "pt") as file:
         for name in bert_tensors(range(len(layers))):
             source = name
@@ -69,7 +55,7 @@ def _copy_layers(model: TinyBERT, layers: tuple[int, ...], weights: Path) -> Non
                 own[:num] = tensor[:num]
                 tensor = own
             held[name] = tensor
-    model.bert.load_state_dict(held)
+    bert.load_state_dict(held)
 
 
 ROWS = 8192  # of embeddings, in float64 at a time

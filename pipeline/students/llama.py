@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
-from torch import nn
 
 from pipeline.config.students import LlamaStudent
+from pipeline.students.base import LanguageModelStudent
 from pipeline.students.initialise import principal_axes
 from pipeline.students.llama_weights import (
     FINAL_NORM,
@@ -50,17 +50,15 @@ KEPT_SETTINGS = ("rope_parameters", "max_position_embeddings", "rms_norm_eps", "
 Tensors = dict[str, torch.Tensor]
 
 
-class Llama(nn.Module):
+class Llama(LanguageModelStudent):
     """A small Llama from random weights (Touvron et al. 2023), its head tied to its embeddings.
 
     Its tensors are named as those of transformers' LlamaForCausalLM, and `save` writes that model's
     config.json too: what is saved is a checkpoint that transformers loads.
     """
 
-    reads = ("input_ids",)
-
     def __init__(self, entry: LlamaStudent, vocab_size: int, num_labels: int = 0) -> None:
-        super().__init__()
+        super().__init__(entry)
         from transformers import LlamaConfig
 
         self.rebuild(
@@ -86,6 +84,21 @@ class Llama(nn.Module):
 
         self.model = LlamaModel(settings)
 
+    def initialise(self, entry: LlamaStudent, weights: Path | None) -> None:
+        """See StudentModel."""
+        assert weights is not None
+        initialise_llama(self, entry, weights)
+
+    def save_settings(self, directory: Path) -> None:
+        """Write config.json, as transformers does."""
+        self.model.config.save_pretrained(directory)
+
+    def load_settings(self, directory: Path) -> None:
+        """See StudentModel: a teacher may have decided settings that are not in the entry."""
+        from transformers import LlamaConfig
+
+        self.rebuild(LlamaConfig.from_pretrained(directory))
+
     @property
     def head(self) -> torch.Tensor:
         """What turns states into logits: [V, D]."""
@@ -96,11 +109,6 @@ class Llama(nn.Module):
         """States [B, L, D] that the head would read. Padding is on the right: no token looks at it."""
         states_BLD: torch.Tensor = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
         return states_BLD
-
-    def next_logits(self, ids_BL: torch.Tensor) -> torch.Tensor:
-        """The logits of what follows one row of ids [1, L]: [V]."""
-        logits_V: torch.Tensor = self(ids_BL)[0, -1] @ self.head.T
-        return logits_V
 
 
 def initialise_llama(model: Llama, entry: LlamaStudent, weights: Path) -> None:

@@ -1,12 +1,8 @@
-"""Student architectures, and the files they are kept in.
+"""Builds, saves and loads students: the one table of kinds and their modules.
 
-Each is a module whose forward takes the inputs that its class lists in `reads`, by name, and returns logits
-[B, C]; a language model (`Llama`) returns states [B, L, D], and its logits are states times `head`. Padding
-never changes an answer. A saved student is a directory with model.safetensors and student.json (its entry of
-params.yaml, vocabulary (of `mlp`: numbers of an image) and classes; of several tasks also `heads`, which
-outputs belong to which); the tokenizer is in the run's directory, once for all seeds.
-
-Shape letters: B batch, L tokens, C classes, E embedding width, H hidden units, P numbers of an image.
+A saved student is a directory with model.safetensors, student.json (its entry of params.yaml, vocabulary (of
+`mlp`: numbers of an image) and classes; of several tasks also `heads`, the outputs of each) and the files of
+`StudentModel.save_settings`. The tokenizer is in the run's directory, once for all seeds.
 """
 
 import json
@@ -16,47 +12,51 @@ from typing import Any
 
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from pipeline.config.students import Student
 from pipeline.runtime.files import write_json
-from pipeline.students.architectures import FC, MLP, BiLSTM, TaskHead, TinyBERT, Transformers
+from pipeline.students.base import StudentModel, TaskHead
+from pipeline.students.bilstm import BiLSTM
+from pipeline.students.fc import FC
 from pipeline.students.llama import Llama
+from pipeline.students.mlp import MLP
+from pipeline.students.tinybert import TinyBERT
+from pipeline.students.transformers_classifier import Transformers
 from storage.errors import AssetError
 
-STUDENTS: dict[str, Any] = {
+# The constructor of each kind takes (entry, vocabulary size, number of outputs).
+STUDENT_MODELS: dict[str, Any] = {
     "fc": FC, "bilstm": BiLSTM, "tinybert": TinyBERT, "llama": Llama, "transformers": Transformers, "mlp": MLP
 }  # fmt: skip
 
 
-def build_student(entry: Student, vocab_size: int, num_labels: int) -> nn.Module:
+def build_student(entry: Student, vocab_size: int, num_labels: int) -> StudentModel:
     """The student that `entry` describes, with random weights from torch's current seed."""
-    student: nn.Module = STUDENTS[entry.kind](entry, vocab_size, num_labels)
+    student: StudentModel = STUDENT_MODELS[entry.kind](entry, vocab_size, num_labels)
     return student
 
 
 def save_student(
-    directory: Path, model: nn.Module, entry: Student, vocab_size: int, num_labels: int,
+    directory: Path, model: StudentModel, entry: Student, vocab_size: int, num_labels: int,
     heads: Mapping[str, tuple[int, int]] | None = None,
 ) -> None:  # fmt: skip
-    """Write model.safetensors and student.json. `heads`: the outputs of each of several tasks."""
+    """Write model.safetensors, student.json and the files that the kind needs besides.
+
+    `heads`: the outputs of each of several tasks.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    held = model.net if isinstance(model, Transformers) else model
     save_file(
-        {name: tensor.contiguous() for name, tensor in held.state_dict().items()},
+        {name: tensor.contiguous() for name, tensor in model.stored.state_dict().items()},
         directory / "model.safetensors",
-        metadata={"format": "pt"} if isinstance(model, Transformers) else None,
+        metadata=model.file_metadata,
     )
-    if isinstance(model, Transformers):
-        model.settings.save_pretrained(directory)
-    if isinstance(model, Llama):
-        model.model.config.save_pretrained(directory)
+    model.save_settings(directory)
     facts: dict[str, Any] = {"student": entry.model_dump(mode="json"), "vocab_size": vocab_size}
     facts |= {"num_labels": num_labels, **({"heads": heads} if heads else {})}
     write_json(facts, directory / "student.json")
 
 
-def load_student(directory: Path, task: str | None = None) -> nn.Module:
+def load_student(directory: Path, task: str | None = None) -> StudentModel | TaskHead:
     """The student in `directory`, ready for inference; with `task` its outputs for that one of its tasks.
 
     Raises AssetError where it is not one, or did not learn the task.
@@ -73,7 +73,7 @@ def load_student(directory: Path, task: str | None = None) -> nn.Module:
     return TaskHead(model, heads[task]).eval()
 
 
-def _whole(directory: Path) -> nn.Module:
+def _whole(directory: Path) -> StudentModel:
     if not (directory / "student.json").is_file():
         raise AssetError(
             f"there is no student in {directory}: train it with `dvc repro train@{directory.parent.name}` "
@@ -82,17 +82,6 @@ def _whole(directory: Path) -> nn.Module:
     facts = json.loads((directory / "student.json").read_text())
     entry: Student = TypeAdapter(Student).validate_python(facts["student"])
     model = build_student(entry, facts["vocab_size"], facts["num_labels"])
-    if isinstance(model, Transformers):
-        from transformers import AutoConfig
-
-        model.rebuild(AutoConfig.from_pretrained(directory, trust_remote_code=False))
-        model.net.load_state_dict(load_file(directory / "model.safetensors"))
-        return model.eval()
-    if isinstance(
-        model, Llama
-    ):  # a teacher that it started from may have settled what its entry does not say
-        from transformers import LlamaConfig
-
-        model.rebuild(LlamaConfig.from_pretrained(directory))
-    model.load_state_dict(load_file(directory / "model.safetensors"))
+    model.load_settings(directory)
+    model.stored.load_state_dict(load_file(directory / "model.safetensors"))
     return model.eval()

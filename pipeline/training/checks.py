@@ -1,21 +1,13 @@
 """Checks before the first step: caches, rows, recipes and students that do not fit each other."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.config.recipes import Recipe
 from pipeline.config.schedules import ByConfidence, Schedule, bounds
-from pipeline.config.students import (
-    STUDENTS,
-    BiLSTMStudent,
-    FCStudent,
-    LlamaStudent,
-    MLPStudent,
-    Student,
-    TinyBERTStudent,
-    TransformersStudent,
-)
+from pipeline.config.students import STUDENTS, Student
 from pipeline.config.tasks import TASKS
 from pipeline.data.rows import POOL, SPLITS, VIEWS, Rows
 from pipeline.data.tokenizer import TextReader
@@ -29,6 +21,13 @@ from storage import Cache
 from storage.codecs import SparseCodec
 from storage.errors import ConfigError, DataError, Mismatch, SpecMismatch
 from storage.tasks import Task
+
+# By the teachers that a kind can start from, and by the library that has its config: see StudentSection.
+START_CHECKS: dict[str, Callable[[str, Any, Path, Sequence[int]], None]] = {
+    "bert": check_bert_start,
+    "llama": check_llama_start,
+}
+CONFIG_CHECKS: dict[str, Callable[[Any, int, int], object]] = {"transformers": student_config}
 
 
 def check_task(what: str, task: Task, kind: str) -> None:
@@ -103,10 +102,11 @@ def check_run(name: str, cache: Cache, rows: Rows, student: Student, recipe: Rec
     candidates = [recipe.chosen(values) for values in recipe.grid] or [recipe]
     for one in candidates:
         check_recipe(f"runs.{name}", cache.identity.spec.task, one)
-    if student.kind == "llama" and student.tokenizer != "teacher":
+    next_token = TASKS[cache.identity.spec.task].predicts_next
+    if next_token and student.text is not None and student.text.tokenizer != "teacher":
         raise ConfigError(
-            f"the student of runs.{name} has a tokenizer of its own ({student.tokenizer} entries), but "
-            "learns to expect the teacher's tokens.\nWrite tokenizer: teacher."
+            f"the student of runs.{name} has a tokenizer of its own ({student.text.tokenizer} entries), but "
+            "learns to predict the teacher's tokens.\nWrite tokenizer: teacher."
         )
     if recipe.pseudo_labels and cache.identity.spec.per_position:
         raise ConfigError(
@@ -140,33 +140,27 @@ def check_run(name: str, cache: Cache, rows: Rows, student: Student, recipe: Rec
 
 
 def check_start(name: str, cache: Cache, student: Student, init: Path | None) -> None:
-    """Raise ConfigError or SpecMismatch where the student cannot start from what it is to start from."""
-    if isinstance(student, TransformersStudent):
-        student_config(student, 2, len(cache.labels))
+    """Raise ConfigError or SpecMismatch where the student's config or its first weights do not fit."""
+    if student.configured_by:
+        CONFIG_CHECKS[student.configured_by](student, 2, len(cache.labels))
     if init:
-        _refuse_other_run(name, cache, student, init)
-    elif (
-        isinstance(student, FCStudent | BiLSTMStudent | TinyBERTStudent)
-        and student.init
-        and student.init.from_teacher
-    ):
-        what, held = f"the student of runs.{name}", cache.weights_dir
-        check_bert_start(what, student, held, cache.weights_layers)
-    elif isinstance(student, LlamaStudent) and student.init:
-        check_llama_start(f"the student of runs.{name}", student, cache.weights_dir, cache.weights_layers)
+        _check_previous_run(name, cache, student, init)
+    elif student.starts_from and student.starts_from_teacher:
+        check = START_CHECKS[student.starts_from]
+        check(f"the student of runs.{name}", student, cache.weights_dir, cache.weights_layers)
 
 
-def _refuse_other_run(name: str, cache: Cache, student: Student, init: Path) -> None:
-    """Raise SpecMismatch where the students of the run before are not those that this run trains on."""
+def _check_previous_run(name: str, cache: Cache, student: Student, init: Path) -> None:
+    """Raise SpecMismatch where the students of the run in `init` are not a start for this student."""
     first = training_record(init)["seeds"][0]["seed"]
     facts = json.loads((init / f"seed-{first}" / "student.json").read_text())
     sizes = {"student": student.model_dump(mode="json"), "num_labels": cache.identity.spec.num_outputs}
     wrong = [Mismatch(key, facts[key], wanted) for key, wanted in sizes.items() if facts[key] != wanted]
-    known = cache.identity.tokenizer
-    if known is not None and not isinstance(student, MLPStudent) and student.tokenizer == "teacher":
-        reads = TextReader(init / "tokenizer", student.max_length, "truncate").identity().content
-        if reads != known.content:
-            wrong.append(Mismatch("tokenizer.content", reads, known.content))
+    known, text = cache.identity.tokenizer, student.text
+    if known is not None and text is not None and text.tokenizer == "teacher":
+        found = TextReader(init / "tokenizer", text.max_length, "truncate").identity().content
+        if found != known.content:
+            wrong.append(Mismatch("tokenizer.content", found, known.content))
     if wrong:
         raise SpecMismatch(
             f"the students of {init} are no start for chained.{name}", wrong,
@@ -188,7 +182,8 @@ def check_same_tokenizer(name: str, caches: Mapping[str, Cache], student: Studen
     known = {task: cache.identity.tokenizer for task, cache in caches.items()}
     contents = {task: tokenizer.content for task, tokenizer in known.items() if tokenizer is not None}
     first = next(iter(contents.values()))
-    if isinstance(student, MLPStudent) or student.tokenizer != "teacher" or {*contents.values()} == {first}:
+    own = student.text is None or student.text.tokenizer != "teacher"
+    if own or {*contents.values()} == {first}:
         return
     raise SpecMismatch(
         f"the caches of multitask.{name} come from different tokenizers",

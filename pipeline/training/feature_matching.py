@@ -17,7 +17,7 @@ from pipeline.losses.features import FEATURE_LOSSES, FeaturePair, pool_states, u
 from pipeline.objectives.base import Validate, Validation
 from pipeline.streaming.batch import DistillBatch
 from pipeline.streaming.model_inputs import inputs_of
-from pipeline.students.architectures import StudentFeatures, TinyBERT
+from pipeline.students.base import StudentFeatures, StudentModel
 from pipeline.training.layer_maps import MatchedPair, MatchPlan
 from storage.spec import HiddenSpec
 
@@ -35,7 +35,7 @@ class MatchedStudent(nn.Module):
     Called, it returns the student's logits. `kept` describes the states of the cache.
     """
 
-    def __init__(self, student: TinyBERT, match: Match, plan: MatchPlan, kept: HiddenSpec) -> None:
+    def __init__(self, student: StudentModel, match: Match, plan: MatchPlan, kept: HiddenSpec) -> None:
         super().__init__()
         self.student, self._match, self._plan, self._pool = student, match, plan, kept.pool
         self.projections = nn.ModuleDict()

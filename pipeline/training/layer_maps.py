@@ -6,7 +6,7 @@ What cannot be resolved is refused with all that is wrong, before the first step
 from typing import NamedTuple
 
 from pipeline.config.match import Match
-from pipeline.config.students import Student, TinyBERTStudent
+from pipeline.config.students import STUDENTS, LayerSizes, StudentSection
 from storage.errors import Mismatch, SpecMismatch
 from storage.spec import QKV_PARTS, HiddenSpec
 
@@ -32,28 +32,30 @@ class MatchPlan(NamedTuple):
         return tuple(sorted({pair.name for pairs in self.pairs.values() for pair in pairs}))
 
 
-def resolve_layers(what: str, match: Match, student: Student, hidden: HiddenSpec | None) -> MatchPlan:
+def resolve_layers(what: str, match: Match, student: StudentSection, hidden: HiddenSpec | None) -> MatchPlan:
     """The pairs of layers that `match` means, of what a cache keeps.
 
     Raises SpecMismatch where the student or the cache cannot give one.
     """
-    if not isinstance(student, TinyBERTStudent):
+    sizes = student.layer_sizes
+    if sizes is None:
+        kinds = " or ".join(kind for kind, section in STUDENTS.items() if section.matchable)
         raise SpecMismatch(
             f"the student of {what} has no layers to match",
-            [Mismatch("student.kind", student.kind, "tinybert")],
-            "Take a student of kind tinybert, or a recipe without match.",
+            [Mismatch("student.layers", "none", f"those of {kinds}")],
+            f"Take a student of kind {kinds}, or a recipe without match.",
         )
     widths = {name: hidden.kept_width(name) for name in hidden.names} if hidden else {}
     pairs = {
         name: tuple(
             MatchedPair(f"{part.reads}.{layer}", own)
-            for layer, own in part.layer_pairs(_deepest(part.reads, widths), student.layers)
+            for layer, own in part.layer_pairs(_deepest(part.reads, widths), sizes.layers)
         )
         for name, part in match.parts.items()
     }
-    plan = MatchPlan(pairs, student.width)
-    wrong = [*_lacking(plan, match, widths, student.layers), *_too_deep(match, student, widths)]
-    wrong += [*_uneven_widths(plan, match, widths), *_uneven_heads(plan, match, student, widths)]
+    plan = MatchPlan(pairs, sizes.width)
+    wrong = [*_lacking(plan, match, widths, sizes.layers), *_too_deep(match, sizes, widths)]
+    wrong += [*_uneven_widths(plan, match, widths), *_uneven_heads(plan, match, sizes, widths)]
     for name, part in match.parts.items():
         if part.needs_the_mean and hidden and hidden.pca:
             wrong.append(Mismatch(f"match.{name}.loss", "cosine, but components lack the mean", "mse"))
@@ -85,7 +87,7 @@ def _lacking(plan: MatchPlan, match: Match, widths: Widths, num: int) -> list[Mi
     return wrong
 
 
-def _too_deep(match: Match, student: TinyBERTStudent, widths: Widths) -> list[Mismatch]:
+def _too_deep(match: Match, student: LayerSizes, widths: Widths) -> list[Mismatch]:
     """Students that have more layers than the cache keeps, matched from the top."""
     wrong = []
     for name, part in match.parts.items():
@@ -106,7 +108,7 @@ def _uneven_widths(plan: MatchPlan, match: Match, widths: Widths) -> list[Mismat
     return wrong
 
 
-def _uneven_heads(plan: MatchPlan, match: Match, student: TinyBERTStudent, widths: Widths) -> list[Mismatch]:
+def _uneven_heads(plan: MatchPlan, match: Match, student: LayerSizes, widths: Widths) -> list[Mismatch]:
     """Heads that do not divide a width, or are not the student's."""
     wrong = []
     for name, part in match.parts.items():

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.objectives.base import Validation
 from pipeline.streaming.batch import DistillBatch
-from pipeline.students.architectures import TaskHead
+from pipeline.students.base import TaskHead
 from pipeline.training.job import Fit
 from pipeline.training.workload import Workload
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.params import Run, RunInputs
 from pipeline.config.recipes import Recipe
-from pipeline.config.students import MLPStudent, Student
+from pipeline.config.students import Student, StudentSection
 from pipeline.data.rows import POOL, Rows
 from pipeline.data.tokenizer import TextReader
 from pipeline.runtime import hardware
@@ -88,7 +88,7 @@ def train_run(
 
 
 def write_student_tokenizer(
-    student: Student, cache: Cache, rows: Rows, directory: Path, init: Path | None = None,
+    student: StudentSection, cache: Cache, rows: Rows, directory: Path, init: Path | None = None,
     others: Sequence[Rows] = (),
 ) -> None:  # fmt: skip
     """Put what the student reads with into `directory`: the cache's tokenizer, or one learned from the text.
@@ -96,16 +96,16 @@ def write_student_tokenizer(
     A learned one sees the training and pool text of the dataset (and of `others`, those of its other tasks),
     never validation or test. A student that starts from that of another run reads as that does.
     """
-    if isinstance(student, MLPStudent):
-        directory.parent.mkdir(parents=True)  # images are read without one
+    if student.text is None:
+        directory.parent.mkdir(parents=True)  # images are read without a tokenizer
     elif init:
         shutil.copytree(init / "tokenizer", directory)
-    elif student.tokenizer == "teacher":
+    elif student.text.tokenizer == "teacher":
         shutil.copytree(cache.tokenizer_dir, directory)
     else:
         learned = [own.texts.take(own.select("train", POOL)).to_pylist() for own in (rows, *others)]
         texts = [text for own in learned for text in own]
-        TextReader.learn(texts, student.tokenizer, directory, student.max_length)
+        TextReader.learn(texts, student.text.tokenizer, directory, student.text.max_length)
 
 
 def _choose(name: str, rows: Rows, job: Job, seeds_at_once: int | None) -> tuple[Recipe, dict[str, Any]]:

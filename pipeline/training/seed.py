@@ -2,29 +2,19 @@
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
 
 from pipeline.config.recipes import Recipe
-from pipeline.config.students import (
-    BiLSTMStudent,
-    FCStudent,
-    LlamaStudent,
-    TinyBERTStudent,
-    TransformersStudent,
-)
 from pipeline.config.tasks import TASKS
 from pipeline.data.inputs import Reader, student_reader
 from pipeline.data.rows import POOL, Rows
 from pipeline.runtime import hardware
 from pipeline.streaming.batch import Stream
 from pipeline.streaming.verified import open_inputs
-from pipeline.students.architectures import Transformers
-from pipeline.students.hf_config import check_padding, student_config
-from pipeline.students.initialise import initialise_encoder
-from pipeline.students.llama import Llama, initialise_llama
+from pipeline.students.base import Outputs
 from pipeline.students.registry import build_student, load_student, save_student
 from pipeline.training.autotune import StepSetup, fastest_setup
 from pipeline.training.cross_validation import hold_out_fold
@@ -60,16 +50,11 @@ def train_seed(
         lesson = joined.lesson
         labels = tuple(f"{name}/{label}" for name, taught in own.items() for label in taught.cache.labels)
     model = build_student(student, num_ids, lesson.num_outputs)
-    if isinstance(student, TransformersStudent):
-        settings = student_config(student, num_ids, lesson.num_outputs, reader.pad_id, labels)
-        cast(Transformers, model).rebuild(settings)
-        check_padding(model, student, num_ids)
+    model.configure(student, Outputs(num_ids, labels, reader.pad_id))
     if job.paths.init:
         model.load_state_dict(load_student(start_directory(job.paths.init, job.seed)).state_dict())
-    elif isinstance(student, LlamaStudent) and student.init:
-        initialise_llama(cast(Llama, model), student, cache.weights_dir)
-    elif isinstance(student, FCStudent | BiLSTMStudent | TinyBERTStudent) and student.init:
-        initialise_encoder(model, student, cache.weights_dir if cache.weights_layers else None)
+    elif student.has_init:
+        model.initialise(student, cache.weights_dir if cache.weights_layers else None)
     keeper = checkpointer_of(job)
     setup = StepSetup(1, "float32", {})
     if keeper and keeper.kept:

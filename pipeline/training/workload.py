@@ -26,10 +26,9 @@ from pipeline.objectives.registry import objective_of
 from pipeline.streaming.batch import ALONE, DistillBatch, Stream
 from pipeline.streaming.decoded_shards import SCRATCH, DecodedShards
 from pipeline.streaming.documents import CachedDocuments
-from pipeline.streaming.model_inputs import call_model, on_device
+from pipeline.streaming.model_inputs import call_model, on_device, unwrapped
 from pipeline.streaming.rows import CachedRows
-from pipeline.students.architectures import TinyBERT
-from pipeline.students.llama import Llama
+from pipeline.students.base import LanguageModelStudent, StudentModel
 from pipeline.training.feature_matching import MatchedStudent, validate_matching
 from pipeline.training.layer_maps import resolve_layers
 from storage import Cache
@@ -83,7 +82,7 @@ def rows_workload(
     def dress(model: torch.nn.Module) -> torch.nn.Module:
         if not (match and plan and hidden):
             return model
-        return MatchedStudent(cast(TinyBERT, model), match, plan, hidden)
+        return MatchedStudent(cast(StudentModel, model), match, plan, hidden)
 
     def predictions_loss(student: torch.Tensor, batch: DistillBatch, done: float) -> torch.Tensor:
         labels_T = batch.labels_T
@@ -109,7 +108,7 @@ def rows_workload(
     def loss(model: torch.nn.Module, batch: DistillBatch, done: float) -> torch.Tensor:
         if match is None:
             return predictions_loss(call_model(model, batch.inputs), batch, done)
-        output = cast(MatchedStudent, getattr(model, "module", model)).match(batch, done)
+        output = cast(MatchedStudent, unwrapped(model)).match(batch, done)
         if not recipe.predicts:
             return output.loss
         predictions = predictions_loss(output.logits_BC, batch, done)
@@ -117,7 +116,7 @@ def rows_workload(
 
     def validate(model: torch.nn.Module) -> Validation:
         if not recipe.predicts:
-            matched = cast(MatchedStudent, getattr(model, "module", model))
+            matched = cast(MatchedStudent, unwrapped(model))
             return validate_matching(matched, held_out.in_order(EVALUATION_ROWS), objective.validate)
         said, teacher, truth = predict_all(model, held_out)
         return objective.validate(said, truth, teacher)
@@ -193,7 +192,7 @@ def language_loss(model: torch.nn.Module, batch: DistillBatch, alpha: float, sam
     """
     assert isinstance(batch.teacher, SparseTargets)  # documents have no others
     states_TD = call_model(model, batch.inputs)[batch.mask]
-    head_VD = cast(Llama, getattr(model, "module", model)).head
+    head_VD = cast(LanguageModelStudent, unwrapped(model)).head
     if torch.is_autocast_enabled(states_TD.device.type):  # the kernel computes in what it is given
         states_TD, head_VD = states_TD.bfloat16(), head_VD.bfloat16()
     targets = batch.teacher

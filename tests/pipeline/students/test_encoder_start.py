@@ -16,7 +16,7 @@ from pipeline.config.recipes import Recipe
 from pipeline.config.students import Student
 from pipeline.engines.loading import load_classifier
 from pipeline.students.bert_weights import BERT_EMBEDDINGS, bert_tensors, check_bert_start
-from pipeline.students.initialise import factorise_embeddings, initialise_encoder
+from pipeline.students.initialise import factorise_embeddings
 from pipeline.students.registry import build_student, load_student
 from pipeline.training.run import train_run
 from storage import Cache
@@ -113,7 +113,7 @@ def test_layers_are_taken_in_the_order_that_is_written(made: Own) -> None:
     torch.manual_seed(0)
     chosen = entry(layers=1, init={"layers": [1]})
     model = build_student(chosen, 23, 2)
-    initialise_encoder(model, chosen, Cache.open(made.cache).weights_dir)
+    model.initialise(chosen, Cache.open(made.cache).weights_dir)
     teacher = load_file(made.teacher / "model.safetensors")
     held = {name.removeprefix("bert."): tensor for name, tensor in model.bert.state_dict().items()}
     name = "encoder.layer.{}.output.dense.weight"
@@ -170,7 +170,7 @@ def test_ids_past_the_teachers_keep_their_random_embeddings(made: Own) -> None:
     torch.manual_seed(0)
     model = build_student(chosen, 30, 2)
     before = embeddings(model).clone()
-    initialise_encoder(model, chosen, Cache.open(made.cache).weights_dir)
+    model.initialise(chosen, Cache.open(made.cache).weights_dir)
     assert torch.equal(embeddings(model)[23:], before[23:])
     assert not torch.isclose(embeddings(model)[:23], before[:23]).any()
 

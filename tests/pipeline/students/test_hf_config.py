@@ -9,9 +9,9 @@ from pydantic import ValidationError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline.config.students import TransformersStudent
-from pipeline.students.architectures import Transformers
 from pipeline.students.hf_config import check_padding, student_config
 from pipeline.students.registry import build_student, load_student, save_student
+from pipeline.students.transformers_classifier import Transformers
 from pipeline.training.run import train_run
 from storage import Cache
 from storage.errors import ConfigError

@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from pipeline.config.students import Student
-from pipeline.students.architectures import BiLSTM, TinyBERT
+from pipeline.students.bilstm import BiLSTM
 from pipeline.students.registry import build_student, load_student, save_student
+from pipeline.students.tinybert import TinyBERT
 from storage.errors import AssetError
 
 ENTRIES: dict[str, dict[str, Any]] = {

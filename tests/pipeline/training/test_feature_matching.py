@@ -18,8 +18,8 @@ from pipeline.data.tokenizer import TextReader
 from pipeline.streaming.batch import DistillBatch
 from pipeline.streaming.model_inputs import for_transformers
 from pipeline.streaming.rows import CachedRows
-from pipeline.students.architectures import TinyBERT
 from pipeline.students.registry import build_student
+from pipeline.students.tinybert import TinyBERT
 from pipeline.training.feature_matching import MatchedStudent
 from pipeline.training.layer_maps import resolve_layers
 from pipeline.training.run import train_run

@@ -24,7 +24,8 @@ from pipeline.runtime.files import write_json
 from pipeline.streaming.batch import DistillBatch
 from pipeline.streaming.model_inputs import call_model
 from pipeline.streaming.verified import open_inputs
-from pipeline.students.architectures import FC, TaskHead
+from pipeline.students.base import TaskHead
+from pipeline.students.fc import FC
 from pipeline.students.registry import build_student, load_student
 from pipeline.teachers.record import teacher_reader
 from pipeline.training.job import Job, TaskPart
