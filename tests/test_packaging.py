@@ -106,7 +106,7 @@ def test_lower_bounds_are_read_from_pyproject() -> None:
 def test_the_golden_export_answers() -> None:
     for form in ("float32", "int8"):
         model = Predictor(make_export.GOLDEN, form)
-        assert [model.answer(text).label for text in ("good film", "bad dull film")] == [
+        assert [model.predict(text).label for text in ("good film", "bad dull film")] == [
             "positive",
             "negative",
         ]
@@ -116,8 +116,8 @@ def test_todays_exporter_makes_an_export_that_answers_as_the_golden_one(tmp_path
     make_export.write(tmp_path / "export")
     golden, made = (Predictor(path, "float32") for path in (make_export.GOLDEN, tmp_path / "export"))
     for text in ("good film", "bad dull bright film", "nothing known"):
-        expected = golden.answer(text).probabilities
-        assert made.answer(text).probabilities == pytest.approx(expected, abs=1e-6)
+        expected = golden.predict(text).probabilities
+        assert made.predict(text).probabilities == pytest.approx(expected, abs=1e-6)
     assert (tmp_path / "export" / "export.json").read_text() == (
         make_export.GOLDEN / "export.json"
     ).read_text()

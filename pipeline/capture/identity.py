@@ -1,4 +1,4 @@
-"""The identity of a capture: which teacher, tokenizer and spec, read from files alone."""
+"""The identity of a cache: its teacher, tokenizer and spec, read from files alone."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ WIDTH_KEYS = ("hidden_size", "dim", "n_embd", "d_model")
 def capture_identity(entry: CacheEntry, teacher: Path) -> Identity:
     """The teacher, tokenizer and spec of a cache, without fitted tables. Reads files, loads no model."""
     record = teacher_record(teacher)
-    reader, how = teacher_reader(teacher), reading_spec(teacher)
+    reader, reading = teacher_reader(teacher), reading_spec(teacher)
     spec = Spec(
         task=record["task"],
         labels=tuple(record["labels"]),
@@ -34,8 +34,8 @@ def capture_identity(entry: CacheEntry, teacher: Path) -> Identity:
         precision=hardware.precision(entry.precision),
         hidden=_hidden_spec(entry.hidden, record["task"], teacher),
         mask=mask_spec(record["task"], entry.mask),
-        image=how if isinstance(how, ImageSpec) else None,
-        embedding=how if isinstance(how, EmbeddingSpec) else None,
+        image=reading if isinstance(reading, ImageSpec) else None,
+        embedding=reading if isinstance(reading, EmbeddingSpec) else None,
     )
     return Identity(
         capture_version=CAPTURE_VERSION,
@@ -63,31 +63,34 @@ def _hidden_spec(entry: Hidden | None, task: Task, teacher: Path) -> HiddenSpec 
     if entry is None:
         return None
     if TASKS[task].inputs == "images":
-        raise TeacherError(f"hidden: no states of {task} are kept; remove it.")
+        raise TeacherError(f"hidden: the states of {task} cannot be kept; remove it.")
     if TASKS[task].stored.per_position and entry.pool != "none":
         raise TeacherError(
-            f"hidden.pool: {task} has a target a token, and hidden states are kept like targets; "
-            f"write pool: none, not {entry.pool}."
+            f"hidden.pool: {task} has one target a token, and hidden states are kept one a target.\n"
+            f"Write pool: none, not {entry.pool}."
         )
     model = json.loads((teacher / "config.json").read_text())
     layers = next((model[key] for key in LAYERS_KEYS if model.get(key)), None)
     width = next((model[key] for key in WIDTH_KEYS if model.get(key)), None)
     if layers is None or width is None:
         raise TeacherError(
-            f"hidden: {teacher}/config.json does not say how many layers it has, or how wide.\n"
+            f"hidden: {teacher}/config.json does not have the number of layers, or their width.\n"
             f"Expected one of {LAYERS_KEYS} and one of {WIDTH_KEYS}. Leave `hidden` out to keep logits alone."
         )
     if wrong := [layer for layer in entry.layers if layer > layers]:
         raise TeacherError(
-            f"hidden.layers: the teacher in {teacher} has layers 0 (embeddings) to {layers}, not {wrong}."
+            f"hidden.layers: the teacher in {teacher} has layers 0 (embeddings) to {layers}, not {wrong}.\n"
+            "Name some of these."
         )
     if wrong := [block for block in entry.qkv if block > layers]:
         raise TeacherError(
-            f"hidden.qkv: the teacher in {teacher} has attention blocks 1 to {layers}, not {wrong}."
+            f"hidden.qkv: the teacher in {teacher} has attention blocks 1 to {layers}, not {wrong}.\n"
+            "Name some of these."
         )
     if entry.pca is not None and entry.pca > width:
         raise TeacherError(
-            f"hidden.pca: states of the teacher in {teacher} have {width} numbers: no {entry.pca} components."
+            f"hidden.pca: states of the teacher in {teacher} have {width} numbers, fewer than {entry.pca}.\n"
+            "Keep at most as many components."
         )
     return HiddenSpec(
         layers=entry.layers, pool=entry.pool, width=width, dtype=entry.dtype, qkv=entry.qkv, pca=entry.pca,

@@ -1,7 +1,7 @@
-"""Which shards a capture cuts its rows into, and what each is called: known before any of them is looked for.
+"""The shards that a capture cuts its rows into, and their keys, computed before the store is consulted.
 
-A shard's key follows from its rows, so whether it is finished is a question about its name alone: no listing,
-and no look into finished shards. docs/scale.md has what that costs for a million of them.
+A shard's key follows from its rows, so its key alone tells whether it is finished: nothing is listed, and
+finished shards are not opened. docs/scale.md has the cost for a million shards.
 
 Letters: N rows, S shards.
 """
@@ -19,8 +19,8 @@ from storage.fingerprints import ROW_ID_CHARS
 from storage.spec import Identity
 from storage.writer import StoredShard
 
-CHUNK_ROWS = 2**16  # whose names lie side by side at a time
-MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, its bits well spread: two words become one
+CHUNK_ROWS = 2**16  # rows whose ids and hashes are concatenated at a time
+MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, with well spread bits: mixes two words into one
 
 Indices = npt.NDArray[np.int64]
 KeyBytes = npt.NDArray[np.uint8]  # S x 32
@@ -30,7 +30,7 @@ class ShardCut(NamedTuple):
     """Distinct rows in dataset order, cut into shards of `shard_rows`; the last one may be shorter."""
 
     rows: Indices  # N, the first place of each distinct row
-    keys: KeyBytes  # S x 32, storage.spec.shard_key as bytes
+    keys: KeyBytes  # S x 32, as storage.spec.shard_key, in bytes
     shard_rows: int
 
     def part(self, shard: int) -> Indices:
@@ -38,14 +38,14 @@ class ShardCut(NamedTuple):
         return self.rows[shard * self.shard_rows : (shard + 1) * self.shard_rows]
 
     def names(self) -> list[str]:
-        """The keys as they are written, 64 hex characters each."""
+        """The keys as text, 64 hex characters each."""
         return key_names(self.keys)
 
 
 def cut_into_shards(
     who: Identity, row_ids: pa.StringArray, input_hashes: pa.StringArray, shard_rows: int
 ) -> ShardCut:
-    """The shards of these rows, with the keys that storage.spec.shard_key gives them."""
+    """The shards of these rows, with the keys of storage.spec.shard_key."""
     rows, ids, inputs = first_occurrences(row_ids), _characters(row_ids), _characters(input_hashes)
     start, digests = hashlib.sha256(who.fingerprint.encode()), bytearray()
     a_chunk, a_shard = max(1, CHUNK_ROWS // shard_rows) * shard_rows, 2 * ROW_ID_CHARS * shard_rows
@@ -67,16 +67,16 @@ def first_occurrences(row_ids: pa.StringArray) -> Indices:
     for column in words.T[1:]:
         mixed = (mixed * MIX) ^ column
     mixed.sort()
-    if (mixed[1:] != mixed[:-1]).all():  # equal rows would have equal numbers
+    if (mixed[1:] != mixed[:-1]).all():  # equal rows have equal numbers
         return np.arange(len(row_ids))
     codes = pc.dictionary_encode(row_ids).indices.to_numpy()
     return np.unique(codes, return_index=True)[1]
 
 
 def unfinished_shards(cut: ShardCut, finished: KeyBytes) -> Indices | None:
-    """The shards that are left to make where `finished` are the keys of what there is.
+    """The shards of the cut that are not among the keys `finished`.
 
-    None where one of these is none of the cut, and its rows must be looked at (capture.plan).
+    None where one of these keys is not in the cut: its rows must be read (plan_reuse).
     """
     at = key_places(finished, cut.keys)
     left = np.ones(len(cut.keys), bool)
@@ -85,17 +85,20 @@ def unfinished_shards(cut: ShardCut, finished: KeyBytes) -> Indices | None:
 
 
 def key_places(keys: KeyBytes, among: KeyBytes) -> Indices:
-    """Where each key stands in `among`, whose keys are distinct; -1 for those that do not."""
+    """The place of each key in `among`, whose keys are distinct; -1 for keys that are not there."""
     if not len(among):
         return np.full(len(keys), -1)
     words, known = keys.view(np.uint64), among.view(np.uint64)
-    order, asked = np.argsort(known[:, 0]), np.argsort(words[:, 0])  # looked up in order: no jumps in memory
+    order, sorted_keys = (
+        np.argsort(known[:, 0]),
+        np.argsort(words[:, 0]),
+    )  # searched in order: fewer cache misses
     first = known[:, 0][order]
-    if (first[1:] == first[:-1]).any():  # the first 64 bits do not tell them apart
+    if (first[1:] == first[:-1]).any():  # the first 64 bits of two keys are equal
         place = {bytes(key): index for index, key in enumerate(among)}
         return np.array([place.get(bytes(key), -1) for key in keys], np.int64)
     at = np.empty(len(keys), np.int64)
-    at[asked] = order[np.minimum(np.searchsorted(first, words[:, 0][asked]), len(first) - 1)]
+    at[sorted_keys] = order[np.minimum(np.searchsorted(first, words[:, 0][sorted_keys]), len(first) - 1)]
     same = np.ones(len(keys), bool)
     for own, other in zip(words.T, known.T, strict=True):
         same &= own == other[at]
@@ -108,13 +111,13 @@ def key_bytes(names: Iterable[str]) -> KeyBytes:
 
 
 def key_names(keys: KeyBytes) -> list[str]:
-    """Keys as they are written."""
+    """Keys as text."""
     text = keys.tobytes().hex()
     return [text[start : start + 64] for start in range(0, len(text), 64)]
 
 
 def _characters(names: pa.StringArray) -> npt.NDArray[np.uint8]:
-    """The characters of names that all have ROW_ID_CHARS of them [N, 32], as they lie in the array."""
+    """The characters of names of ROW_ID_CHARS characters each [N, 32], without a copy."""
     if not len(names):
         return np.zeros((0, ROW_ID_CHARS), np.uint8)
     _, offsets, characters = names.buffers()
@@ -126,10 +129,11 @@ def _characters(names: pa.StringArray) -> npt.NDArray[np.uint8]:
 def plan_reuse(
     row_ids: Sequence[str], finished: Sequence[StoredShard], shard_rows: int
 ) -> tuple[list[StoredShard], list[Indices]]:
-    """(shards to take as they are, rows of each new shard) so that every distinct row is in exactly one.
+    """(shards to reuse, rows of each new shard), so that every distinct row is in exactly one shard.
 
-    `finished` is largest first; a shard is taken where all its rows are wanted and none is taken already. The
-    plan depends on the arguments alone, and finishing any of its new shards leaves the rest of it as it was.
+    `finished` is largest first; a shard is reused where all its rows are wanted and none is in another
+    reused shard. The result depends on the arguments alone, and finishing one of the new shards does not
+    change the others.
     """
     first: dict[str, int] = {}
     for index, row in enumerate(row_ids):

@@ -1,4 +1,4 @@
-"""What of a teacher's weights a cache carries, so that students can start from them where the teacher is not.
+"""The teacher's weights that a cache carries, so that students can start from them without the teacher.
 
 Tensors are found by name in the teacher's own files and copied as they are: the model is never loaded.
 """
@@ -26,13 +26,13 @@ from storage import Cache
 from storage.errors import Mismatch, SpecMismatch, TeacherError
 
 HEAD = "lm_head.weight"
-BUFFER = "rotary_emb.inv_freq"  # in files of long ago; it follows from config.json
+BUFFER = "rotary_emb.inv_freq"  # in old files; it follows from config.json
 
 
 def find_tensors(name: str, teacher: Path, layers: Sequence[int]) -> dict[str, Path]:
-    """The file of each tensor that the cache `name` is to carry.
+    """The file of each tensor that the cache `name` carries.
 
-    Raises TeacherError where the teacher has no such layer, or is of another kind.
+    Raises TeacherError where the teacher lacks a layer, or is of an unsupported architecture.
     """
     model = json.loads((teacher / "config.json").read_text())
     if model.get("model_type") not in ("llama", "bert"):
@@ -66,18 +66,18 @@ def find_tensors(name: str, teacher: Path, layers: Sequence[int]) -> dict[str, P
 
 
 def write_tensors(found: dict[str, Path], teacher: Path, out: Path) -> None:
-    """Put these tensors into out/model.safetensors, and the teacher's config.json beside them."""
+    """Write these tensors to out/model.safetensors, and copy the teacher's config.json next to it."""
     tensors = {}
     for tensor, path in found.items():
         with safe_open(path, "pt") as file:
             tensors[tensor] = file.get_tensor(tensor)
-    # Not save_file: its files are their owner's alone, and its errors know no full disk.
+    # Not save_file: its files are readable by their owner alone, and its errors do not name a full disk.
     (out / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
     shutil.copyfile(teacher / "config.json", out / "config.json")
 
 
 def check_weights(name: str, cache: Cache, entry: Weights | None, teacher: Path) -> None:
-    """Raise SpecMismatch where the cache does not carry this teacher's numbers, of the layers of `entry`."""
+    """Raise SpecMismatch where the cache does not carry this teacher's tensors of the layers of `entry`."""
     layers = entry.layers if entry else ()
     faults = []
     if layers != cache.weights_layers:
@@ -91,15 +91,15 @@ def check_weights(name: str, cache: Cache, entry: Weights | None, teacher: Path)
                 if tensor not in known or not torch.equal(held.get_tensor(tensor), own):
                     faults.append(Mismatch(tensor, "another tensor", "the teacher's"))
     if faults:
-        advice = f"Rebuild it with `dvc repro cache@{name}`: the teacher is not asked again."
+        advice = f"Rebuild it with `dvc repro cache@{name}`: the teacher is not run again."
         raise SpecMismatch(f"{cache.path} does not fit caches.{name}", faults[:10], advice)
 
 
 def _unsupported(name: str, teacher: Path, reason: str) -> TeacherError:
+    parts = ", ".join(f"{part}.weight" for part in LAYER_PARTS)
     return TeacherError(
-        f"caches.{name}.weights: the teacher in {teacher} is not of a kind that students can start from: "
-        f"{reason}.\nSupported is model_type llama with the tensors {LLAMA_EMBEDDINGS}, {FINAL_NORM}, {HEAD} "
-        f"(unless tied) and, in model.layers.N, {', '.join(f'{part}.weight' for part in LAYER_PARTS)}: no "
-        "biases, not quantised; and model_type bert as BertForSequenceClassification saves it.\n"
-        "Leave `weights` out to keep what the teacher says alone."
+        f"caches.{name}.weights: students cannot start from the teacher in {teacher}: {reason}.\n"
+        f"Supported is model_type llama with the tensors {LLAMA_EMBEDDINGS}, {FINAL_NORM}, {HEAD} (unless tied) "
+        f"and, in model.layers.N, {parts}: no biases, not quantised; and model_type bert as "
+        "BertForSequenceClassification saves it.\nLeave `weights` out: the cache then has targets alone."
     )

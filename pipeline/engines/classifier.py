@@ -34,8 +34,8 @@ class _ClassifierEngine:
     def _model(self) -> "PreTrainedModel":
         q, spec = self._inputs, self._inputs.spec
         q.before_loading()
-        how = spec.image or spec.embedding
-        model = load_classifier(q.teacher, task=spec.task, how=how, pad_token_id=q.pad_id)
+        reading = spec.image or spec.embedding
+        model = load_classifier(q.teacher, task=spec.task, reading=reading, pad_token_id=q.pad_id)
         q.recorder(model, np.arange(0))  # hidden states that the model does not have are refused now
         return model
 

@@ -1,7 +1,7 @@
-"""Teachers of images: perceptrons of our own, known to transformers by name, and any classifier of its.
+"""Teachers of images: perceptrons of this project, registered with transformers, and its own classifiers.
 
-A perceptron is a directory with a config.json (`model_type: stillroom-mlp`, `hidden_sizes`), with weights or,
-to be trained from random ones, without.
+A perceptron is a directory with a config.json (`model_type: stillroom-mlp`, `hidden_sizes`), with weights, or
+without: then it is trained from random ones.
 
 Shape letters: B batch, P numbers of an image, H height, W width, C channels.
 """
@@ -22,7 +22,7 @@ from storage.spec import ImageSpec
 
 
 class MLPConfig(PretrainedConfig):  # type: ignore[misc]  # transformers has no types
-    """A perceptron of so many layers, and what it reads."""
+    """The layers of a perceptron, and the images that it reads."""
 
     model_type = "stillroom-mlp"
 
@@ -41,7 +41,7 @@ class MLPConfig(PretrainedConfig):  # type: ignore[misc]  # transformers has no 
 
 
 class MLPForImageClassification(PreTrainedModel):  # type: ignore[misc]
-    """Layers of ReLUs over all numbers of an image."""
+    """Linear layers and ReLUs over all numbers of an image."""
 
     config_class = MLPConfig
     main_input_name = "pixel_values"
@@ -68,18 +68,18 @@ AutoModelForImageClassification.register(MLPConfig, MLPForImageClassification)
 class ImageModel(nn.Module):
     """A classifier of images that is called with rows of pixels [B, P]."""
 
-    def __init__(self, model: PreTrainedModel, how: ImageSpec) -> None:
+    def __init__(self, model: PreTrainedModel, spec: ImageSpec) -> None:
         super().__init__()
-        self.model, self.config, self._shape = model, model.config, how.shape
-        self._mean, self._std = (torch.tensor(part).view(-1, 1, 1) for part in (how.mean, how.std))
+        self.model, self.config, self._shape = model, model.config, spec.shape
+        self._mean, self._std = (torch.tensor(part).view(-1, 1, 1) for part in (spec.mean, spec.std))
 
     def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
         """Logits [B, labels] of bytes [B, P]."""
         images_BHWC = pixel_values.view(-1, *self._shape)
         mean_C11, std_C11 = self._mean.to(pixel_values.device), self._std.to(pixel_values.device)
         images_BCHW = (images_BHWC.permute(0, 3, 1, 2) / 255 - mean_C11) / std_C11
-        said: ImageClassifierOutput = self.model(pixel_values=images_BCHW)
-        return said
+        output: ImageClassifierOutput = self.model(pixel_values=images_BCHW)
+        return output
 
     def save_pretrained(self, directory: Path) -> None:
         """As transformers saves it."""
@@ -87,14 +87,14 @@ class ImageModel(nn.Module):
 
 
 def has_weights(directory: Path) -> bool:
-    """Whether there are some: a perceptron's directory may hold its config.json alone."""
+    """Whether `directory` has weights: that of a perceptron may have a config.json alone."""
     return any(directory.glob("*.safetensors"))
 
 
-def untrained_mlp(directory: Path, how: ImageSpec, **settings: Any) -> MLPForImageClassification:
-    """The perceptron that config.json describes, with random weights from torch's current seed.
+def untrained_mlp(directory: Path, spec: ImageSpec, **settings: Any) -> MLPForImageClassification:
+    """The perceptron of config.json, with random weights from torch's current seed.
 
-    Raises AssetError where it describes another kind of model.
+    Raises AssetError for another kind of model.
     """
     found = json.loads((directory / "config.json").read_text())
     if found.get("model_type") != MLPConfig.model_type:
@@ -102,15 +102,15 @@ def untrained_mlp(directory: Path, how: ImageSpec, **settings: Any) -> MLPForIma
             f"{directory} holds a config.json of a {found.get('model_type')} and no *.safetensors.\n"
             f"A model without weights is trained from random ones where it is a {MLPConfig.model_type}."
         )
-    size = {"image_size": how.shape[:2], "num_channels": how.shape[2]}
+    size = {"image_size": spec.shape[:2], "num_channels": spec.shape[2]}
     return MLPForImageClassification(MLPConfig(**{**found, **size, **settings}))
 
 
 def image_spec(directory: Path, shape: tuple[int, ...]) -> ImageSpec:
-    """How the model in `directory` reads images of this shape: as its preprocessor_config.json says, or as
-    numbers from 0 to 1 where there is none.
+    """How the model in `directory` reads images of this shape: by its preprocessor_config.json, or as numbers
+    from 0 to 1 where it has none.
 
-    Raises TeacherError where its config.json expects another shape, or the file says what is not done here.
+    Raises TeacherError where its config.json expects another shape, or the file has an unsupported setting.
     """
     config = json.loads((directory / "config.json").read_text())
     size, channels = config.get("image_size"), config.get("num_channels", shape[2])
@@ -119,13 +119,14 @@ def image_spec(directory: Path, shape: tuple[int, ...]) -> ImageSpec:
         raise TeacherError(
             f"the model in {directory} does not read the images of this dataset.\n"
             f"  shape found    {[*(sides or shape[:2]), channels]}\n  shape expected {list(shape)}\n"
-            "Write what the model reads under datasets.NAME.images.shape: images are resized."
+            "Write the model's shape under datasets.NAME.images.shape: images are resized to it."
         )
     path = directory / "preprocessor_config.json"
     steps: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"do_normalize": False}
     if not math.isclose(steps.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-3):
         raise TeacherError(
-            f"{path} has rescale_factor {steps['rescale_factor']}, expected 1/255: bytes are read as 0 to 1."
+            f"{path} has rescale_factor {steps['rescale_factor']}, expected 1/255.\n"
+            "Take a model that reads bytes as numbers from 0 to 1."
         )
     mean, std = [0.0] * shape[2], [1.0] * shape[2]
     if steps.get("do_normalize", True):

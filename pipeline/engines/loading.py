@@ -1,4 +1,4 @@
-"""Loads teachers: safetensors only, offline, and never code that comes with a model."""
+"""Loads models: safetensors only, offline, and never code that comes with a model."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 ReadingSpec = ImageSpec | EmbeddingSpec
-# For all that transformers loads. Left to itself it asks on the terminal whether to run a model's code.
+# For every call of from_pretrained: by default it asks on the terminal whether to run a model's own code.
 OFFLINE = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -29,33 +29,33 @@ def load_classifier(
     directory: Path,
     num_labels: int | None = None,
     task: Task = DEFAULT_TASK,
-    how: ReadingSpec | None = None,
+    reading: ReadingSpec | None = None,
     **config: Any,
 ) -> "PreTrainedModel":
-    """The model in `directory` that answers rows, in float32 on the best device, ready for inference.
+    """The classifier, regressor or encoder in `directory`, in float32 on the best device, in evaluation mode.
 
-    With `num_labels` a head of that size is made where the checkpoint has none; a perceptron without weights
-    gets random ones. `how`: how it reads images or makes vectors, in these tasks. Raises AssetError or
-    TeacherError.
+    With `num_labels` a checkpoint without a head gets one of that size, with random weights; so does a
+    perceptron without weights. `reading`: how the model reads images or makes vectors, in these tasks.
+    Raises AssetError or TeacherError.
     """
-    if isinstance(how, ImageSpec):
-        return _load_images(directory, task, num_labels, how, config)
+    if isinstance(reading, ImageSpec):
+        return _load_images(directory, task, num_labels, reading, config)
     if num_labels:
         config["num_labels"] = num_labels
     model, missing = _load(directory, TASKS[task].auto_class, "classifier", dtype=torch.float32, **config)
-    if isinstance(how, EmbeddingSpec):
+    if isinstance(reading, EmbeddingSpec):
         missing = ", ".join(n for n in missing.split(", ") if n and not n.startswith("pooler."))
-        model = SentenceEncoder(model, how)
+        model = SentenceEncoder(model, reading)
     if num_labels is None and missing:
         raise TeacherError(
-            f"the model in {directory} is no trained classifier: its weights lack {missing}.\n"
-            "Take one that is, or fine-tune it on labelled rows: teachers.NAME.train."
+            f"the model in {directory} is not a trained classifier: its weights lack {missing}.\n"
+            "Take a trained one, or fine-tune it on labelled rows: teachers.NAME.train."
         )
     return model
 
 
 def _load_images(
-    directory: Path, task: Task, num_labels: int | None, how: ImageSpec, config: dict[str, Any]
+    directory: Path, task: Task, num_labels: int | None, reading: ImageSpec, config: dict[str, Any]
 ) -> "PreTrainedModel":
     from pipeline.engines.image_classifier import (
         ImageModel,
@@ -65,7 +65,7 @@ def _load_images(
 
     config = {key: value for key, value in config.items() if key != "pad_token_id"}
     if num_labels and not has_weights(directory):
-        model, missing = untrained_mlp(directory, how, **config), ""
+        model, missing = untrained_mlp(directory, reading, **config), ""
     else:
         if num_labels:
             config["num_labels"] = num_labels
@@ -73,32 +73,31 @@ def _load_images(
         model, missing = _load(directory, auto_class, "classifier", dtype=torch.float32, **config)
     if num_labels is None and missing:
         raise TeacherError(
-            f"the model in {directory} is no trained classifier: its weights lack {missing}.\n"
-            "Take one that is, or train it on labelled images: teachers.NAME.train."
+            f"the model in {directory} is not a trained classifier: its weights lack {missing}.\n"
+            "Take a trained one, or train it on labelled images: teachers.NAME.train."
         )
-    return ImageModel(model, how).to(hardware.device()).eval()
+    return ImageModel(model, reading).to(hardware.device()).eval()
 
 
 def load_language_model(
     directory: Path, precision: str, auto_class: str = "AutoModelForCausalLM"
 ) -> "PreTrainedModel":
-    """The language model in `directory`, in this precision on the best device, ready for inference.
+    """The language model in `directory`, in this precision on the best device, in evaluation mode.
 
-    `auto_class` of transformers loads it: TaskSpec.auto_class.
-
-    Raises AssetError or TeacherError.
+    `auto_class` is the class of transformers that loads it: TaskSpec.auto_class. Raises AssetError or
+    TeacherError.
     """
     model, missing = _load(directory, auto_class, "language model", dtype=getattr(torch, precision))
     if missing:
         raise TeacherError(
             f"the model in {directory} is not a trained model for {auto_class}: its weights lack {missing}.\n"
-            "Take one that is."
+            "Take a trained one."
         )
     return model
 
 
 def input_embeddings(directory: Path) -> torch.Tensor:
-    """The input embeddings [V, D] of the model in `directory`, on the CPU in float32; it needs no head.
+    """The input embeddings [V, D] of the model in `directory`, on the CPU in float32. It may have no head.
 
     Raises AssetError or TeacherError.
     """
@@ -112,7 +111,7 @@ def input_embeddings(directory: Path) -> torch.Tensor:
 
 
 def _load(directory: Path, auto_class: str, kind: str, **options: Any) -> "tuple[PreTrainedModel, str]":
-    """(the model, names of weights that it lacks: transformers fills them with random numbers)."""
+    """(the model on the best device, the first names of weights that its files lack)."""
     import transformers
 
     model, missing = _from_files(getattr(transformers, auto_class), directory, kind, **options)
@@ -122,7 +121,7 @@ def _load(directory: Path, auto_class: str, kind: str, **options: Any) -> "tuple
 def _from_files(
     loader: Any, directory: Path, kind: str, **options: Any
 ) -> "tuple[PreTrainedModel, list[str]]":
-    """(the model, names of weights that it lacks: transformers fills them with random numbers)."""
+    """(the model, names of weights that its files lack: transformers fills these with random numbers)."""
     from transformers import logging
 
     weight_files(directory)
@@ -148,7 +147,7 @@ def convert_gguf(file: Path, out: Path) -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    # The loader's own bar does not know that switch: it shows ours.
+    # The loader has a progress bar that disable_progress_bar does not reach: ours takes its place.
     gguf_loader.tqdm = lambda tensors, **_: tracked(f"reading {file.name}", tensors, "tensors")
     options: dict[str, Any] = {"gguf_file": file.name, **OFFLINE}
     plain = {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
@@ -159,14 +158,14 @@ def convert_gguf(file: Path, out: Path) -> None:
         )
     except Exception as error:  # a damaged header can raise anything
         raise TeacherError(f"{file} cannot be loaded as a GGUF file: {error}") from error
-    _refuse_missing(file, loaded["missing_keys"])
+    _check_complete(file, loaded["missing_keys"])
     model.save_pretrained(out)
 
 
-def _refuse_missing(where: Path, names: Collection[str]) -> None:
-    """transformers fills what is missing with random numbers."""
+def _check_complete(where: Path, names: Collection[str]) -> None:
+    """Raise TeacherError where tensors are missing: transformers fills them with random numbers."""
     if names:
         raise TeacherError(
-            f"{where} holds no whole language model: it lacks {', '.join(sorted(names)[:4])} "
+            f"{where} does not hold a complete language model: it lacks {', '.join(sorted(names)[:4])} "
             f"({len(names)} of its tensors).\nTake a complete one, with its vocabulary head."
         )

@@ -1,4 +1,4 @@
-"""A teacher's files: their fingerprint, read without loading the model, and what is refused in them."""
+"""A teacher's files: their fingerprint, read without loading the model, and files that are refused."""
 
 import hashlib
 import json
@@ -11,8 +11,8 @@ from storage.errors import AssetError, TeacherError
 from storage.fingerprints import sha256_json
 from storage.spec import TeacherIdentity
 
-MAX_HEADER_BYTES = 100_000_000  # of a safetensors file: what its own library allows
-# Keys of config.json that say how a checkpoint was saved or where, and nothing about what it computes.
+MAX_HEADER_BYTES = 100_000_000  # of a safetensors file: the limit of its own library
+# Keys of config.json about where and how a checkpoint was saved: they change nothing that it computes.
 VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures"}
 
 
@@ -39,7 +39,7 @@ def _weights_digest(directory: Path) -> str:
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """(what a safetensors file says of its tensors, where their bytes begin)."""
+    """(the entries of a safetensors file's header, the offset of the tensors' bytes)."""
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -48,34 +48,34 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             header: dict[str, Any] = json.loads(file.read(size))
         header.pop("__metadata__", None)
     except (ValueError, RecursionError, AttributeError) as error:
-        raise TeacherError(f"{path} is no safetensors file: {error}.\nFetch the model again.") from error
+        raise TeacherError(f"{path} is not a safetensors file: {error}.\nFetch the model again.") from error
     return header, 8 + size
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The *.safetensors of a teacher, sorted. Raises AssetError where there are none."""
+    """The *.safetensors files of a teacher, sorted. Raises AssetError where it has none."""
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise AssetError(
             f"there are no weights in {directory}: expected *.safetensors.\n"
-            "Weights in other formats can hold programs and are never opened: convert them (save_pretrained)."
+            "Weights in other formats can contain code and are never opened: convert them (save_pretrained)."
         )
     return files
 
 
 def check_no_own_code(directory: Path) -> None:
-    """Raise TeacherError where a model is made of code that lies beside it: that is never run.
+    """Raise TeacherError where a model needs code that comes with it: such code is never run.
 
-    A model that transformers knows loads without, even where its files name some.
+    An architecture of transformers loads without it, even where the model's files name some.
     """
     from transformers import CONFIG_MAPPING
 
     config = read_json(directory / "config.json", directory)
     if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
         raise TeacherError(
-            f"the model in {directory} runs on code of its own: its config.json names {config['auto_map']}.\n"
-            "Code that comes with a model is never run here, and transformers has no architecture "
-            f"{config.get('model_type')!r}. Take one that it has, or answers from elsewhere."
+            f"the model in {directory} needs code of its own: its config.json names {config['auto_map']}.\n"
+            "Code that comes with a model is never run, and transformers has no architecture "
+            f"{config.get('model_type')!r}. Take a model of an architecture that it has."
         )
 
 
@@ -83,8 +83,8 @@ def read_json(path: Path, directory: Path) -> dict[str, Any]:
     """The content of a JSON file of a teacher. Raises AssetError where it is missing."""
     if not path.is_file():
         raise AssetError(
-            f"{path} is missing: {directory} is no teacher.\n"
-            f"Make it with `dvc repro teacher@{directory.name}`, or name the right directory in params.yaml."
+            f"{path} is missing: {directory} is not a teacher.\n"
+            f"Make it with `dvc repro teacher@{directory.name}`, or correct the directory in params.yaml."
         )
     content: dict[str, Any] = json.loads(path.read_text())
     return content

@@ -47,8 +47,8 @@ def evaluate_teacher(name: str, entry: Teacher, dataset: Path, teacher: Path) ->
 def _evaluate_rows(teacher: Path, record: dict[str, Any], rows: Rows, reader: Reader) -> Metrics:
     """Quality and latency; the agreement is that of the teacher with itself."""
     inputs, objective = read_inputs(reader, rows, rows.tags is not None), objective_of(record["task"])
-    how, chosen = reading_spec(teacher), rows.select(SPLIT)
-    model = load_classifier(teacher, task=record["task"], how=how, pad_token_id=reader.pad_id)
+    reading, chosen = reading_spec(teacher), rows.select(SPLIT)
+    model = load_classifier(teacher, task=record["task"], reading=reading, pad_token_id=reader.pad_id)
     read = TeacherRows(rows, inputs, reader.pad_id)
     logits_NC, labels = labelled_logits(model, read, record["labels"], chosen)
     model.cpu()  # latency is that of one thread of a CPU, for teachers as for students

@@ -1,9 +1,8 @@
-"""An exported student and its answers: needs onnxruntime and the tokenizers library, never torch.
+"""Predictions of an exported student: needs onnxruntime and the tokenizers library, never torch.
 
-exported/RUN explains itself: model.onnx (float32), model.int8.onnx, the tokenizer's files, and export.json:
-the labels in order, the most tokens that it reads, and which run and seed it was. export.json is written
-last, after the models were compared with the student; a run that cannot be exported has it alone, with the
-reason.
+exported/RUN is complete: model.onnx (float32), model.int8.onnx, the tokenizer's files, and export.json with
+the labels in order, the maximum number of tokens, the run and the seed. export.json is written last, after
+the models were compared with the student; a run that cannot be exported has it alone, with the reason.
 
 Shape letters: B batch, L tokens, C classes.
 """
@@ -23,7 +22,7 @@ from storage.errors import AssetError, ConfigError, DataError, ExportError
 
 FACTS = "export.json"
 NOT_EXPORTED = "not_exported"
-# What an exported model calls the inputs of a student. Exports that were made have these names.
+# Names of the inputs in an exported model. Existing exports have these names.
 ONNX_NAMES = {"input_ids": "ids", "attention_mask": "mask"}
 MODEL_FILES = {"float32": "model.onnx", "int8": "model.int8.onnx"}
 
@@ -31,7 +30,7 @@ Precision = Literal["float32", "int8"]
 
 
 class Prediction(NamedTuple):
-    """What a student says of a text."""
+    """The prediction of a student for one text."""
 
     text: str
     label: str
@@ -56,7 +55,7 @@ class OnnxModel:
 
 
 class Predictor:
-    """A directory of the export stage. Raises AssetError where it is not whole, ExportError where its run has
+    """An exported student. Raises AssetError where its directory is incomplete, ExportError where its run has
     no export.
     """
 
@@ -74,13 +73,13 @@ class Predictor:
         self._model = OnnxModel(path)
         self._reader = TextReader(directory, facts["max_length"], "truncate")
 
-    def answer(self, text: str) -> Prediction:
-        """What the student says of one text; one at a time, so that its company never changes an answer.
+    def predict(self, text: str) -> Prediction:
+        """The prediction for one text. Texts are run one at a time: int8 rounding depends on the whole batch.
 
-        Raises DataError for a text of white space alone.
+        Raises DataError for a text of white space only.
         """
         if not text.strip():
-            raise DataError("there is an empty text among those to answer: remove it.")
+            raise DataError("one of the texts is empty: remove it.")
         tokens = self._reader.read([text], ["the text"])
         logits_C = self._model(tokens.padded(np.array([0]), self._reader.pad_id))[0].astype(np.float64)
         odds_C = np.exp(logits_C - logits_C.max())
@@ -93,7 +92,7 @@ class Predictor:
 def find_export(name: str, exported: Path, runs: Callable[[], Iterable[str]]) -> Path:
     """The directory of the run's export, or `name` itself where that is one.
 
-    `runs` gives those of params.yaml: AssetError for one of them, ConfigError for a name that nobody knows.
+    `runs` gives the runs of params.yaml. Raises AssetError for one of them, ConfigError for an unknown name.
     """
     for directory in (Path(name), exported / name):
         if (directory / FACTS).is_file():

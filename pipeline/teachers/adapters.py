@@ -1,8 +1,8 @@
-"""Teachers by adapters: low-rank updates of some linear layers are trained, then merged into the weights.
+"""LoRA adapters: low-rank updates of some linear layers are trained, then merged into the weights.
 
-LoRA (Hu et al. 2021): a layer computes x W^T + (alpha / rank) x A^T B^T; W stays as it is, A and B are
-trained, and so is the head. B starts at 0, so training starts at the model itself. Merged, the weights are
-W + (alpha / rank) B A: a model like any other, that nothing after the teacher stage knows from another.
+LoRA (Hu et al. 2021): a layer computes x W^T + (alpha / rank) x A^T B^T; W is frozen, A and B are trained,
+and so is the head. B starts at 0, so training starts from the model itself. Merged, the weights are
+W + (alpha / rank) B A: an ordinary model for everything after the teacher stage.
 """
 
 import warnings
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 
 def with_adapters(name: str, model: "PreTrainedModel", lora: Lora) -> "PeftModel":
-    """`model` with adapters; they and what stands outside its base model (the head) train, nothing else.
+    """`model` with adapters. They are trained, and the modules outside its base model (the head).
 
-    Raises TeacherError where `targets` are no linear layers of it, with the names that it has.
+    Raises TeacherError where `targets` are not linear layers of the model, with the names that it has.
     """
     from peft import LoraConfig, get_peft_model
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
     base = getattr(model, model.base_model_prefix)
     parts = {path.rpartition(".")[2] for path, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
-    usual = USUAL.get(model.config.model_type)
-    targets = usual if lora.targets == "auto" else list(lora.targets)
+    default = DEFAULTS.get(model.config.model_type)
+    targets = default if lora.targets == "auto" else list(lora.targets)
     if targets is None:
         raise TeacherError(
-            f"teachers.{name}.train.lora.targets: what is usual in a {model.config.model_type} is unknown.\n"
+            f"teachers.{name}.train.lora.targets: peft has no default for a {model.config.model_type}.\n"
             f"Name some of its linear layers: {', '.join(sorted(parts))}."
         )
     if unknown := [target for target in targets if target not in parts]:
@@ -50,7 +50,7 @@ def with_adapters(name: str, model: "PreTrainedModel", lora: Lora) -> "PeftModel
     settings = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=wanted
     )
-    with warnings.catch_warnings():  # peft asks transformers by a name of long ago
+    with warnings.catch_warnings():  # peft uses a deprecated name of transformers
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         made = get_peft_model(model, settings)
     own = {id(parameter) for parameter in base.parameters()}
@@ -61,6 +61,6 @@ def with_adapters(name: str, model: "PreTrainedModel", lora: Lora) -> "PeftModel
 
 
 def merge_adapters(model: "PeftModel") -> "PreTrainedModel":
-    """The model with its adapters in its weights: an ordinary one, that gives the same logits."""
+    """The model with its adapters merged into its weights: an ordinary model with the same logits."""
     made: PreTrainedModel = model.merge_and_unload()
     return made.eval()

@@ -32,12 +32,12 @@ def prepare_classifier(name: str, entry: Teacher, rows: Rows, out: Path) -> dict
     _check_entry(name, entry, rows)
     hardware.pin_threads(hardware.num_cores())
     empty_directory(out)
-    how = _reading_spec(name, entry, rows)
-    reader = _reader(entry, rows, how, out)
+    reading = _reading_spec(name, entry, rows)
+    reader = _reader(entry, rows, reading, out)
     # Reads all rows first: a row that is too long is refused before any work.
     inputs = read_inputs(reader, rows, rows.task_spec.inputs == "words")
     read = TeacherRows(rows, inputs, reader.pad_id)
-    model, done = _obtain(name, entry, read, how, out)
+    model, done = _obtain(name, entry, read, reading, out)
     labels = () if not rows.label_names else teacher_labels(out, entry.labels, rows.label_names)
     _check_outputs(name, model, labels, rows)
     record: dict[str, Any] = {
@@ -51,8 +51,8 @@ def prepare_classifier(name: str, entry: Teacher, rows: Rows, out: Path) -> dict
     }
     if entry.train and entry.train.lora:
         record["lora"] = entry.train.lora.model_dump(mode="json")
-    if how is not None:
-        record["image" if isinstance(how, ImageSpec) else "embedding"] = how.model_dump(mode="json")
+    if reading is not None:
+        record["image" if isinstance(reading, ImageSpec) else "embedding"] = reading.model_dump(mode="json")
     if "accuracy" in record:
         log(f"{name}: {record['accuracy'][SPLIT]:.1%} of the {SPLIT} {_unit(rows)}s right")
     else:
@@ -61,15 +61,15 @@ def prepare_classifier(name: str, entry: Teacher, rows: Rows, out: Path) -> dict
 
 
 def _obtain(
-    name: str, entry: Teacher, read: TeacherRows, how: ReadingSpec | None, out: Path
+    name: str, entry: Teacher, read: TeacherRows, reading: ReadingSpec | None, out: Path
 ) -> "tuple[PreTrainedModel, Fit | None]":
     """(the model, whose files are in `out`; what fine-tuning did, where the entry has it)."""
     source = Path(entry.model)
     if entry.train:
-        model, done = fine_tune(name, entry.train, source, read, how)
+        model, done = fine_tune(name, entry.train, source, read, reading)
         model.save_pretrained(out)
         return model, done
-    model = load_classifier(source, task=read.rows.task, how=how, pad_token_id=read.pad_id)
+    model = load_classifier(source, task=read.rows.task, reading=reading, pad_token_id=read.pad_id)
     try_extremes(model, read)
     link_model(source, out)
     return model, None
@@ -93,9 +93,9 @@ def _reading_spec(name: str, entry: Teacher, rows: Rows) -> ReadingSpec | None:
     return embedding_spec(name, source, entry.embedding, width)
 
 
-def _reader(entry: Teacher, rows: Rows, how: ReadingSpec | None, out: Path) -> Reader:
+def _reader(entry: Teacher, rows: Rows, reading: ReadingSpec | None, out: Path) -> Reader:
     """The reader of the model's inputs; a tokenizer is saved in `out`."""
-    if isinstance(how, ImageSpec):
+    if isinstance(reading, ImageSpec):
         return PixelReader(math.prod(rows.shape))
     save_tokenizer(Path(entry.model), out)
     return TextReader(out, entry.max_length, entry.too_long)

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 
 def fine_tune(
-    name: str, train: TeacherTraining, source: Path, read: TeacherRows, how: ReadingSpec | None
+    name: str, train: TeacherTraining, source: Path, read: TeacherRows, reading: ReadingSpec | None
 ) -> "tuple[PreTrainedModel, Fit]":
     """The fine-tuned model, and what training did. Raises TeacherError where the model cannot be trained."""
     torch.manual_seed(train.seed)
     rows, inputs, objective = read.rows, read.inputs, objective_of(read.rows.task)
-    model = _load(train, source, read, how)
+    model = _load(train, source, read, reading)
     try_extremes(model, read)
     if train.frozen_layers is not None:
         _freeze(name, model, train.frozen_layers)
@@ -66,7 +66,7 @@ def fine_tune(
 
 
 def _load(
-    train: TeacherTraining, source: Path, read: TeacherRows, how: ReadingSpec | None
+    train: TeacherTraining, source: Path, read: TeacherRows, reading: ReadingSpec | None
 ) -> "PreTrainedModel":
     """The model with a head for the dataset's labels."""
     rows, changes = read.rows, dict[str, Any]()
@@ -76,7 +76,9 @@ def _load(
     changes["label2id"] = {label: index for index, label in enumerate(rows.label_names)}
     if rows.task_spec.problem_type:
         changes["problem_type"] = rows.task_spec.problem_type
-    return load_classifier(source, len(rows.label_names), rows.task, how, pad_token_id=read.pad_id, **changes)
+    return load_classifier(
+        source, len(rows.label_names), rows.task, reading, pad_token_id=read.pad_id, **changes
+    )
 
 
 def _freeze(name: str, model: "PreTrainedModel", num_layers: int) -> None:

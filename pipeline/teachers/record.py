@@ -1,4 +1,4 @@
-"""teacher.json: what the teacher stage recorded of a teacher, and how it is read back."""
+"""teacher.json: the record that the teacher stage writes, and how it is read."""
 
 import math
 from pathlib import Path
@@ -15,7 +15,7 @@ RECORD = "teacher.json"
 
 
 def reading_spec(directory: Path) -> ReadingSpec | None:
-    """How the teacher reads images or makes vectors, as the teacher stage recorded; None for all others."""
+    """How the teacher reads images or makes vectors, as recorded; None in other tasks."""
     found = teacher_record(directory)
     if "image" in found:
         return ImageSpec.model_validate(found["image"])
@@ -23,7 +23,7 @@ def reading_spec(directory: Path) -> ReadingSpec | None:
 
 
 def teacher_reader(directory: Path) -> Reader:
-    """The teacher's tokenizer with the maximum that the teacher stage recorded; of images, their size."""
+    """The teacher's tokenizer with the recorded maximum length; for images, a reader of their size."""
     settings = teacher_record(directory)
     if isinstance(images := reading_spec(directory), ImageSpec):
         return PixelReader(math.prod(images.shape))
@@ -31,19 +31,19 @@ def teacher_reader(directory: Path) -> Reader:
 
 
 def teacher_record(directory: Path) -> dict[str, Any]:
-    """What the teacher stage wrote down: labels, maximum, score, cost."""
+    """The record: task, labels, maximum length, score, cost. Raises AssetError where it is missing."""
     return read_json(directory / RECORD, directory)
 
 
 def teacher_labels(
     directory: Path, override: tuple[str, ...] | None, expected: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Names of the head's outputs, in order. Raises TeacherError where they are not the dataset's."""
+    """Names of the head's outputs, in order. Raises TeacherError where they are not the dataset's labels."""
     names = read_json(directory / "config.json", directory).get("id2label", {})
     found = override or tuple(names[key] for key in sorted(names, key=int))
     if sorted(found) != sorted(expected):
         raise TeacherError(
-            f"the teacher in {directory} does not speak of this dataset's labels.\n"
+            f"the labels of the teacher in {directory} are not this dataset's.\n"
             f"  found    {list(found)}\n  expected {list(expected)} in any order\n"
             "Name its outputs in order under teachers.NAME.labels, or fine-tune it: teachers.NAME.train."
         )

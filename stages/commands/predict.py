@@ -33,12 +33,12 @@ def main(
     )
     model = Predictor(directory, "float32" if float32 else "int8")
     for text in texts or (line.rstrip("\n") for line in sys.stdin):
-        answer = model.answer(text)
+        prediction = model.predict(text)
         if as_json:
-            print(json.dumps(answer._asdict(), ensure_ascii=False), flush=True)
+            print(json.dumps(prediction._asdict(), ensure_ascii=False), flush=True)
         else:
-            shares = "  ".join(f"{label} {share:.1%}" for label, share in answer.probabilities.items())
-            print(f"{answer.label}\t{shares}", flush=True)
+            shares = "  ".join(f"{label} {share:.1%}" for label, share in prediction.probabilities.items())
+            print(f"{prediction.label}\t{shares}", flush=True)
 
 
 if __name__ == "__main__":

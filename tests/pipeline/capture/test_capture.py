@@ -266,7 +266,7 @@ def test_replay_catches_a_cache_by_other_weights_with_a_forged_identity(own: Wor
     seal(own.cache, SealedParts(honest, shards, files, {}))
     shutil.rmtree(own.teacher)
     own.make_teacher()
-    with pytest.raises(SpecMismatch, match="is not what its teacher says today") as refused:
+    with pytest.raises(SpecMismatch, match="is not what its teacher gives today") as refused:
         own.check()
     assert all(": logits" in m.field for m in refused.value.mismatches)
 

@@ -177,7 +177,7 @@ def test_another_teacher_is_another_identity_and_found_by_the_replay_where_that_
     files = {path.name: path.read_bytes() for path in forged.tokenizer_dir.iterdir()}
     seal(own.cache, SealedParts(honest, shards, files, {}))
     own.make_teacher()
-    with pytest.raises(SpecMismatch, match="is not what its teacher says today"):
+    with pytest.raises(SpecMismatch, match="is not what its teacher gives today"):
         own.check(targets=TOPK)
 
 

@@ -48,8 +48,8 @@ def test_pooled_states_are_the_means_of_the_live_teachers(worlds: dict[str, Worl
     world = worlds[name]
     cache, rows, reader = Cache.open(world.cache), load_rows(world.dataset), teacher_reader(world.teacher)
     spec = cache.identity.spec
-    how = reading_spec(world.teacher)
-    model = load_classifier(world.teacher, task=spec.task, how=how, pad_token_id=reader.pad_id).cpu()
+    reading = reading_spec(world.teacher)
+    model = load_classifier(world.teacher, task=spec.task, reading=reading, pad_token_id=reader.pad_id).cpu()
     shard = cache.shards[0]
     kept, row_ids = cache.hidden(shard, f"layer.{LAYER}"), rows.row_ids.to_pylist()
     for state, row_id in zip(kept[:5], cache.read(shard).row_ids.to_pylist()[:5], strict=True):

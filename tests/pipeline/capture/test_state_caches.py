@@ -190,7 +190,7 @@ def test_a_flipped_byte_of_the_states_is_refused_by_name(own: World) -> None:
     [
         ({"layers": [3], "pool": "none"}, r"layers 0 \(embeddings\) to 2, not \[3\]"),
         ({"qkv": [3], "pool": "none"}, r"attention blocks 1 to 2, not \[3\]"),
-        ({"layers": [1], "pca": 17}, "have 16 numbers: no 17 components"),
+        ({"layers": [1], "pca": 17}, "have 16 numbers, fewer than 17"),
     ],
 )
 def test_what_the_teacher_has_not_is_refused_before_it_is_loaded(

@@ -122,7 +122,7 @@ def test_another_teacher_is_another_identity_and_found_by_the_replay_where_that_
     files = {path.name: path.read_bytes() for path in forged.tokenizer_dir.iterdir()}
     seal(own.cache, SealedParts(honest, shards, files, {}))
     own.make_teacher()
-    with pytest.raises(SpecMismatch, match="is not what its teacher says today") as refused:
+    with pytest.raises(SpecMismatch, match="is not what its teacher gives today") as refused:
         own.check()
     assert all(": logits" in fault.field for fault in refused.value.mismatches)
 
@@ -205,10 +205,10 @@ def test_a_teacher_that_does_not_fit_is_refused(own: Project) -> None:
     with pytest.raises(TeacherError, match="only models of labelled rows are fine-tuned"):
         own.make_teacher(train={})
     encoders.write(own.root / "other", "token-classification", ("O", "B-PER", "I-PER"))
-    with pytest.raises(TeacherError, match="does not speak of this dataset's labels"):
+    with pytest.raises(TeacherError, match="are not this dataset's"):
         own.make_teacher(model=str(own.root / "other"))
     encoders.write(own.root / "headless", "masked-lm")
-    with pytest.raises(TeacherError, match=r"no trained classifier: its weights lack classifier\.bias"):
+    with pytest.raises(TeacherError, match=r"not a trained classifier: its weights lack classifier\.bias"):
         own.make_teacher(model=str(own.root / "headless"))
     encoders.write(own.root / "four", "token-classification", (*TAGS, "X"))
     with pytest.raises(TeacherError, match="gives 4 logits a token, and there are 3 labels"):
@@ -243,7 +243,7 @@ def test_logits_that_are_no_numbers_name_the_row(own: Project) -> None:
 
 
 def test_pooled_states_are_not_kept_beside_targets_a_token(own: Project) -> None:
-    with pytest.raises(TeacherError, match="token-classification has a target a token"):
+    with pytest.raises(TeacherError, match="token-classification has one target a token"):
         own.capture(hidden={"layers": [1]})
 
 

@@ -266,7 +266,7 @@ def test_an_answer_is_the_students_and_probabilities_sum_to_one(
     with torch.inference_mode():
         wanted = made.student(**inputs).softmax(1)[0].tolist()
     for form, near in (("float32", 1e-5), ("int8", 0.05)):
-        answer = Predictor(made.directory, form).answer(text)  # type: ignore[arg-type]
+        answer = Predictor(made.directory, form).predict(text)  # type: ignore[arg-type]
         assert list(answer.probabilities) == ["negative", "positive"]
         assert list(answer.probabilities.values()) == pytest.approx(wanted, abs=near)
         assert answer.label == max(answer.probabilities, key=lambda label: answer.probabilities[label])
@@ -304,7 +304,7 @@ def test_what_cannot_be_answered_is_one_message(
     with pytest.raises(ConfigError, match=r"called 'kd-pol'; did you mean 'kd-pool'\?"):
         find_export("kd-pol", made.directory.parent, lambda: ["kd-pool"])
     with pytest.raises(DataError, match="there is an empty text"):
-        Predictor(made.directory, "int8").answer(" \n")
+        Predictor(made.directory, "int8").predict(" \n")
     for name in (FACTS, "tokenizer.json"):
         (tmp_path / name).write_bytes((made.directory / name).read_bytes())
     with pytest.raises(AssetError, match=r"model\.int8\.onnx is missing: fetch it with `dvc pull"):

@@ -303,7 +303,7 @@ def test_a_task_is_exported_as_a_model_of_its_own_and_vectors_say_why_not(
     seed = best_seed(own)
     assert record["about"]["seed"] == seed
     text = "good film warm plot"
-    answer = Predictor(tmp_path / "mood", "float32").answer(text)
+    answer = Predictor(tmp_path / "mood", "float32").predict(text)
     shares = answers(trained["mood"], seed, [text], SPANS["mood"]).softmax(1)[0]
     assert list(answer.probabilities.values()) == pytest.approx(shares.tolist(), abs=1e-4)
     paths = trained["sense"].paths
