@@ -99,7 +99,7 @@ def _unsupported(name: str, teacher: Path, reason: str) -> TeacherError:
     parts = ", ".join(f"{part}.weight" for part in LAYER_PARTS)
     return TeacherError(
         f"caches.{name}.weights: students cannot start from the teacher in {teacher}: {reason}.\n"
-        f"Supported is model_type llama with the tensors {LLAMA_EMBEDDINGS}, {FINAL_NORM}, {HEAD} (unless tied) "
-        f"and, in model.layers.N, {parts}: no biases, not quantised; and model_type bert as "
+        f"Supported is model_type llama with the tensors {LLAMA_EMBEDDINGS}, {FINAL_NORM}, {HEAD} "
+        f"(unless tied) and, in model.layers.N, {parts}: no biases, not quantised; and model_type bert as "
         "BertForSequenceClassification saves it.\nLeave `weights` out: the cache then has targets alone."
     )
