@@ -29,7 +29,7 @@ from tests.pipeline.prose import Prose
 
 
 class World(NamedTuple):
-    """A project directory and what lies in it."""
+    """A project directory and its content."""
 
     root: Path
 
@@ -115,10 +115,10 @@ def make(root: Path) -> World:
     root.mkdir(parents=True, exist_ok=True)
     toy.write_csv(made.root / "reviews.csv")
     toy.write_model(made.root / "model")
-    shelves = toy.params()
-    shelves["datasets"]["toy"]["path"] = str(made.root / "reviews.csv")
-    shelves["teachers"]["tiny"]["model"] = str(made.root / "model")
-    toy.write_params(made.root, shelves)
+    sections = toy.params()
+    sections["datasets"]["toy"]["path"] = str(made.root / "reviews.csv")
+    sections["teachers"]["tiny"]["model"] = str(made.root / "model")
+    toy.write_params(made.root, sections)
     made.prepare()
     made.make_teacher()
     made.capture()

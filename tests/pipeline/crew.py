@@ -38,7 +38,7 @@ def quick_processes() -> Iterator[None]:
 
 
 def local(processes: int, **changes: Any) -> Workers:
-    """So many processes of this machine, one thread each; without hope after ten minutes."""
+    """Processes of this machine, one thread each; they are given up after ten minutes."""
     return Workers(
         **{"capture": "local", "processes": processes, "threads": 1, "shard_timeout": 600} | changes
     )
@@ -101,7 +101,7 @@ def send(number: signal.Signals, pid: int) -> None:
 
 @contextlib.contextmanager
 def driver(world: World, processes: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A capture by a process of its own, with so many workers; inline where that is 0. Killed at the end."""
+    """A capture by a process of its own, with this many workers; 0: inline. Killed at the end."""
     command = [warm.python(), "-m", "tests.pipeline.crew", str(world.root), str(processes)]
     with subprocess.Popen(command, cwd=toy.ROOT, stderr=subprocess.PIPE) as running:
         try:
@@ -111,7 +111,7 @@ def driver(world: World, processes: int) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def address_of(scheduler: subprocess.Popen[bytes]) -> str:
-    """Where a scheduler says that it listens."""
+    """The address that a scheduler prints."""
     assert scheduler.stderr is not None
     for line in scheduler.stderr:
         if found := re.search(rb"Scheduler at:\s+(tcp://\S+)", line):
@@ -141,7 +141,7 @@ def meanwhile(act: Callable[[], None]) -> Iterator[None]:
 
 
 def wait_for(moment: Callable[[], object], seconds: float = 900) -> None:
-    """Return as soon as `moment` says something true."""
+    """Return as soon as `moment` returns something true."""
     deadline = time.monotonic() + seconds
     while not moment():
         assert time.monotonic() < deadline, "the moment never came"
@@ -149,7 +149,7 @@ def wait_for(moment: Callable[[], object], seconds: float = 900) -> None:
 
 
 def check(world: World, undisturbed: dict[str, bytes], kept: Collection[str] = ()) -> None:
-    """The sealed bytes are those of an undisturbed capture, nothing finished was lost, nothing lies about."""
+    """The sealed bytes are those of an undisturbed capture; no shard was lost, no file is left over."""
     found = content(world.cache)
     others = [name for name in {*found, *undisturbed} if found.get(name) != undisturbed.get(name)]
     assert not others, f"files that differ: {sorted(others)}"

@@ -27,7 +27,7 @@ from tests.pipeline.conftest import World
 
 
 def killed_workers(world: World, chance: random.Random, kills: int = 20) -> set[str]:
-    """SIGKILL of random workers, so many times over one capture, each after another shard was finished."""
+    """SIGKILL of random workers, `kills` times over one capture, each after another shard was finished."""
     kept: set[str] = set()
 
     def kill() -> None:
@@ -70,7 +70,7 @@ def killed_scheduler(world: World, chance: random.Random) -> set[str]:
 
 
 def stalled_worker(world: World, chance: random.Random) -> set[str]:
-    """SIGSTOP of a worker: it lives, and says nothing. Its time is up when the other one did the rest."""
+    """SIGSTOP of a worker: it lives, and does not answer. It is late when the other one has done the rest."""
     kept: set[str] = set()
     up = threading.Event()
 
@@ -131,8 +131,8 @@ def two_captures(world: World, chance: random.Random) -> set[str]:
         kept = crew.finished(world)
         crew.compute(world, crew.local(2))
         crew.send(signal.SIGCONT, warm.served(other.pid))
-        said = other.communicate()[1].decode()
-    assert other.returncode == 0, said
+        output = other.communicate()[1].decode()
+    assert other.returncode == 0, output
     return kept
 
 

@@ -1,4 +1,4 @@
-"""A capture asks each row once, whatever was interrupted, appended or changed; a replay catches forgeries."""
+"""A capture computes each row once, whatever was interrupted or appended; a replay finds forgeries."""
 
 import importlib
 import json
@@ -69,8 +69,8 @@ WriterError = tuple[Exception, type[StillroomError], str]
 def check_that_a_writers_error_names_its_shard(
     again: Callable[[], Captured], store: Path, writer: str, fault: WriterError
 ) -> None:
-    """Capture from nothing; `writer`, which is called once a shard, fails at the second one."""
-    cause, kind, said = fault
+    """Capture into an empty store; `writer`, which is called once a shard, fails at the second one."""
+    cause, kind, expected = fault
     module, name = writer.rsplit(".", 1)
     write, calls = getattr(importlib.import_module(module), name), []
 
@@ -86,7 +86,7 @@ def check_that_a_writers_error_names_its_shard(
         with pytest.raises(kind) as refused:
             again()
     message = str(refused.value)
-    assert said in message
+    assert expected in message
     assert "Finished shards are kept" in message
     assert len(calls) == 2, "it ends the capture"
     assert len(list(store.rglob("shard.json"))) == 1, "what was written stays"
@@ -104,7 +104,7 @@ def test_a_writers_error_stops_the_capture(own: World, fault: WriterError) -> No
     check_that_a_writers_error_names_its_shard(own.capture, own.store.root, writer, fault)
 
 
-def test_a_cache_holds_every_row_and_what_the_live_teacher_says(world: World) -> None:
+def test_a_cache_holds_every_row_with_the_logits_of_the_live_teacher(world: World) -> None:
     cache, rows = Cache.open(world.cache), world.rows()
     assert cache.num_rows == len(rows.row_ids) == 180
     assert cache.labels == rows.label_names
@@ -177,7 +177,7 @@ def test_a_changed_spec_starts_clean_and_changing_back_computes_nothing(
     before = content(own.cache)
     assert own.capture(hidden=None).computed_rows == 180
     monkeypatch.setattr(classifier, "load_classifier", no_teacher)
-    assert own.capture(shard_rows=7).computed_rows == 0, "the size of shards is no part of what they say"
+    assert own.capture(shard_rows=7).computed_rows == 0, "the size of shards is not part of their identity"
     assert own.capture().computed_rows == 0
     assert content(own.cache) == before
 

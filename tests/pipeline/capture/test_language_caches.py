@@ -84,7 +84,7 @@ def test_ids_past_the_tokenizers_are_padding_and_are_never_kept(prose: Prose) ->
     assert max(int(rows.entries.ids.max()) for rows in held(cache).values() if len(rows.entries.ids)) < vocab
 
 
-def test_a_cache_of_a_language_model_is_verified_and_says_what_it_is(prose: Prose) -> None:
+def test_a_cache_of_a_language_model_is_verified_and_explains_itself(prose: Prose) -> None:
     record, cache = prose.check(), Cache.open(prose.cache)
     assert record["rows"] == 60
     assert cache.identity.spec.task == "causal-lm"
@@ -103,7 +103,7 @@ def test_another_teacher_is_found_by_the_replay(prose: Prose) -> None:
     assert prose.check()["rows"] == 60
 
 
-def test_a_killed_capture_goes_on_to_the_same_bytes_and_loads_no_teacher_for_nothing(
+def test_a_killed_capture_continues_to_the_same_bytes_and_loads_the_teacher_only_where_needed(
     prose: Prose, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = content(prose.cache)
@@ -131,7 +131,7 @@ def test_entries_do_not_depend_on_how_rows_were_cut_into_shards(prose: Prose) ->
     assert np.mean(same) > 0.95
 
 
-def test_logits_that_are_no_numbers_name_row_and_token(prose: Prose) -> None:
+def test_logits_that_are_not_finite_name_row_and_token(prose: Prose) -> None:
     path = prose.teacher / "model.safetensors"
     weights = load_file(path)
     bad = weights["model.embed_tokens.weight"].clone()

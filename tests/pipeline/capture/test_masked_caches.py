@@ -109,7 +109,7 @@ def test_every_codec_and_layout_is_verified_by_its_teacher(own: Project, codec: 
         assert ((rows.entries.counts > 0) == (rows.token_ids == MASK)).all()
 
 
-def test_a_killed_capture_goes_on_to_the_same_bytes_and_loads_no_teacher_for_nothing(
+def test_a_killed_capture_continues_to_the_same_bytes_and_loads_the_teacher_only_where_needed(
     own: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = content(own.cache)
@@ -147,11 +147,11 @@ def test_another_mask_is_another_cache_and_found_by_the_replay_where_that_is_for
         own.check(targets=TOPK)
 
 
-def test_frequent_ids_are_told_by_as_many_targets_as_of_other_language_models(made: Project) -> None:
+def test_frequent_ids_are_ranked_by_as_many_targets_as_of_other_language_models(made: Project) -> None:
     rows, spec = made.rows(), Cache.open(made.cache).identity.spec
-    about = engine_inputs(made.teacher, spec, teacher_reader(made.teacher), rows)
-    assert about.read.has_target.sum() > 60
-    assert 15 < engine_for(about).probability_mass(20).sum() < 40, "about so many"
+    inputs = engine_inputs(made.teacher, spec, teacher_reader(made.teacher), rows)
+    assert inputs.read.has_target.sum() > 60
+    assert 15 < engine_for(inputs).probability_mass(20).sum() < 40, "about 20"
 
 
 def change_weights(own: Project) -> None:
@@ -222,8 +222,8 @@ def test_a_teacher_takes_the_perplexity_of_what_it_did_not_see(
             logits = model(input_ids=torch.from_numpy(read.astype(np.int64))[None]).logits[0, at, : len(auto)]
         losses.append(torch.nn.functional.cross_entropy(logits, true[at], reduction="none"))
     assert record["task"] == "masked-lm"
-    wanted = torch.cat(losses).mean().item()
-    assert record["reading"]["test"]["loss"] == pytest.approx(wanted, rel=1e-4)
+    expected = torch.cat(losses).mean().item()
+    assert record["reading"]["test"]["loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_teacher_that_cannot_fill_masks_is_refused(own: Project) -> None:

@@ -54,7 +54,7 @@ def test_with_nothing_finished_rows_are_cut_in_order() -> None:
     assert made(ids(10), parts) == [ids(4), ids(4, 4), ids(2, 8)]
 
 
-def test_duplicates_are_asked_once_at_their_first_place() -> None:
+def test_duplicates_are_captured_once_at_their_first_place() -> None:
     rows = ["a", "b", "a", "c", "b"]
     assert [part.tolist() for part in plan_reuse(rows, [], 2)[1]] == [[0, 1], [3]]
 

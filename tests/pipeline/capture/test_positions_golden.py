@@ -19,20 +19,20 @@ def test_the_golden_cache_of_a_classifier_of_tokens_stays_readable() -> None:
     cache = Cache.open(GOLDEN / "tags")
     verify(cache)
     assert cache.manifest.format_version == 3
-    wanted, read, first = make_positions.logits(3), make_positions.tokens(), 0
+    logits, read, first = make_positions.logits(3), make_positions.tokens(), 0
     for shard in cache.shards:
         rows = cache.read(shard)
         assert isinstance(rows, LogitRows)
         assert rows.token_ids is not None
         last = first + len(rows.token_ids)
-        assert rows.logits.tolist() == wanted[first:last].tolist()
+        assert rows.logits.tolist() == logits[first:last].tolist()
         assert rows.token_ids.tolist() == read.ids[first:last].tolist()
         first = last
     assert first == len(read.ids)
 
 
 def test_masks_of_the_golden_cache_are_those_of_the_law() -> None:
-    """From the manifest and the true ids alone, as docs/cache-format.md says it."""
+    """From the manifest and the true ids alone, as docs/cache-format.md defines them."""
     cache = Cache.open(GOLDEN / "masked")
     verify(cache)
     assert cache.manifest.format_version == 3

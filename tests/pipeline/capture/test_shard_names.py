@@ -62,7 +62,7 @@ def test_a_finished_shard_of_other_rows_must_be_looked_at() -> None:
     assert unfinished_shards(cut, key_bytes([cut.names()[0], other])) is None
 
 
-def test_keys_whose_first_bits_are_alike_are_told_apart() -> None:
+def test_keys_with_equal_first_bits_are_distinguished() -> None:
     alike = ["0" * 63 + digit for digit in "123"]
     keys = key_bytes(alike)
     assert key_places(keys, keys[:2]).tolist() == [0, 1, -1]

@@ -1,4 +1,4 @@
-"""Two machines capture one cache through a bucket: what one asked, the other never asks."""
+"""Two machines capture one cache through a bucket: what one has computed, the other never computes."""
 
 from pathlib import Path
 

@@ -33,7 +33,7 @@ CODECS: dict[str, dict[str, Any]] = {
 
 
 def chosen(codec: str, layout: str = "compact", **settings: Any) -> dict[str, Any]:
-    """What a cache's entry says, as params.yaml would."""
+    """An entry of a cache, as in params.yaml."""
     entry = CacheEntry.model_validate(
         {"dataset": "toy", "teacher": "tiny", "targets": {**CODECS[codec], "layout": layout, **settings}}
     )
@@ -113,7 +113,7 @@ def disguise(own: World, change: Any) -> None:
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_a_killed_capture_goes_on_and_ends_in_the_same_bytes(own: World, codec: str) -> None:
+def test_a_killed_capture_continues_and_ends_in_the_same_bytes(own: World, codec: str) -> None:
     own.capture(**chosen(codec))
     before = content(own.cache)
     for shard in Cache.open(own.cache).shards[-2:]:  # the store holds those of other caches too
@@ -134,7 +134,7 @@ def test_appended_rows_keep_the_table_of_frequent_ids_and_the_old_shards(own: Wo
     assert {s.key for s in before.shards} < {s.key for s in after.shards}
 
 
-def test_nothing_missing_loads_no_teacher(own: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_missing_shards_no_teacher_is_loaded(own: World, monkeypatch: pytest.MonkeyPatch) -> None:
     own.capture(**chosen("threshold"))
     monkeypatch.setattr("pipeline.engines.classifier.load_classifier", no_teacher)
     assert own.capture(**chosen("threshold")).computed_rows == 0
@@ -157,7 +157,7 @@ def test_sparse_caches_are_of_format_2_and_dense_ones_of_format_1(own: World) ->
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda body: body.update(format_version=1), "format_version is 1"),
         (lambda body: body.update(ranks=body["ranks"][::-1]), "ranks are not those"),
@@ -165,14 +165,16 @@ def test_sparse_caches_are_of_format_2_and_dense_ones_of_format_1(own: World) ->
         (lambda body: body.update(ranks=[0, 0]), "ranks"),
     ],
 )
-def test_a_manifest_whose_ranks_or_version_do_not_fit_is_refused(own: World, change: Any, said: str) -> None:
+def test_a_manifest_whose_ranks_or_version_do_not_fit_is_refused(
+    own: World, change: Any, message: str
+) -> None:
     own.capture(**chosen("threshold"))
     path = own.cache / manifest.MANIFEST_NAME
     body = json.loads(path.read_bytes())
     del body["checksum"]
     change(body)
     path.write_bytes(canonical_json({**body, "checksum": sha256_json(body)}) + b"\n")
-    with pytest.raises(ManifestInvalid, match=said):
+    with pytest.raises(ManifestInvalid, match=message):
         Cache.open(own.cache)
 
 
@@ -185,7 +187,7 @@ class Forged(Sample):
 
 
 @pytest.mark.parametrize(
-    ("column", "change", "said"),
+    ("column", "change", "message"),
     [
         ("num_entries", lambda values: values + 1, "num_entries counts"),
         ("ids", lambda values: values + 2, "outside the vocabulary"),
@@ -195,7 +197,7 @@ class Forged(Sample):
     ],
 )
 def test_a_shard_that_holds_no_targets_is_refused(
-    own: World, tmp_path: Path, column: str, change: Any, said: str
+    own: World, tmp_path: Path, column: str, change: Any, message: str
 ) -> None:
     own.capture(**chosen("sample", "plain"))
     cache = Cache.open(own.cache)
@@ -206,7 +208,7 @@ def test_a_shard_that_holds_no_targets_is_refused(
     plain[column] = change(plain[column])
     forged = Forged(**cache.codec.model_dump())
     records.write_sparse(tmp_path / "x.parquet", rows, forged, cache.labels, plain)
-    with pytest.raises(ShardCorrupt, match=said):
+    with pytest.raises(ShardCorrupt, match=message):
         records.read_sparse(tmp_path / "x.parquet", cache.codec, cache.ranks)
 
 

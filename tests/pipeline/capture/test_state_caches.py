@@ -90,7 +90,9 @@ def test_a_classifiers_states_of_each_token_are_those_of_the_live_teacher(
     assert everything(cache, "qkv.2").shape == (len(expected), 3 * toy.WIDTH)
 
 
-def test_components_lose_what_the_eigenvalues_say_on_the_rows_that_they_were_fitted_on(own: World) -> None:
+def test_components_lose_the_sum_of_the_other_eigenvalues_on_the_rows_that_they_were_fitted_on(
+    own: World,
+) -> None:
     cache = seal_and_check(own, layers=[1], pool="none", dtype="float32", pca=5)
     exact, (mean, axes) = live(own, cache, 1), cache.hidden_basis("layer.1")
     assert axes.shape == (5, toy.WIDTH)
@@ -101,18 +103,18 @@ def test_components_lose_what_the_eigenvalues_say_on_the_rows_that_they_were_fit
     assert len(exact) < BASIS_VECTORS, "the basis is of all of them"
 
 
-def test_a_cache_that_grew_keeps_its_basis_and_asks_for_the_new_rows_alone(
+def test_a_cache_that_grew_keeps_its_basis_and_computes_the_new_rows_alone(
     own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         fitted_tables, "BASIS_VECTORS", 200
     )  # fewer than there are: rows that come later do not count
-    wanted = {"layers": (2,), "qkv": (1,), "pool": "none", "dtype": "float16", "pca": 4}
-    before = seal_and_check(own, **wanted)
+    hidden_entry = {"layers": (2,), "qkv": (1,), "pool": "none", "dtype": "float16", "pca": 4}
+    before = seal_and_check(own, **hidden_entry)
     basis, keys = before.hidden_basis("layer.2"), {shard.key for shard in before.shards}
     toy.write_csv(own.root / "reviews.csv", num=140)
     own.prepare()
-    made = entry(own, **wanted)
+    made = entry(own, **hidden_entry)
     done = capture_cache(CaptureJob("toy", made, own.dataset, own.teacher, own.cache, own.store))
     after = Cache.open(own.cache)
     kept = [shard.rows for shard in after.shards if shard.key in keys]
@@ -142,7 +144,7 @@ def test_another_number_of_components_is_another_cache(own: World) -> None:
 
 
 @pytest.mark.parametrize(
-    "wanted",
+    "hidden_entry",
     [
         {"layers": (1, 2), "pool": "mean"},
         {"layers": (2,), "pool": "none", "dtype": "int8"},
@@ -150,24 +152,26 @@ def test_another_number_of_components_is_another_cache(own: World) -> None:
         {"layers": (1,), "pool": "none", "pca": 4},
     ],
 )
-def test_a_replay_finds_states_that_the_teacher_never_had(own: World, wanted: dict[str, Any]) -> None:
+def test_a_replay_finds_states_that_the_teacher_never_had(own: World, hidden_entry: dict[str, Any]) -> None:
     """Sealed with right digests by someone whose states are a little too large."""
-    made = entry(own, **wanted)
-    who, store = capture_identity(made, own.teacher), Store(own.root / "other")
-    assert who.spec.hidden is not None
+    made = entry(own, **hidden_entry)
+    identity, store = capture_identity(made, own.teacher), Store(own.root / "other")
+    assert identity.spec.hidden is not None
     rows, reader = own.rows(), teacher_reader(own.teacher)
-    asked = engine_inputs(own.teacher, who.spec, reader, rows)
-    said = engine_for(asked).answer(np.arange(len(rows.row_ids)))
-    assert isinstance(said.kept, LogitRows)
-    bases = {name: principal_components(said.hidden[name], 4) for name in who.spec.hidden.component_names}
-    basis = store.keep_basis(who, bases) if bases else None
-    who = with_tables(who, None, hidden.fingerprint(bases) if bases else None)
+    inputs = engine_inputs(own.teacher, identity.spec, reader, rows)
+    output = engine_for(inputs).answer(np.arange(len(rows.row_ids)))
+    assert isinstance(output.kept, LogitRows)
+    bases = {
+        name: principal_components(output.hidden[name], 4) for name in identity.spec.hidden.component_names
+    }
+    basis = store.keep_basis(identity, bases) if bases else None
+    identity = with_tables(identity, None, hidden.fingerprint(bases) if bases else None)
     for factor, sound in ((1.0, True), (1.05, False)):
-        thought = {name: vectors * np.float32(factor) for name, vectors in said.hidden.items()}
-        thought |= {name: bases[name].components(thought[name]) for name in bases}
-        shard = Store(own.root / str(factor)).put(who, said.kept, thought, 1.0)
+        states = {name: vectors * np.float32(factor) for name, vectors in output.hidden.items()}
+        states |= {name: bases[name].components(states[name]) for name in bases}
+        shard = Store(own.root / str(factor)).put(identity, output.kept, states, 1.0)
         files = {"tokenizer.json": (own.teacher / "tokenizer.json").read_bytes()}
-        seal(own.cache, SealedParts(who, [shard], files, {}, basis=basis))
+        seal(own.cache, SealedParts(identity, [shard], files, {}, basis=basis))
         if sound:
             capture_check(own, made)
         else:
@@ -186,7 +190,7 @@ def test_a_flipped_byte_of_the_states_is_refused_by_name(own: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "said"),
+    ("hidden_entry", "message"),
     [
         ({"layers": [3], "pool": "none"}, r"layers 0 \(embeddings\) to 2, not \[3\]"),
         ({"qkv": [3], "pool": "none"}, r"attention blocks 1 to 2, not \[3\]"),
@@ -194,28 +198,34 @@ def test_a_flipped_byte_of_the_states_is_refused_by_name(own: World) -> None:
     ],
 )
 def test_what_the_teacher_has_not_is_refused_before_it_is_loaded(
-    own: World, wanted: dict[str, Any], said: str
+    own: World, hidden_entry: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(TeacherError, match=said):
+    with pytest.raises(TeacherError, match=message):
         capture_cache(
             CaptureJob(
-                "toy", entry(own, **wanted), own.dataset, own.teacher, own.cache, own.store, never_loaded
+                "toy",
+                entry(own, **hidden_entry),
+                own.dataset,
+                own.teacher,
+                own.cache,
+                own.store,
+                never_loaded,
             )
         )
 
 
 @pytest.mark.parametrize("task", ["token-classification", "masked-lm"])
-def test_encoders_with_a_target_a_token_keep_their_states_beside_them(task: str, tmp_path: Path) -> None:
+def test_encoders_with_a_target_a_token_keep_their_states_too(task: str, tmp_path: Path) -> None:
     project = Project.start(tmp_path, task)
     project.make_teacher()
-    wanted = {"layers": [1], "qkv": [2], "pool": "none", "dtype": "float32"}
-    project.capture(hidden=wanted)
+    hidden_entry = {"layers": [1], "qkv": [2], "pool": "none", "dtype": "float32"}
+    project.capture(hidden=hidden_entry)
     cache = Cache.open(project.cache)
-    project.check(hidden=wanted)
+    project.check(hidden=hidden_entry)
     check_states_of_tokens(cache, teachers_model(project.teacher, task))
 
 
-def test_language_models_keep_their_states_beside_their_entries(tmp_path: Path) -> None:
+def test_language_models_keep_their_states_and_their_entries(tmp_path: Path) -> None:
     prose = Prose(tmp_path)
     prose.make_teacher()
     made = prose.entry().model_copy(
@@ -239,7 +249,7 @@ def test_a_teacher_without_such_projections_is_refused_before_it_reads_a_row(tmp
         capture_cache(
             CaptureJob("prose", made, prose.dataset, prose.teacher, prose.cache, Store(tmp_path / "store"))
         )
-    assert not list((tmp_path / "store").rglob("*.json")), "it was not asked for frequent ids either"
+    assert not list((tmp_path / "store").rglob("*.json")), "frequent ids were not computed either"
 
 
 def entry_hidden(**hidden: Any) -> Any:

@@ -108,7 +108,7 @@ def test_what_is_carried_are_the_teachers_own_tensors_in_its_own_type(prose: Pro
     assert (prose.cache / "weights" / "config.json").read_bytes() == config
 
 
-def test_tensors_are_found_in_whichever_file_they_lie_and_a_tied_head_is_not_carried(prose: Prose) -> None:
+def test_tensors_are_found_in_any_file_and_a_tied_head_is_not_carried(prose: Prose) -> None:
     tensors = load_file(prose.teacher / "model.safetensors")
     (prose.teacher / "model.safetensors").unlink()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
@@ -140,7 +140,7 @@ def _bias(tensors: dict[str, torch.Tensor]) -> None:
         (lambda t: rewrite(t, _bias), "it has model.layers.1.self_attn.q_proj.bias too"),
     ],
 )
-def test_teachers_of_another_kind_are_refused_before_they_are_asked(
+def test_teachers_of_another_kind_are_refused_before_they_are_loaded(
     prose: Prose, change: Callable[[Path], None], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.rmtree(prose.root / "store")

@@ -79,14 +79,14 @@ def test_logits_are_those_of_the_live_model_at_every_token_special_ones_too(made
     for row, text in zip(rows.row_ids.to_pylist(), rows.texts.to_pylist(), strict=True):
         ids = auto(text, return_tensors="pt")["input_ids"]
         with torch.inference_mode():
-            said = model(input_ids=ids).logits[0].numpy()
+            logits = model(input_ids=ids).logits[0].numpy()
         assert kept[row].token_ids.tolist() == ids[0].tolist()
-        assert kept[row].logits == pytest.approx(said, abs=1e-5)
-        lengths.add(len(said))
+        assert kept[row].logits == pytest.approx(logits, abs=1e-5)
+        lengths.add(len(logits))
     assert len(lengths) > 5
 
 
-def test_a_cache_of_tokens_is_verified_and_says_what_it_is(made: Project) -> None:
+def test_a_cache_of_tokens_is_verified_and_explains_itself(made: Project) -> None:
     record, cache = made.check(), Cache.open(made.cache)
     assert (record["rows"], record["replayed_rows"]) == (60, 60)
     assert (cache.identity.spec.task, cache.labels, cache.codec) == ("token-classification", TAGS, "dense")
@@ -94,7 +94,7 @@ def test_a_cache_of_tokens_is_verified_and_says_what_it_is(made: Project) -> Non
     assert record["positions"] == sum(len(rows.logits) for rows in held(cache).values())
 
 
-def test_a_killed_capture_goes_on_to_the_same_bytes_and_loads_no_teacher_for_nothing(
+def test_a_killed_capture_continues_to_the_same_bytes_and_loads_the_teacher_only_where_needed(
     own: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = content(own.cache)
@@ -127,7 +127,7 @@ def test_another_teacher_is_another_identity_and_found_by_the_replay_where_that_
     assert all(": logits" in fault.field for fault in refused.value.mismatches)
 
 
-def test_a_pool_is_asked_about_too_and_a_cut_row_has_as_many_targets_as_tokens(own: Project) -> None:
+def test_a_pool_is_captured_too_and_a_cut_row_has_as_many_targets_as_tokens(own: Project) -> None:
     own.prepare(where={"kind": "a"}, pool={"where": {"kind": "b"}})
     assert len(own.rows().select(POOL)) == 30
     with pytest.raises(DataError, match="longer than max_length 8"):
@@ -147,10 +147,12 @@ def test_a_teacher_is_scored_at_the_first_token_of_each_word(made: Project) -> N
         words = rows.texts[int(index)].as_py().split()
         read = auto(words, is_split_into_words=True, return_tensors="pt")
         with torch.inference_mode():
-            said = model(**read).logits[0].argmax(-1).tolist()
+            logits = model(**read).logits[0].argmax(-1).tolist()
         numbers = read.word_ids()
         firsts = [numbers.index(word) for word in range(len(words))]
-        right += [TAGS[said[f]] == tag for f, tag in zip(firsts, encoders.tags(" ".join(words)), strict=True)]
+        right += [
+            TAGS[logits[f]] == tag for f, tag in zip(firsts, encoders.tags(" ".join(words)), strict=True)
+        ]
     assert record["task"] == "token-classification"
     assert record["accuracy"]["test"] == pytest.approx(np.mean(right))
     assert 0 < record["accuracy"]["test"] < 1
@@ -225,7 +227,7 @@ def test_rows_longer_than_the_models_positions_are_refused_before_the_capture(ow
         own.make_teacher(max_length=64)
 
 
-def test_logits_that_are_no_numbers_name_the_row(own: Project) -> None:
+def test_logits_that_are_not_finite_name_the_row(own: Project) -> None:
     rows, reader = own.rows(), teacher_reader(own.teacher)
     tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
     path = own.teacher / "model.safetensors"
@@ -242,7 +244,7 @@ def test_logits_that_are_no_numbers_name_the_row(own: Project) -> None:
     assert 0 < len(having) < 60
 
 
-def test_pooled_states_are_not_kept_beside_targets_a_token(own: Project) -> None:
+def test_pooled_states_are_not_kept_with_targets_a_token(own: Project) -> None:
     with pytest.raises(TeacherError, match="token-classification has one target a token"):
         own.capture(hidden={"layers": [1]})
 
@@ -277,5 +279,5 @@ def test_a_run_over_such_a_cache_is_refused_with_the_tasks_that_can_be(own: Proj
     assert not (own.root / "out").exists()
 
 
-def test_prepared_rows_stay_readable_by_whoever_reads_texts(made: Project) -> None:
+def test_prepared_rows_of_words_are_read_as_texts_too(made: Project) -> None:
     assert load_rows(made.dataset).texts.to_pylist() == toy.texts(60)

@@ -1,4 +1,4 @@
-"""What a worker is told, and what it does: here in this process, as it would in another."""
+"""A worker's job and its work: here in this process, as it would be in another."""
 
 import pickle
 import shutil
@@ -47,11 +47,11 @@ Spread = Callable[[str, WorkerJob, Sequence[PlannedShard], Workers], list[Stored
 
 
 def here(name: str, job: WorkerJob, shards: Sequence[PlannedShard], _: Workers) -> list[StoredShard]:
-    """A worker in this process: what it is told goes through pickle, as on its way to others."""
+    """A worker in this process: its job is pickled, as on its way to another process."""
     found = []
     for shard in shards:
-        told = pickle.loads(pickle.dumps((job, shard.key, shard.rows)))
-        assert compute_shard(*told) == {"key": shard.key, "computed": True}
+        received = pickle.loads(pickle.dumps((job, shard.key, shard.rows)))
+        assert compute_shard(*received) == {"key": shard.key, "computed": True}
         stored = Store(job.store).shard(job.identity, shard.key)
         assert stored is not None
         found.append(stored)
@@ -60,22 +60,22 @@ def here(name: str, job: WorkerJob, shards: Sequence[PlannedShard], _: Workers) 
 
 @pytest.fixture
 def assigned(own: World, monkeypatch: pytest.MonkeyPatch) -> tuple[WorkerJob, PlannedShard]:
-    """What a worker is told, and the first shard of a capture that computes none."""
-    told: list[Any] = []
+    """The job of a worker, and the first shard of a capture that computes none."""
+    received: list[Any] = []
 
     def keep(name: str, job: WorkerJob, shards: Sequence[PlannedShard], _: Workers) -> Any:
-        told.append((job, shards[0]))
+        received.append((job, shards[0]))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr(dask_cluster, "compute_on_cluster", keep)
         with pytest.raises(KeyboardInterrupt):
             crew.compute(own, crew.local(2))
-    (found,) = told
+    (found,) = received
     return found
 
 
-def test_a_worker_is_told_little_and_tells_little(
+def test_a_worker_receives_and_returns_little(
     assigned: tuple[WorkerJob, PlannedShard],
 ) -> None:
     job, shard = assigned
@@ -110,14 +110,14 @@ def test_a_worker_works_on_one_shard_at_a_time_whatever_threads_dask_gives_it(
     assigned: tuple[WorkerJob, PlannedShard], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, shard = assigned
-    inside, most, ask = [0], [0], answer_and_write
+    inside, most, answer = [0], [0], answer_and_write
 
     def watch(*arguments: Any, **named: Any) -> Any:
         inside[0] += 1
         most[0] = max(most[0], inside[0])
         time.sleep(0.2)
         inside[0] -= 1
-        return ask(*arguments, **named)
+        return answer(*arguments, **named)
 
     monkeypatch.setattr(worker, "answer_and_write", watch)
     with ThreadPoolExecutor(2) as pool:
@@ -125,7 +125,7 @@ def test_a_worker_works_on_one_shard_at_a_time_whatever_threads_dask_gives_it(
     assert most == [1]
 
 
-def test_a_worker_computes_with_the_threads_that_it_is_told(
+def test_a_worker_computes_with_the_threads_of_its_job(
     assigned: tuple[WorkerJob, PlannedShard],
 ) -> None:
     job, shard = assigned
@@ -165,7 +165,7 @@ def test_rows_that_do_not_make_the_shard_that_was_meant_are_refused(
     assert [fault.field for fault in refused.value.mismatches] == ["shard"]
 
 
-def test_a_shard_that_another_capture_finished_meanwhile_is_not_asked_about(
+def test_a_shard_that_another_capture_finished_meanwhile_is_not_computed(
     own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def other() -> None:
@@ -211,7 +211,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_teacher_says_to_workers_what_it_says_inline(
+def test_every_kind_of_teacher_gives_workers_the_bytes_that_it_gives_inline(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dask_cluster, "compute_on_cluster", here)

@@ -53,7 +53,7 @@ def add_a_zebra(own: World) -> None:
 
 
 def break_weights(own: World, name: str, row: int) -> None:
-    """The teacher's answers are no numbers where this row of a tensor has a part in them."""
+    """The teacher's outputs are NaN where they depend on this row of a tensor."""
     path = own.teacher / "model.safetensors"
     tensors = load_file(path)
     tensors[name][row] = float("nan")
@@ -84,7 +84,7 @@ def test_a_capture_where_nothing_works_ends_soon(own: World) -> None:
     assert not crew.finished(own)
 
 
-def test_a_shard_that_kills_its_workers_is_named_and_drags_no_other_along(own: World) -> None:
+def test_a_shard_that_kills_its_workers_is_named_and_all_others_are_finished(own: World) -> None:
     add_a_zebra(own)
     deadly = {"distributed.worker.preload": ["tests.pipeline.deadly"]}
     with dask.config.set(deadly | {"distributed.scheduler.allowed-failures": 0}):
@@ -111,9 +111,7 @@ def test_workers_that_are_killed_while_they_start_are_replaced(own: World) -> No
     assert len(crew.finished(own)) == crew.SHARDS
 
 
-def test_a_stalled_worker_that_nobody_can_restart_is_sent_away(
-    own: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stalled_worker_without_a_nanny_is_retired(own: World, monkeypatch: pytest.MonkeyPatch) -> None:
     late = threading.Event()
     monkeypatch.setattr(dask_cluster, "monotonic", lambda: time.monotonic() + 9999 * late.is_set())
     with LocalCluster(n_workers=1, threads_per_worker=1, **QUIET) as group, Client(group) as watching:
@@ -133,13 +131,13 @@ def test_a_stalled_worker_that_nobody_can_restart_is_sent_away(
     assert len(crew.finished(own)) == crew.SHARDS
 
 
-def test_a_scheduler_that_is_not_there_is_an_error_that_names_it(own: World) -> None:
+def test_a_missing_scheduler_is_an_error_that_names_it(own: World) -> None:
     with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
         with pytest.raises(WorkersLost, match="a scheduler with workers cannot be reached: OSError"):
             crew.compute(own, Workers(capture="tcp://127.0.0.1:9", threads=1))
 
 
-def test_a_scheduler_without_workers_is_not_waited_for_for_ever(
+def test_a_scheduler_without_workers_is_not_waited_for_without_end(
     own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dask_cluster, "WAIT_FOR_WORKERS", 0.1)
@@ -164,14 +162,14 @@ def test_workers_have_their_threads_and_a_gpu_each(monkeypatch: pytest.MonkeyPat
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
     for name in names:
         monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)  # Dask leaves alone what the environment says, and adds to it
+        monkeypatch.delenv(name)  # Dask keeps variables of the environment, and adds to them
     with _client(Workers(capture="local", gpus=2), 7) as client:
         found = client.run(lambda: [os.environ[name] for name in names])
     assert sorted(found.values()) == [["7", "7", "0"], ["7", "7", "GPU-5f"]]
 
 
 @pytest.mark.parametrize(
-    ("asked", "devices", "expected"),
+    ("workers", "devices", "expected"),
     [
         ({}, ["0", "1"], ["0", "1"]),
         ({"gpus": 1}, ["0", "1"], ["0"]),
@@ -184,9 +182,9 @@ def test_workers_have_their_threads_and_a_gpu_each(monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_there_is_a_process_a_gpu_or_so_many_as_fit(
-    asked: dict[str, int], devices: list[str], expected: list[str]
+    workers: dict[str, int], devices: list[str], expected: list[str]
 ) -> None:
-    found = worker_environments(Workers(capture="local", **asked), devices, 8, asked.get("threads", 8))
+    found = worker_environments(Workers(capture="local", **workers), devices, 8, workers.get("threads", 8))
     assert [environment["CUDA_VISIBLE_DEVICES"] for environment in found] == expected
 
 
@@ -219,6 +217,6 @@ def test_workers_without_dask_are_refused_with_what_to_install(
 
 
 @pytest.mark.parametrize("capture_on", ["lokal", "10.0.0.1:8786", "tcp://"])
-def test_what_is_no_place_to_capture_is_refused(capture_on: str) -> None:
+def test_an_invalid_place_to_capture_is_refused(capture_on: str) -> None:
     with pytest.raises(ValidationError, match="capture"):
         Workers(capture=capture_on)

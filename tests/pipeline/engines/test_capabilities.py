@@ -95,8 +95,8 @@ def test_a_capture_that_needs_more_than_the_engine_gives_is_refused_before_the_t
     own: World, changes: dict[str, Any], faults: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TopKEngine, "load", lambda self: pytest.fail("the teacher was loaded"))
-    wanted = entry(own, **changes)
-    monkeypatch.setattr(World, "entry", lambda self: wanted)
+    chosen = entry(own, **changes)
+    monkeypatch.setattr(World, "entry", lambda self: chosen)
     with pytest.raises(TeacherError, match="needs more than the engine 'rows' can give") as refused:
         own.capture()
     lines = str(refused.value).splitlines()

@@ -1,4 +1,4 @@
-"""Batches, buckets and padding never change what a teacher says about a row."""
+"""Batches, buckets and padding never change the logits of a row."""
 
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def test_the_first_tokens_state_is_that_of_transformers(world: World) -> None:
             assert recorder.found["layer.1"][row] == pytest.approx(state.numpy(), abs=1e-5)
 
 
-def test_an_answer_that_is_no_number_names_the_row(world: World) -> None:
+def test_a_logit_that_is_not_finite_names_the_row(world: World) -> None:
     reader, tokens = read(world.teacher)
     model = load_classifier(world.teacher)
     word = int(tokens.row(3)[1])
@@ -90,7 +90,7 @@ def test_an_answer_that_is_no_number_names_the_row(world: World) -> None:
     infer_rows(model, request._replace(rows=clean))
 
 
-def test_hidden_states_of_a_decoder_can_be_asked_for(tmp_path: Path) -> None:
+def test_hidden_states_of_a_decoder_are_recorded(tmp_path: Path) -> None:
     decoder.write(tmp_path / "gpt")
     hidden = Hidden(layers=(0, 2))
     entry = CacheEntry(dataset="toy", teacher="gpt", hidden=hidden, precision="float32")

@@ -145,9 +145,7 @@ def test_the_teacher_is_the_dequantised_model_in_bfloat16(tmp_path: Path, kind: 
     assert torch.allclose(made, logits(held, tokens), atol=1e-4)
 
 
-def test_what_is_shown_is_our_own_bar_and_no_other(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_only_our_own_progress_bar_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_gguf(tmp_path / "tiny.gguf", F16)
     (tmp_path / "out").mkdir()
     convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
@@ -165,7 +163,7 @@ def test_a_file_that_ends_early_is_refused_by_name(tmp_path: Path, size: int) ->
         convert_gguf(path, tmp_path / "out")
 
 
-def test_a_file_that_is_no_gguf_or_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_file_that_is_not_gguf_or_is_missing_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("a text that is long enough for a header\n" * 9)
     for name in ("text.gguf", "nothing.gguf"):
         with pytest.raises(TeacherError, match=rf"{name} cannot be loaded as a GGUF file"):

@@ -124,7 +124,7 @@ def test_queries_keys_and_values_are_those_computed_by_hand_from_the_state_befor
             first += length
 
 
-def test_no_hook_is_left_behind_and_nothing_is_asked_for_without_one() -> None:
+def test_no_hook_remains_and_without_hooks_no_states_are_computed() -> None:
     model, (ids_BL, mask_BL) = bert().eval(), batch()
     recorder = HiddenStateRecorder(model, spec(), LENGTHS, np.arange(2))
     with (
@@ -137,7 +137,7 @@ def test_no_hook_is_left_behind_and_nothing_is_asked_for_without_one() -> None:
     assert not recorder.found
 
 
-def test_architectures_that_are_not_known_are_refused_by_name() -> None:
+def test_unknown_architectures_are_refused_by_name() -> None:
     unknown = GPTNeoXForCausalLM(
         GPTNeoXConfig(
             vocab_size=V, hidden_size=W, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
@@ -158,7 +158,7 @@ def test_a_model_with_two_stacks_of_such_blocks_is_refused() -> None:
         projections(two, 1, W)
 
 
-def test_a_state_that_is_no_number_names_the_row() -> None:
+def test_a_state_that_is_not_finite_names_the_row() -> None:
     model, (ids_BL, mask_BL) = random_weights(bert()), batch()
     with torch.no_grad():
         model.bert.embeddings.word_embeddings.weight[int(ids_BL[1, 2])] = float("nan")

@@ -32,7 +32,7 @@ def change_config(directory: Path, **changes: object) -> None:
 def test_the_order_and_metadata_of_the_weights_file_do_not_matter(model: Path) -> None:
     before = teacher_identity(model)
     tensors = load_file(model / "model.safetensors")
-    save_file(dict(reversed(tensors.items())), model / "model.safetensors", {"saved": "by somebody else"})
+    save_file(dict(reversed(tensors.items())), model / "model.safetensors", {"saved": "by another tool"})
     assert teacher_identity(model) == before
 
 
@@ -65,7 +65,7 @@ def test_two_tensors_that_change_names_are_another_teacher(model: Path) -> None:
     assert teacher_identity(model).weights != before.weights
 
 
-def test_where_and_how_a_config_was_saved_does_not_matter_and_what_it_says_does(model: Path) -> None:
+def test_where_and_how_a_config_was_saved_does_not_matter_and_its_content_does(model: Path) -> None:
     before = teacher_identity(model)
     change_config(model, transformers_version="0.0", _name_or_path="/elsewhere", torch_dtype="float16")
     assert teacher_identity(model) == before
@@ -76,13 +76,13 @@ def test_where_and_how_a_config_was_saved_does_not_matter_and_what_it_says_does(
 
 def test_pickled_weights_are_never_opened(model: Path) -> None:
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
-    for ask in (teacher_identity, load_classifier):
+    for read in (teacher_identity, load_classifier):
         with pytest.raises(AssetError, match="can hold programs"):
-            ask(model)
+            read(model)
 
 
 class Deadly:
-    """What leaves a mark when somebody unpickles it."""
+    """Leaves a mark when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -92,7 +92,7 @@ class Deadly:
 
 
 def with_own_code(model: Path, mark: Path, **changes: object) -> None:
-    """Let a model name code beside it, which leaves a mark when it is run."""
+    """Let a model name code of its own, which leaves a mark when it is run."""
     (model / "own.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n")
     change_config(model, auto_map={"AutoConfig": "own.Own", "AutoModel": "own.Own"}, **changes)
 
@@ -128,7 +128,7 @@ def test_a_pickle_among_the_files_of_a_model_is_not_opened(model: Path, tmp_path
     assert mark.exists(), "it would have been seen"
 
 
-def test_a_model_without_a_trained_head_is_no_teacher(model: Path) -> None:
+def test_a_model_without_a_trained_head_is_not_a_teacher(model: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier")}
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
@@ -152,7 +152,7 @@ def test_labels_may_come_in_any_order_but_must_be_those_of_the_dataset(model: Pa
         teacher_labels(model, None, ("neg", "pos"))
 
 
-def test_a_directory_that_is_no_teacher_says_how_to_make_one(tmp_path: Path, model: Path) -> None:
+def test_a_directory_without_a_teacher_is_refused_with_how_to_make_one(tmp_path: Path, model: Path) -> None:
     shutil.rmtree(model)
     with pytest.raises(AssetError, match="dvc repro teacher@model"):
         teacher_reader(model)

@@ -81,13 +81,13 @@ def test_log_probabilities_are_the_models_own(name: str, monkeypatch: pytest.Mon
     model = ARCHITECTURES[name]().eval()
     inputs = batch()
     mask = inputs["attention_mask"]
-    wanted = model(**for_transformers(inputs)).logits[mask].log_softmax(-1)
+    expected = model(**for_transformers(inputs)).logits[mask].log_softmax(-1)
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 4 * 4 * V)  # chunks of 4 of 15 positions
     head = LanguageHead(model, V)
     head.check(inputs)
     chunks = list(head.logits(head.states(inputs)[mask]))
     assert [len(chunk) for chunk in chunks] == [4, 4, 4, 3]
-    assert torch.allclose(torch.cat(chunks).log_softmax(-1), wanted, atol=1e-5)
+    assert torch.allclose(torch.cat(chunks).log_softmax(-1), expected, atol=1e-5)
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""What has a target, and what is masked: a function of seed, row and position, and of nothing else."""
+"""What has a target, and what is masked: a function of seed, row and position alone."""
 
 import numpy as np
 import pyarrow as pa
@@ -40,10 +40,10 @@ def test_a_share_of_the_tokens_that_are_not_special_is_masked(
     rows: list[list[int]], share: float, seed: int
 ) -> None:
     found = masked(rows, share, seed)
-    for row, asked in zip(rows, by_row(found), strict=True):
+    for row, has_target in zip(rows, by_row(found), strict=True):
         num_open = sum(i > 4 for i in row)
-        assert sum(asked) == min(num_open, max(1, round(share * num_open)))
-        assert not any(a for a, i in zip(asked, row, strict=True) if i <= 4)
+        assert sum(has_target) == min(num_open, max(1, round(share * num_open)))
+        assert not any(a for a, i in zip(has_target, row, strict=True) if i <= 4)
     before = tokens(rows).ids
     assert (found.tokens.ids == np.where(found.has_target, SPECIAL["mask_token"], before)).all()
     assert (before != SPECIAL["mask_token"])[found.has_target].all()
@@ -53,13 +53,13 @@ def test_a_share_of_the_tokens_that_are_not_special_is_masked(
 def test_what_is_masked_does_not_depend_on_the_other_rows(
     rows: list[list[int]], order: "st.randoms", at_once: int
 ) -> None:
-    wanted = by_row(masked(rows))
+    expected = by_row(masked(rows))
     names = list(range(len(rows)))
     order.shuffle(names)  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(masking, "ROWS_AT_ONCE", at_once)
         found = by_row(masked([rows[name] for name in names], names=names))
-    assert found == [wanted[name] for name in names]
+    assert found == [expected[name] for name in names]
 
 
 def test_rows_and_seeds_have_masks_of_their_own_and_every_position_its_share() -> None:
@@ -82,17 +82,17 @@ def test_what_a_codec_draws_at_a_masked_position_does_not_know_that_it_was_chose
 
 
 @pytest.mark.parametrize(
-    ("task", "asked"),
+    ("task", "has_target"),
     [
         ("sequence-classification", [0, 0, 0, 0]),
         ("token-classification", [1, 1, 1, 1]),
         ("causal-lm", [1, 1, 0, 0]),
     ],
 )
-def test_other_tasks_read_what_there_is(task: str, asked: list[int]) -> None:
+def test_other_tasks_read_what_there_is(task: str, has_target: list[int]) -> None:
     rows = tokens([[5, 6, 7], [8]])
     found = teacher_tokens(task, None, rows, pa.array([row_name(0), row_name(1)]), SPECIAL)  # type: ignore[arg-type]
-    assert found.has_target.tolist() == [bool(a) for a in asked]
+    assert found.has_target.tolist() == [bool(a) for a in has_target]
     assert found.tokens is rows
 
 

@@ -1,4 +1,4 @@
-"""Export: ONNX says what the student says, int8 nearly so; what comes out answers alone, without torch."""
+"""Export: ONNX gives the student's logits, int8 almost; an export predicts alone, without torch."""
 
 import io
 import json
@@ -86,7 +86,7 @@ class Made:
 
 @pytest.fixture(scope="module")
 def exports(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
-    """Exports of each kind, made once where they are asked for."""
+    """Exports of each kind, made once."""
     made: dict[str, Made] = {}
     root = tmp_path_factory.mktemp("exports")
     with pytest.MonkeyPatch.context() as patch:
@@ -112,10 +112,10 @@ def test_onnx_gives_the_students_logits_for_any_number_of_rows_of_any_length(
     inputs = batch(rows)
     arrays = {name: value.numpy() for name, value in inputs.items()}
     with torch.inference_mode():
-        wanted = made.student(**inputs).numpy()
+        expected = made.student(**inputs).numpy()
     for form, near in (("float32", 1e-5), ("int8", 0.1)):
-        said = OnnxModel(made.directory / MODEL_FILES[form])(arrays)
-        assert np.abs(said - wanted).max() < near
+        logits = OnnxModel(made.directory / MODEL_FILES[form])(arrays)
+        assert np.abs(logits - expected).max() < near
 
 
 @pytest.mark.parametrize("kind", ENTRIES)
@@ -171,35 +171,35 @@ def scaled(answer: ModelCall, factor: float) -> ModelCall:
 
 
 @pytest.fixture
-def asked(world: World, exports: Callable[[str], Made]) -> tuple[Rows, Tokens, ModelCall]:
+def compared(world: World, exports: Callable[[str], Made]) -> tuple[Rows, Tokens, ModelCall]:
     rows = world.rows().only("test")
     reader = TextReader(exports("fc").directory, 32, "truncate")
     return rows, reader.read(rows.texts.to_pylist(), rows.row_ids), answers_of(exports("fc").student)
 
 
-def test_a_model_that_says_something_else_is_refused_with_the_row(
-    asked: tuple[Rows, Tokens, ModelCall],
+def test_a_model_with_other_logits_is_refused_with_the_row(
+    compared: tuple[Rows, Tokens, ModelCall],
 ) -> None:
-    rows, tokens, right = asked
+    rows, tokens, right = compared
     read = ComparedRows(rows, tokens, 0)
     row = 5
 
     def off(inputs: InputTensors) -> Any:
-        said = right(inputs)
+        logits = right(inputs)
         for place, own in enumerate(inputs["input_ids"]):
             if np.array_equal(own[inputs["attention_mask"][place]].numpy(), tokens.row(row)):
-                said[place] += 0.01
-        return said
+                logits[place] += 0.01
+        return logits
 
     with pytest.raises(ExportError, match=r"runs\.x: its ONNX model, 1 rows at a time") as refused:
         compare_forms("x", read, {"torch": right, "float32": off, "int8": right}, 100)
     assert f"row {rows.row_ids[row]}" in str(refused.value)
 
 
-def test_a_model_that_is_right_about_single_rows_alone_or_says_no_number_is_refused(
-    asked: tuple[Rows, Tokens, ModelCall],
+def test_a_model_that_is_right_on_single_rows_alone_or_gives_nan_is_refused(
+    compared: tuple[Rows, Tokens, ModelCall],
 ) -> None:
-    rows, tokens, right = asked
+    rows, tokens, right = compared
     read = ComparedRows(rows, tokens, 0)
 
     def single(inputs: InputTensors) -> Any:
@@ -213,14 +213,14 @@ def test_a_model_that_is_right_about_single_rows_alone_or_says_no_number_is_refu
         compare_forms("x", read, {"torch": right, "float32": nothing, "int8": right}, 100)
 
 
-def test_int8_that_loses_too_much_is_refused_and_a_loss_that_is_allowed_is_told(
-    asked: tuple[Rows, Tokens, ModelCall],
+def test_int8_that_loses_too_much_is_refused_and_an_allowed_loss_is_recorded(
+    compared: tuple[Rows, Tokens, ModelCall],
 ) -> None:
-    rows, tokens, right = asked
+    rows, tokens, right = compared
     read = ComparedRows(rows, tokens, 0)
-    said = right(input_tensors(tokens.padded(np.arange(len(rows.labels)), 0)))
-    sign = 1 if (said.argmax(1) == rows.labels).mean() > 0.5 else -1
-    kept = max((said.argmax(1) == rows.labels).mean(), (said.argmin(1) == rows.labels).mean())
+    logits = right(input_tensors(tokens.padded(np.arange(len(rows.labels)), 0)))
+    sign = 1 if (logits.argmax(1) == rows.labels).mean() > 0.5 else -1
+    kept = max((logits.argmax(1) == rows.labels).mean(), (logits.argmin(1) == rows.labels).mean())
     forms = {"torch": scaled(right, sign), "float32": scaled(right, sign), "int8": scaled(right, -sign)}
     lost = 100 * (2 * kept - 1)
     assert lost > 0
@@ -231,7 +231,7 @@ def test_int8_that_loses_too_much_is_refused_and_a_loss_that_is_allowed_is_told(
     assert found["int8"]["agreement"] == 0
 
 
-def test_a_refused_export_cannot_be_asked(
+def test_a_refused_export_cannot_be_used(
     world: World, exports: Callable[[str], Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The models of another seed are written: the directory stays without its facts."""
@@ -264,11 +264,11 @@ def test_an_answer_is_the_students_and_probabilities_sum_to_one(
     reader = TextReader(made.models / "tokenizer", 32, "truncate")
     inputs = input_tensors(reader.read([text], [""]).padded(np.array([0]), reader.pad_id))
     with torch.inference_mode():
-        wanted = made.student(**inputs).softmax(1)[0].tolist()
+        expected = made.student(**inputs).softmax(1)[0].tolist()
     for form, near in (("float32", 1e-5), ("int8", 0.05)):
         answer = Predictor(made.directory, form).predict(text)  # type: ignore[arg-type]
         assert list(answer.probabilities) == ["negative", "positive"]
-        assert list(answer.probabilities.values()) == pytest.approx(wanted, abs=near)
+        assert list(answer.probabilities.values()) == pytest.approx(expected, abs=near)
         assert answer.label == max(answer.probabilities, key=lambda label: answer.probabilities[label])
         assert sum(answer.probabilities.values()) == pytest.approx(1)
 
@@ -283,16 +283,16 @@ def test_predict_answers_texts_and_lines_as_words_and_as_json(
     assert len(words) == 2
     monkeypatch.setattr(sys, "stdin", io.StringIO("good film\ndull plot\n"))
     predict.main("bilstm", None, as_json=True)
-    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [answer["text"] for answer in told] == ["good film", "dull plot"]
-    for line, answer in zip(words, told, strict=True):
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["text"] for answer in printed] == ["good film", "dull plot"]
+    for line, answer in zip(words, printed, strict=True):
         label, shares = line.split("\t")
         assert label == answer["label"]
         assert f"{label} {answer['probabilities'][label]:.1%}" in shares
     predict.main(str(made.directory), ["good film"], as_json=True, float32=True)
     exact = json.loads(capsys.readouterr().out)["probabilities"]["positive"]
-    assert exact != told[0]["probabilities"]["positive"]
-    assert exact == pytest.approx(told[0]["probabilities"]["positive"], abs=0.05)
+    assert exact != printed[0]["probabilities"]["positive"]
+    assert exact == pytest.approx(printed[0]["probabilities"]["positive"], abs=0.05)
 
 
 def test_what_cannot_be_answered_is_one_message(
@@ -314,7 +314,7 @@ def test_what_cannot_be_answered_is_one_message(
         predict.main("fc", None)
 
 
-def test_the_console_script_answers_and_never_imports_torch(exports: Callable[[str], Made]) -> None:
+def test_the_console_script_predicts_and_never_imports_torch(exports: Callable[[str], Made]) -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     module, function = scripts["stillroom"].split(":")
     code = (

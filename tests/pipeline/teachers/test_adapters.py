@@ -30,7 +30,7 @@ def tuned(world: World, out: Path, **lora: Any) -> dict[str, Any]:
 
 
 def filled(world: World, **lora: Any) -> Any:
-    """The toy with adapters that say something."""
+    """The toy with adapters that are not zero."""
     made = with_adapters("tiny", load_classifier(world.root / "model"), Lora.model_validate(lora))
     torch.manual_seed(0)
     for name, parameter in made.named_parameters():
@@ -95,7 +95,7 @@ def test_layers_that_the_model_has_not_are_refused_with_the_nearest(world: World
         tuned(world, tmp_path / "teacher", targets=["classifier"])
 
 
-def test_a_kind_that_nobody_knows_the_usual_layers_of_must_name_them(world: World) -> None:
+def test_a_kind_without_default_layers_must_name_them(world: World) -> None:
     model = load_classifier(world.root / "model")
     model.config.model_type = "burt"
     with pytest.raises(TeacherError, match=r"in a burt is unknown\.(.|\n)*dense, key, query, value"):

@@ -1,4 +1,4 @@
-"""What `frozen_layers` leaves out of a teacher's fine-tuning, and that it says so where it cannot."""
+"""`frozen_layers` excludes layers from a teacher's fine-tuning, and is refused where it cannot."""
 
 from pathlib import Path
 
