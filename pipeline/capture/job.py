@@ -1,4 +1,4 @@
-"""One capture: what the cache stage is asked for, and what it returns."""
+"""One capture: the inputs of the cache stage, and its result."""
 
 from collections.abc import Callable
 from pathlib import Path

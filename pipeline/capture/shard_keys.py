@@ -43,11 +43,11 @@ class ShardCut(NamedTuple):
 
 
 def cut_into_shards(
-    who: Identity, row_ids: pa.StringArray, input_hashes: pa.StringArray, shard_rows: int
+    identity: Identity, row_ids: pa.StringArray, input_hashes: pa.StringArray, shard_rows: int
 ) -> ShardCut:
     """The shards of these rows, with the keys of storage.spec.shard_key."""
     rows, ids, inputs = first_occurrences(row_ids), _characters(row_ids), _characters(input_hashes)
-    start, digests = hashlib.sha256(who.fingerprint.encode()), bytearray()
+    start, digests = hashlib.sha256(identity.fingerprint.encode()), bytearray()
     a_chunk, a_shard = max(1, CHUNK_ROWS // shard_rows) * shard_rows, 2 * ROW_ID_CHARS * shard_rows
     for first in range(0, len(rows), a_chunk):
         own = slice(first, first + a_chunk)

@@ -25,7 +25,7 @@ STEPS = ("Transformer", "Pooling", "Normalize")
 
 
 def embedding_spec(name: str, directory: Path, embedding: Embedding | None, width: int) -> EmbeddingSpec:
-    """How the model in `directory` makes its vectors: as the entry says, or as its modules.json does.
+    """How the model in `directory` makes its vectors: by the entry, or by its modules.json.
 
     Raises TeacherError where neither has it, and for steps of sentence-transformers that are not supported.
     """

@@ -32,7 +32,7 @@ def export_run(
 ) -> dict[str, Any]:
     """Write the export of a run into `out`; return accuracy, size and latency of each form.
 
-    Raises ExportError as `compare_forms` does. A run that cannot be exported gets a record that says why.
+    Raises ExportError as `compare_forms` does. A run that cannot be exported gets a record with the reason.
     """
     rows = load_rows(paths.dataset).only(SPLIT)
     about: dict[str, Any] = {"name": name, "dataset": run.dataset}
