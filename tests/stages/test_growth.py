@@ -102,4 +102,4 @@ def test_merged_caches_are_one_cache_that_the_next_capture_goes_on_from(
     )
     again = project.run(*command, "--into", "caches/toy", check=False)
     assert again.returncode == 1
-    assert "ConfigError: caches/toy is there already" in again.stderr
+    assert "ConfigError: caches/toy exists already" in again.stderr

@@ -71,7 +71,7 @@ def test_another_cache_than_the_one_that_is_named_is_not_received(
     sealed: Path, url: Url, tmp_path: Path
 ) -> None:
     publish(sealed, url)
-    with pytest.raises(SpecMismatch, match=r"holds another cache than received\.toy names"):
+    with pytest.raises(SpecMismatch, match=r"has another cache than received\.toy"):
         receive(tmp_path / "toy", str(url), "0" * 64)
     assert not (tmp_path / "toy").exists()
 

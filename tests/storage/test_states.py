@@ -63,7 +63,7 @@ def test_components_and_queries_keys_and_values_come_back_from_int8() -> None:
         back = basis.mean + cache.hidden(shard, "layer.1") @ basis.axes
         assert back[:, [0, 2]] == pytest.approx(whole[:, [0, 2]], abs=0.1)
         assert back[:, [1, 3]].tolist() == [[2, 4]] * len(back), "what the axes leave out is the mean"
-    with pytest.raises(ValueError, match=r"does not keep qkv\.2 as principal components"):
+    with pytest.raises(ValueError, match=r"does not have qkv\.2 as principal components"):
         cache.hidden_basis("qkv.2")
 
 

@@ -234,5 +234,5 @@ def test_hidden_states_come_back_as_they_were_rounded(cache: Cache) -> None:
     for name, states in make_states(rows).items():
         assert cache.hidden(shard, name).dtype == np.float32
         assert np.array_equal(cache.hidden(shard, name), states.astype(HIDDEN.dtype))
-    with pytest.raises(ValueError, match=r"keeps the hidden states \[.*\], not layer\.3"):
+    with pytest.raises(ValueError, match=r"has the hidden states \[.*\], not layer\.3"):
         cache.hidden(shard, "layer.3")

@@ -29,7 +29,7 @@ def test_a_row_that_is_no_image_is_refused_with_its_number(
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     entry = {"task": "image-classification", "path": str(tmp_path / "rows.jsonl"), "labels": ["even", "odd"]}
     entry |= {"images": {"shape": [2, 2, 1]}}
-    with pytest.raises(DataError, match=rf"row 3 holds no image of shape \(2, 2, 1\): {line}"):
+    with pytest.raises(DataError, match=rf"row 3 has no image of shape \(2, 2, 1\): {line}"):
         prepare_dataset("toy", Dataset.model_validate(entry), tmp_path / "prepared")
 
 
