@@ -1,4 +1,4 @@
-"""Results -> one self-contained HTML page: the table, the plots, what the cache saved.
+"""Results -> one self-contained HTML page: tables, plots, and the time that the cache saved.
 
 Reads JSON, never a model.
 """
@@ -15,7 +15,7 @@ from pipeline.report import plots
 from pipeline.report.comparison import compare_families, paired_differences
 from pipeline.report.headline import headline
 from pipeline.report.tables import choice_table, export_table, metrics_table, spread_of
-from pipeline.report.views import CLASSIFIERS, Row, View, metric_mean, teacher_of, view_of
+from pipeline.report.views import Row, View, metric_mean, teacher_of, view_of
 from storage.errors import AssetError
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
@@ -63,17 +63,14 @@ def build_report(eval_dir: Path, capture_dir: Path, models_dir: Path, export_dir
 def section(
     rows: Sequence[Row], captures: Sequence[Row], training: dict[str, Row], exports: Sequence[Row]
 ) -> dict[str, Any]:
-    """Everything that the page says about one dataset."""
+    """What the page shows of one dataset, by the names of the template."""
     shown = view_of(rows)
     teachers = [row for row in rows if row["kind"] == "teacher"]
     runs = sorted((row for row in rows if row["kind"] == "run"), key=lambda r: (r["student"], r["recipe"]))
-    runs = [
-        {**row, **_beside(row), "distilled": _teacher_rows(trained) > 0, "family": trained["family"]}
-        for row in runs
-        for trained in (training[row["name"]],)
-    ]
+    runs = [_with_training(row, training[row["name"]]) for row in runs]
     runs = [_compared(row, runs, teachers, shown) for row in runs]
-    used = [c for c in captures if c["cache"] in {name for row in runs for name in _caches(row)}]
+    read = {name for row in runs for name in _caches(row)}
+    used = [c for c in captures if c["cache"] in read]
     palette = plots.Palette(_distinct(runs, "student"), _distinct(runs, "recipe"))
     saved = break_even(runs, used, training)
     scored = [row for row in [*teachers, *runs] if metric_mean(row, shown.metric) is not None]
@@ -94,7 +91,7 @@ def section(
         ],
         "fair": compare_families(runs, shown),
         "shipped": export_table(exports, rows[0]["dataset"]),
-        "agreement": _agreement(runs) if shown is CLASSIFIERS else "",
+        "agreement": _agreement(runs),
         "lines": [row for row in [*teachers, *runs] if row.get("lines")],
         "time": _time(used, runs),
         "saved": saved,
@@ -107,15 +104,23 @@ def section(
     }
 
 
+def _with_training(row: Row, record: Row) -> Row:
+    """The row with its recipe's family, and whether its training read the teacher."""
+    facts = {"distilled": _teacher_rows(record) > 0, "family": record["family"]}
+    return {**row, **_multitask_recipe(row), **facts}
+
+
 def break_even(runs: Sequence[Row], captures: Sequence[Row], training: dict[str, Row]) -> BreakEven | None:
-    """Without a cache, each training pays for every answer that it uses; with it, capture is paid once."""
+    """The teacher's time without a cache, where each training runs it, and with one capture; None where no
+    run read the teacher.
+    """
     rates = {c["cache"]: c["seconds"] / c["rows"] for c in captures if c["rows"]}
     without = [0.0]
     for row in runs:
         for seed in training[row["name"]]["seeds"]:
             if rates.keys() >= {*_caches(row)} and seed["teacher_rows_seen"]:
-                asked = sum(rates[name] for name in _caches(row))
-                without.append(without[-1] + seed["teacher_rows_seen"] * asked)
+                seconds_a_row = sum(rates[name] for name in _caches(row))
+                without.append(without[-1] + seed["teacher_rows_seen"] * seconds_a_row)
     if len(without) == 1:
         return None
     paid = sum(c["seconds"] for c in captures)
@@ -124,8 +129,8 @@ def break_even(runs: Sequence[Row], captures: Sequence[Row], training: dict[str,
 
 
 def _compared(row: Row, runs: Sequence[Row], teachers: Sequence[Row], shown: View) -> Row:
-    """The row with more metrics: points over (or nats below) the same student on labels alone, paired by
-    seed; for classifiers also the share of its teacher's accuracy.
+    """The row with two more metrics: the gain over the same student on labels alone, paired by seed, and the
+    share of its teacher's metric, where the table has it.
     """
     metrics = dict(row["metrics"])
     name = shown.compared[0]
@@ -138,14 +143,14 @@ def _compared(row: Row, runs: Sequence[Row], teachers: Sequence[Row], shown: Vie
         if gains:
             metrics["over_labels"] = spread_of(gains)
     teacher = teacher_of(row, teachers, shown)
-    if teacher is not None and shown is CLASSIFIERS:
-        found = metrics["accuracy"]["values"]
-        metrics["of_teacher"] = spread_of([value / metric_mean(teacher, "accuracy") for value in found])
+    if teacher is not None and shown.of_teacher:
+        found = metrics[shown.metric]["values"]
+        metrics["of_teacher"] = spread_of([value / metric_mean(teacher, shown.metric) for value in found])
     return {**row, "metrics": metrics}
 
 
 def _caches(row: Row) -> list[str]:
-    """The caches that a run learned from: those of its mixture, or its one."""
+    """The caches that a run learned from: those of its mixture, or one."""
     return row.get("caches") or [row["cache"]]
 
 
@@ -188,16 +193,18 @@ def _panels(runs: Sequence[Row], training: dict[str, Row], shown: View) -> list[
 
 
 def _agreement(runs: Sequence[Row]) -> str:
-    if not runs:
+    """Shares of rows that student and teacher get right; empty where there are no such metrics."""
+    known = [row for row in runs if metric_mean(row, "both_right") is not None]
+    if not known:
         return ""
-    ranked = sorted(runs, key=lambda row: -metric_mean(row, "both_right"))
+    ranked = sorted(known, key=lambda row: -metric_mean(row, "both_right"))
     parts = [(label, [metric_mean(row, name) for row in ranked], colour) for name, label, colour in AGREEMENT]
     return plots.shares([row["name"] for row in ranked], parts)
 
 
 def _time(captures: Sequence[Row], runs: Sequence[Row]) -> str:
-    tuned = {c["teacher"]: c["teacher_train_seconds"] for c in captures if c["teacher_train_seconds"]}
-    items = [(f"fine-tuning {teacher}", seconds, "#111") for teacher, seconds in tuned.items()]
+    fine_tuned = {c["teacher"]: c["teacher_train_seconds"] for c in captures if c["teacher_train_seconds"]}
+    items = [(f"fine-tuning {teacher}", seconds, "#111") for teacher, seconds in fine_tuned.items()]
     items += [(f"capturing {c['cache']}", c["seconds"], "#2f6fb0") for c in captures]
     trained = {r.get("run", r["name"]): metric_mean(r, "train_seconds") * len(r["seeds"]) for r in runs}
     items += [(f"training {name}", seconds, "#b8912f") for name, seconds in trained.items()]
@@ -216,13 +223,13 @@ def _row(path: Path) -> Row:
 
 
 def _training(models_dir: Path, row: Row) -> Row:
-    """The record of a run's training; of one of the tasks of a run, its part of it."""
+    """The record of a run's training; of a part of a multitask run, its part of the record."""
     record = _read(models_dir / (row.get("run") or row["name"]) / "training.json")
     return record["tasks"][row["name"]] if "run" in row else record
 
 
-def _beside(row: Row) -> Row:
-    """What tells a task that is learned beside others from a run by the same recipe."""
+def _multitask_recipe(row: Row) -> Row:
+    """Another recipe name for a part of a multitask run: its results are not those of the recipe alone."""
     return {"recipe": f"{row['recipe']}, in {row['run']}"} if "run" in row else {}
 
 

@@ -1,10 +1,10 @@
-"""Fair comparison: what extra text gives to a student, and what the teacher's probabilities give beyond it.
+"""Fair comparison: the gain from extra text, and the further gain from the teacher's probabilities.
 
-Runs of a student are of four families (config_recipes.Recipe.family): CE, CE + extra text (the teacher's
-first choices as labels), KD, KD + extra text. Each is compared with labels alone, and KD with labels on the
-same text; where a family has several runs, with the best of them. Differences are paired by seed. Their
-interval is Student's t over seeds: it says whether training again would give the same order. A bootstrap over
-test rows would say it of other test rows, and takes the luck of a single training for granted.
+Runs of a student are of four families (pipeline.config.recipes.Recipe.family): CE, CE + extra text (the
+teacher's first choices as labels), KD, KD + extra text. Each is compared with labels alone, and KD with
+labels on the same text; where a family has several runs, with the best. Differences are paired by seed. Their
+interval is Student's t over seeds: it estimates whether training again would give the same order. A bootstrap
+over test rows would estimate it for other test rows, and would ignore the variance between trainings.
 """
 
 import math
@@ -21,7 +21,7 @@ EXTRA = " + extra text"
 
 
 class Difference(NamedTuple):
-    """How much better a run is than another, mean over the seeds that both have."""
+    """How much better one run is than another: the mean over the seeds that both have."""
 
     mean: float  # points, or in the unit of the metric (View.compared)
     low: float | None  # the interval's ends; None for a single pair
@@ -30,19 +30,19 @@ class Difference(NamedTuple):
 
     @property
     def certain(self) -> bool:
-        """Whether the interval leaves 0 out."""
+        """Whether the interval excludes 0."""
         return self.low is not None and self.high is not None and self.low * self.high > 0
 
 
 def paired_differences(row: Row, base: Row, shown: View) -> list[float]:
-    """How much better `row` is than `base` with each seed that both have: points, or in the metric's unit."""
+    """How much better `row` is than `base`, for each seed that both have: points, or the metric's unit."""
     name, scale = shown.compared
     found, plain = (dict(zip(r["seeds"], r["metrics"][name]["values"], strict=True)) for r in (row, base))
     return [scale * (found[seed] - plain[seed]) for seed in found if seed in plain]
 
 
 def mean_difference(differences: Sequence[float]) -> Difference | None:
-    """The mean of paired differences with its 95 % interval of Student's t; None where there is none."""
+    """The mean of paired differences with its 95 % interval of Student's t; None without differences."""
     if not differences:
         return None
     middle, num = statistics.fmean(differences), len(differences)
@@ -53,7 +53,7 @@ def mean_difference(differences: Sequence[float]) -> Difference | None:
 
 
 def compare_families(runs: Sequence[Row], shown: View) -> list[dict[str, Any]]:
-    """For each student that has runs to compare: its runs by family, each beside its baselines."""
+    """For each student that has runs to compare: its runs by family, each with its baselines."""
     compared = []
     for student in dict.fromkeys(row["student"] for row in runs):
         own = [
@@ -92,8 +92,8 @@ def _baseline(rows: Sequence[Row], family: str, shown: View) -> Row | None:
 
 
 def _parts(lines: Sequence[dict[str, Any]]) -> tuple[str, Difference, Difference] | None:
-    """(run, what it gains over labels alone, how much of that the probabilities gave), of the best one that
-    has both baselines.
+    """(run, its gain over labels alone, the part of it that is from probabilities), of the best run that has
+    both baselines.
     """
     whole = [line for line in lines if line["row"]["family"] == f"KD{EXTRA}" and line["over_same_text"]]
     if not whole:

@@ -1,20 +1,20 @@
-"""The finding of a report in one or two sentences."""
+"""The headline of a section: its finding in one or two sentences."""
 
 from collections.abc import Sequence
 
-from pipeline.report.views import CLASSIFIERS, Row, View, best_row, metric_mean, teacher_of
+from pipeline.report.views import Row, View, best_row, metric_mean, teacher_of
 
 
 def headline(runs: Sequence[Row], teachers: Sequence[Row], shown: View) -> str:
-    """The finding in a sentence or two, computed from the numbers, also where distillation did not help."""
+    """The finding, computed from the numbers; it also states that distillation did not help."""
     scored = [row for row in runs if metric_mean(row, shown.metric) is not None]
     if not scored:
         return "No student has been evaluated yet."
     first = best_row(scored, shown)
-    text = _is_good(first, shown)
+    text = _quality(first, shown)
     teacher = teacher_of(first, teachers, shown)
     if teacher is not None:
-        text += _beside_teacher(first, teacher, shown)
+        text += _against_teacher(first, teacher, shown)
     if first["distilled"]:
         gain = metric_mean(first, "over_labels")
         return text + (
@@ -35,18 +35,18 @@ def headline(runs: Sequence[Row], teachers: Sequence[Row], shown: View) -> str:
     )
 
 
-def _is_good(row: Row, shown: View) -> str:
+def _quality(row: Row, shown: View) -> str:
     on = f"{row['rows']:,} {row['split']} {'documents' if shown.documents else 'rows'}"
     return f"{row['name']} {shown.finding.format(metric_mean(row, shown.metric))} {on}"
 
 
-def _beside_teacher(row: Row, teacher: Row, shown: View) -> str:
+def _against_teacher(row: Row, teacher: Row, shown: View) -> str:
     smaller = _times(metric_mean(teacher, "bytes") / metric_mean(row, "bytes"), "smaller", "larger")
     if not shown.documents:
         faster = metric_mean(teacher, "latency_ms_batch_1") / metric_mean(row, "latency_ms_batch_1")
         share = f" (its teacher: {metric_mean(teacher, shown.metric):.3f})"
-        if shown is CLASSIFIERS:
-            share = f", {metric_mean(row, 'of_teacher'):.1%} of the teacher's accuracy"
+        if shown.of_teacher:
+            share = f", {metric_mean(row, 'of_teacher'):.1%} of the teacher's {shown.axis}"
         return f"{share}, in a file {smaller}, {_times(faster, 'faster', 'slower')}"
     faster = metric_mean(row, "tokens_per_second") / metric_mean(teacher, "tokens_per_second")
     share = f" (its teacher: {metric_mean(teacher, shown.metric):,.1f})"

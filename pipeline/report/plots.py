@@ -1,6 +1,6 @@
 """The report's plots: results -> SVG text, the same bytes for the same numbers.
 
-Colour says the recipe, the marker says the student; the teacher is black.
+The colour is that of the recipe, the marker that of the student; teachers are black.
 """
 
 import io
@@ -16,7 +16,7 @@ COLOURS = ("#7a8793", "#2f6fb0", "#c2571a", "#3d8b57", "#8b5fa8", "#b8912f")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a name with a $ in it is a name
+    "text.parse_math": False,  # a $ in a name is not mathematics
     "svg.hashsalt": "stillroom",
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -67,9 +67,9 @@ class Palette:
 
 
 def scatter(points: Sequence[Point], x_label: str, palette: Palette, y_label: str, percent: bool) -> str:
-    """Quality against a cost on a logarithmic axis; names beside the points, bars for the spread.
+    """Quality against a cost on a logarithmic axis; names next to the points, bars for the spread.
 
-    `percent`: shares; else numbers on a logarithmic axis.
+    `percent`: quality is a share; otherwise a number on a logarithmic axis.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 4.0))
@@ -92,7 +92,7 @@ def scatter(points: Sequence[Point], x_label: str, palette: Palette, y_label: st
             axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
-        _names_beside(axes, points, palette)
+        _name_points(axes, points, palette)
         return _svg(figure)
 
 
@@ -152,7 +152,7 @@ def shares(names: Sequence[str], parts: Sequence[tuple[str, Sequence[float], str
 
 
 def bars(names: Sequence[str], values: Sequence[float], colours: Sequence[str], x_label: str) -> str:
-    """Plain horizontal bars with their values."""
+    """Horizontal bars with their values."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 0.9 + 0.3 * len(names)))
         axes = figure.add_subplot()
@@ -196,8 +196,8 @@ def break_even(without: Sequence[float], with_cache: Sequence[float], at: int | 
         return _svg(figure)
 
 
-def _names_beside(axes: Axes, points: Sequence[Point], palette: Palette) -> None:
-    """Name each point on its right; names that would overlap are moved up, the lowest first."""
+def _name_points(axes: Axes, points: Sequence[Point], palette: Palette) -> None:
+    """Write names to the right of points; names that would overlap are moved up, the lowest first."""
     axes.figure.canvas.draw()
     taken: list[tuple[float, float]] = []
     for point in sorted(points, key=lambda p: p.y):

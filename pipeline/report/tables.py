@@ -8,7 +8,7 @@ from pipeline.report.views import Row, View, metric_mean
 
 
 def metrics_table(teachers: Sequence[Row], runs: Sequence[Row], shown: View) -> list[dict[str, Any]]:
-    """The rows of the table as text; the best student of each column is marked."""
+    """The lines of the table as text; the best student of each column is marked."""
     best = {}
     for name, _, kind, more in shown.columns:
         means = [m for row in runs if (m := metric_mean(row, name)) is not None]
@@ -33,9 +33,13 @@ def metrics_table(teachers: Sequence[Row], runs: Sequence[Row], shown: View) -> 
 
 
 def choice_table(name: str, training: Row, shown: View) -> dict[str, Any]:
-    """What a run's numbers were chosen from, as text: a line a candidate, means over the folds."""
+    """The candidates of a run's recipe as text: a line each, means over the folds.
+
+    The score of the objective is called accuracy in training.json, and by its own name here.
+    """
     choice = training["choice"]
     kinds = {"accuracy": "percent" if shown.percent else "plain", "loss": "plain"}
+    judged_by = shown.score if choice["judged_by"] == "accuracy" else "loss"
     lines = []
     for tried in choice["candidates"]:
         scores = {score: spread_of(tried[score]) for score in kinds}
@@ -46,9 +50,9 @@ def choice_table(name: str, training: Row, shown: View) -> dict[str, Any]:
             }
             for score, kind in kinds.items()
         ]
-        said = ", ".join(f"{field} {value}" for field, value in tried["values"].items())
-        lines.append({"name": said, "cells": cells, "best": tried["values"] == choice["chosen"]})
-    return {**choice, "name": name, "lines": lines}
+        values = ", ".join(f"{field} {value}" for field, value in tried["values"].items())
+        lines.append({"name": values, "cells": cells, "best": tried["values"] == choice["chosen"]})
+    return {**choice, "name": name, "lines": lines, "score": shown.score, "judged_by": judged_by}
 
 
 def format_metric(value: float | None, kind: str) -> str:
@@ -58,7 +62,7 @@ def format_metric(value: float | None, kind: str) -> str:
     return {
         "percent": f"{100 * value:.1f} %",
         "points": f"{value:+.1f}",
-        "nats": f"{value:+.3f}",
+        "difference": f"{value:+.3f}",
         "perplexity": f"{value:,.1f}",
         "plain": f"{value:.3f}",
         "count": f"{value / 1e6:,.2f} M",
@@ -69,7 +73,7 @@ def format_metric(value: float | None, kind: str) -> str:
 
 
 def spread_of(values: Sequence[float]) -> dict[str, Any]:
-    """A metric as the results have it. The standard deviation is that of a sample; one value has none."""
+    """A metric in the form of the results. The standard deviation is that of a sample; None for one value."""
     std = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "std": std, "values": list(values)}
 
@@ -78,12 +82,14 @@ FORMS = ("torch", "float32", "int8")
 
 
 def export_table(exports: Sequence[Row], dataset: str) -> dict[str, Any] | None:
-    """The exports of a dataset's runs, the fastest first; and those that are none, with the reason."""
+    """The exported models of a dataset's runs, the fastest first, and the runs that were not exported, with
+    the reason; None without an exported model.
+    """
     own = [row for row in exports if row["about"]["dataset"] == dataset]
-    made = [row for row in own if "int8" in row]
-    made.sort(key=lambda row: row["int8"]["latency_ms_batch_1"])
+    exported = [row for row in own if "int8" in row]
+    exported.sort(key=lambda row: row["int8"]["latency_ms_batch_1"])
     refused = [row["about"] for row in own if "int8" not in row]
-    if not made:
+    if not exported:
         return None
     lines = [
         {
@@ -92,6 +98,6 @@ def export_table(exports: Sequence[Row], dataset: str) -> dict[str, Any] | None:
             "forms": [row[form] for form in FORMS],
             "times": row["torch"]["latency_ms_batch_1"] / row["int8"]["latency_ms_batch_1"],
         }
-        for row in made
+        for row in exported
     ]
-    return {"lines": lines, "refused": refused, "machine": made[0]["about"]["machine"]}
+    return {"lines": lines, "refused": refused, "machine": exported[0]["about"]["machine"]}

@@ -1,36 +1,73 @@
-"""How the results of each task are shown: columns, the metric that ranks, axes."""
+"""How the results of each objective are shown: columns of the table, the metric that ranks, axes of plots."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-Row = dict[str, Any]  # one file of results/eval: what it is about, and its metrics
+Row = dict[str, Any]  # one file of results/eval: names, and metrics
 Column = tuple[str, str, str, bool | None]  # metric, heading, kind, whether more is better (None: not marked)
 
 
 class View(NamedTuple):
-    """How results of a task are shown."""
+    """How the results of an objective are shown."""
 
     columns: tuple[Column, ...]
-    metric: str  # what runs are ranked by
+    metric: str  # ranks runs
     more: bool  # whether more of it is better
-    axis: str  # its name beside a plot
-    percent: bool
-    speed: str  # the metric of the second plot
-    speed_axis: str
-    curve: str  # of a learning curve's points
-    curve_axis: str
-    finding: str = "is right on {:.1%} of"  # what the metric says of a run, before what it was measured on
+    axis: str  # the metric's name on a plot
+    percent: bool  # whether the metric is a share
+    finding: str  # of the headline: the metric's value, before what it was measured on
+    score: str  # what Validation.score measures
+    compared: tuple[str, float]  # the metric of gains over labels alone, and the factor to points or units
+    by_loss: bool = False  # whether learning curves show the loss, not the score
     documents: bool = False  # whether rows are documents, with a target a token
-    compared: tuple[str, float] = ("accuracy", 100.0)  # over_labels: of this metric, times this
+
+    @property
+    def of_teacher(self) -> bool:
+        """Whether the table has the share of the teacher's metric that a student reaches."""
+        return any(metric == "of_teacher" for metric, *_ in self.columns)
+
+    @property
+    def speed(self) -> str:
+        """The metric of the second plot."""
+        return "tokens_per_second" if self.documents else "latency_ms_batch_1"
+
+    @property
+    def speed_axis(self) -> str:
+        """Its name on the plot."""
+        if self.documents:
+            return "tokens a second (reading, all cores)"
+        return "milliseconds a row (batch 1, one thread)"
+
+    @property
+    def curve(self) -> str:
+        """The column of a learning curve."""
+        return "validation_loss" if self.by_loss else "validation_accuracy"
+
+    @property
+    def curve_axis(self) -> str:
+        """Its name on the plot."""
+        return f"validation {'loss' if self.by_loss else self.score}"
 
     @property
     def compared_heading(self) -> str:
-        """What people call the metric of `compared`."""
+        """The heading of the metric of `compared`."""
         return next(heading for metric, heading, *_ in self.columns if metric == self.compared[0])
 
 
+SIZES: tuple[Column, ...] = (
+    ("parameters", "parameters", "count", None),
+    ("bytes", "MB on disk", "megabytes", False),
+)
+SECONDS: tuple[Column, ...] = (("train_seconds", "training (core-s)", "seconds", None),)
+COSTS = (
+    *SIZES,
+    ("latency_ms_batch_1", "ms, batch 1", "milliseconds", False),
+    ("latency_ms_batch_32", "ms, batch 32", "milliseconds", False),
+    *SECONDS,
+)
+
 CLASSIFIERS = View(
-    (
+    columns=(
         ("accuracy", "accuracy", "percent", True),
         ("over_labels", "points over labels alone", "points", True),
         ("of_teacher", "of the teacher's", "percent", True),
@@ -39,19 +76,13 @@ CLASSIFIERS = View(
         ("agreement", "agreement", "percent", True),
         ("kl_to_teacher", "KL to teacher (nats)", "plain", False),
         ("ece", "ECE", "plain", False),
-        ("parameters", "parameters", "count", None),
-        ("bytes", "MB on disk", "megabytes", False),
-        ("latency_ms_batch_1", "ms, batch 1", "milliseconds", False),
-        ("latency_ms_batch_32", "ms, batch 32", "milliseconds", False),
-        ("train_seconds", "training (core-s)", "seconds", None),
+        *COSTS,
     ),
-    "accuracy", True, "accuracy", True, "latency_ms_batch_1", "milliseconds a row (batch 1, one thread)",
-    "validation_accuracy", "validation accuracy",
+    metric="accuracy", more=True, axis="accuracy", percent=True, finding="is right on {:.1%} of",
+    score="accuracy", compared=("accuracy", 100.0),
 )  # fmt: skip
-_COSTS = CLASSIFIERS.columns[-5:]
-_SPEED = CLASSIFIERS[5:7]
 LABELS = View(
-    (
+    columns=(
         ("macro_f1", "macro F1", "percent", True),
         ("over_labels", "points over labels alone", "points", True),
         ("micro_f1", "micro F1", "percent", True),
@@ -59,74 +90,73 @@ LABELS = View(
         ("exact_match", "all labels right", "percent", True),
         ("agreement", "agreement", "percent", True),
         ("kl_to_teacher", "KL to teacher (nats)", "plain", False),
-        *_COSTS,
+        *COSTS,
     ),
-    "macro_f1", True, "macro F1", True, *_SPEED, "validation_accuracy", "validation macro F1",
-    "has a macro F1 of {:.1%} on", compared=("macro_f1", 100.0),
+    metric="macro_f1", more=True, axis="macro F1", percent=True, finding="has a macro F1 of {:.1%} on",
+    score="macro F1", compared=("macro_f1", 100.0),
 )  # fmt: skip
 VALUES = View(
-    (
+    columns=(
         ("rmse", "RMSE", "plain", False),
-        ("over_labels", "RMSE below labels alone", "nats", True),
+        ("over_labels", "RMSE below labels alone", "difference", True),
         ("mae", "mean absolute error", "plain", False),
         ("r2", "R²", "plain", True),
         ("pearson", "Pearson", "plain", True),
         ("spearman", "Spearman", "plain", True),
         ("rmse_to_teacher", "RMSE to teacher", "plain", False),
-        *_COSTS,
+        *COSTS,
     ),
-    "rmse", False, "RMSE", False, *_SPEED, "validation_loss", "validation loss",
-    "has an RMSE of {:.3f} on", compared=("rmse", -1.0),
+    metric="rmse", more=False, axis="RMSE", percent=False, finding="has an RMSE of {:.3f} on",
+    score="R²", compared=("rmse", -1.0), by_loss=True,
 )  # fmt: skip
 VECTORS = View(
-    (
+    columns=(
         ("cosine", "cosine to teacher", "plain", True),
         ("nearest", "same nearest row", "percent", True),
         ("nearest_10", "same of the nearest ten", "percent", True),
-        *_COSTS,
+        *COSTS,
     ),
-    "cosine", True, "cosine to teacher", False, *_SPEED, "validation_accuracy", "validation cosine",
-    "has a mean cosine of {:.3f} to its teacher on", compared=("cosine", 1.0),
+    metric="cosine", more=True, axis="cosine to teacher", percent=False,
+    finding="has a mean cosine of {:.3f} to its teacher on", score="cosine", compared=("cosine", 1.0),
 )  # fmt: skip
 LANGUAGE_MODELS = View(
-    (
+    columns=(
         ("perplexity", "perplexity", "perplexity", False),
         ("lm_loss", "loss (nats a token)", "plain", False),
-        ("over_labels", "nats below labels alone", "nats", True),
+        ("over_labels", "nats below labels alone", "difference", True),
         ("kl_to_teacher", "KL to teacher (nats)", "plain", False),
         ("agreement", "agreement", "percent", True),
         ("accuracy", "next token right", "percent", True),
         ("ece", "ECE", "plain", False),
-        ("parameters", "parameters", "count", None),
-        ("bytes", "MB on disk", "megabytes", False),
+        *SIZES,
         ("tokens_per_second", "tokens/s read", "seconds", True),
         ("train_tokens_per_second", "tokens/s trained", "seconds", None),
-        ("train_seconds", "training (core-s)", "seconds", None),
+        *SECONDS,
     ),
-    "perplexity", False, "perplexity", False, "tokens_per_second", "tokens a second (reading, all cores)",
-    "validation_loss", "validation loss",
-    "has a perplexity of {:,.1f} on", documents=True, compared=("lm_loss", -1.0),
+    metric="perplexity", more=False, axis="perplexity", percent=False,
+    finding="has a perplexity of {:,.1f} on", score="accuracy", compared=("lm_loss", -1.0), by_loss=True,
+    documents=True,
 )  # fmt: skip
-# A view fits results that have its metric. Language models have an accuracy too, and classifiers a macro F1.
+# A view fits results that have its metric: language models have an accuracy too, classifiers a macro F1.
 VIEWS = (LANGUAGE_MODELS, VALUES, VECTORS, CLASSIFIERS, LABELS)
 
 
 def view_of(rows: Sequence[Row]) -> View:
-    """The first of `VIEWS` whose metric these rows have; all are of one task."""
+    """The first of `VIEWS` that fits these rows, which are all of one task."""
     return next((view for view in VIEWS if view.metric in rows[0]["metrics"]), CLASSIFIERS)
 
 
 def metric_mean(row: Row, metric: str) -> Any:
-    """The mean over seeds, None where it could not be had."""
+    """The mean over seeds; None where the row lacks the metric, or a seed does."""
     return row["metrics"].get(metric, {}).get("mean")
 
 
 def best_row(rows: Sequence[Row], shown: View) -> Row:
-    """The row that is ranked first."""
+    """The row that ranks first."""
     return (max if shown.more else min)(rows, key=lambda row: metric_mean(row, shown.metric))
 
 
 def teacher_of(run: Row, teachers: Sequence[Row], shown: View = CLASSIFIERS) -> Row | None:
-    """The row of the teacher that made the run's cache, where it was scored."""
+    """The row of the teacher that made the run's cache, where the teacher was scored."""
     metric = shown.compared[0]
     return next((t for t in teachers if t["teacher"] == run["teacher"] and metric_mean(t, metric)), None)

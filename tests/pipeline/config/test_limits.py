@@ -1,4 +1,4 @@
-"""What params.yaml accepts, caches, runs and URLs can hold: limits are shared, and refused with their place."""
+"""Limits of params.yaml are those of caches, runs and URLs, and a value past one is refused with its place."""
 
 from pathlib import Path
 

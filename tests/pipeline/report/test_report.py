@@ -12,7 +12,8 @@ import pytest
 
 from pipeline.report import plots
 from pipeline.report.build import _compared, break_even, build_report
-from pipeline.report.views import CLASSIFIERS
+from pipeline.report.tables import choice_table
+from pipeline.report.views import CLASSIFIERS, LABELS, VIEWS, View, view_of
 from storage.errors import AssetError
 
 ABOUT = {
@@ -232,7 +233,7 @@ def test_break_even_by_hand() -> None:
 def test_break_even_is_told_and_so_is_its_absence(world: World) -> None:
     assert "have not paid for it yet: 1,500 of 2,000 core-seconds" in world.page()
     world.run("small", "kd", [0.76, 0.76, 0.76], taught=2500)
-    assert "has paid for itself after <strong>2</strong> student trainings" in world.page()
+    assert "pays for itself after <strong>2</strong> student trainings" in world.page()
 
 
 def test_a_teacher_that_two_caches_share_was_fine_tuned_once(world: World) -> None:
@@ -241,8 +242,22 @@ def test_a_teacher_that_two_caches_share_was_fine_tuned_once(world: World) -> No
     assert world.page().count("fine-tuning big") == 1
 
 
+@pytest.mark.parametrize("shown", VIEWS, ids=lambda shown: shown.metric)
+def test_results_are_shown_by_the_metrics_that_they_have(shown: View) -> None:
+    found = {name: {"mean": 0.5} for name, *_ in shown.columns}
+    assert view_of([{"metrics": found}]) is shown
+
+
+def test_a_choice_by_the_score_names_what_the_score_of_the_task_is() -> None:
+    candidates = [{"values": {"alpha": 0.0}, "accuracy": [0.6], "loss": [0.5]}]
+    choice = {"folds": 2, "seed": 0, "judged_by": "accuracy", "chosen": {"alpha": 0.0}}
+    table = choice_table("run", {"choice": {**choice, "candidates": candidates}}, LABELS)
+    assert (table["score"], table["judged_by"]) == ("macro F1", "macro F1")
+    assert table["lines"][0]["cells"][0]["text"] == "60.0 %"
+
+
 def test_what_a_number_was_chosen_from_is_shown_with_its_spread(world: World) -> None:
-    assert "How numbers were chosen" not in world.page()
+    assert "Choice of recipes by cross-validation" not in world.page()
     candidates = [
         {"values": {"alpha": 0.0}, "accuracy": [0.6, 0.8], "loss": [0.5, 0.5]},
         {"values": {"alpha": 0.5}, "accuracy": [0.8, 0.9], "loss": [0.4, 0.6]},
