@@ -1,4 +1,4 @@
-"""Limits of params.yaml are those of caches, runs and URLs, and a value past one is refused with its place."""
+"""Limits of params.yaml are those of caches, runs and URLs; a value past one is refused with its place."""
 
 from pathlib import Path
 
