@@ -16,7 +16,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxscript.optimizer import fold_constants
 
 from pipeline.export.predictor import MODEL_FILES, ONNX_NAMES
-from pipeline.streaming.model_inputs import inputs_of
+from pipeline.streaming.model_inputs import call_model, inputs_of
 
 FOLDED_BYTES = 2**31  # constants up to this size are computed at export
 # A batch that a student is traced with, by the names of what it may read.
@@ -36,9 +36,9 @@ def write_onnx(model: torch.nn.Module, out: Path) -> None:
     any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     with _quietly():
         program = torch.onnx.export(
-            model.eval(), tuple(EXAMPLE[name] for name in reads), dynamo=True, verbose=False,
+            _ByPosition(model).eval(), tuple(EXAMPLE[name] for name in reads), dynamo=True, verbose=False,
             input_names=[ONNX_NAMES.get(name, name) for name in reads], output_names=["logits"],
-            dynamic_shapes=(any_size,) * len(reads),
+            dynamic_shapes=((any_size,) * len(reads),),
         )  # fmt: skip
         assert program is not None
         # torch reorders the gates of an LSTM by slicing its weights; only whole weights can be quantised
@@ -48,6 +48,18 @@ def write_onnx(model: torch.nn.Module, out: Path) -> None:
         onnx.save(proto, out / MODEL_FILES["float32"])
         # unsigned: products of signed weights saturate on processors without VNNI, and cost accuracy there
         quantize_dynamic(proto, out / MODEL_FILES["int8"], weight_type=QuantType.QUInt8)
+
+
+class _ByPosition(torch.nn.Module):
+    """A student that takes the inputs that it reads in their order, as the exporter passes them."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """The student's logits [B, C]."""
+        return call_model(self.model, dict(zip(inputs_of(self.model), inputs, strict=True)))
 
 
 def _remove_origin(proto: onnx.ModelProto) -> None:

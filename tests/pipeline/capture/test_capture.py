@@ -1,8 +1,8 @@
 """A capture computes each row once, whatever was interrupted or appended; a replay finds forgeries."""
 
-import importlib
 import json
 import pickle
+import pkgutil
 import random
 import re
 import shutil
@@ -71,8 +71,7 @@ def check_that_a_writers_error_names_its_shard(
 ) -> None:
     """Capture into an empty store; `writer`, which is called once a shard, fails at the second one."""
     cause, kind, expected = fault
-    module, name = writer.rsplit(".", 1)
-    write, calls = getattr(importlib.import_module(module), name), []
+    write, calls = pkgutil.resolve_name(writer), []
 
     def fail_once(*args: object, **named: object) -> Any:
         calls.append(args)
