@@ -27,7 +27,7 @@ from pipeline.config.datasets import Dataset, Pool, Split
 from pipeline.data.chunking import SENTENCE_END, chunk_documents
 from pipeline.data.images import image_names, read_images
 from pipeline.data.labels import RowLabels, join_words, read_labels
-from pipeline.data.rows import NO_LABEL, POOL, SPLITS
+from pipeline.data.rows import NO_LABEL, POOL, SPLITS, TEST
 from pipeline.data.sources import Selection, read_raw
 from pipeline.runtime.files import write_json
 from pipeline.runtime.progress import tracked
@@ -130,7 +130,7 @@ def split_of(text: str, split: Split) -> str:
     at = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
     if at < split.train:
         return "train"
-    return "validation" if at < split.train + split.validation else "test"
+    return "validation" if at < split.train + split.validation else TEST
 
 
 def sentences(text: str) -> Iterator[str]:

@@ -14,7 +14,8 @@ from pipeline.config.tasks import DEFAULT_TASK, TASKS, TaskSpec, inferred_task
 from storage.errors import DataError
 from storage.tasks import Task
 
-SPLITS = ("train", "validation", "test")
+TEST = "test"  # the split that results are measured on
+SPLITS = ("train", "validation", TEST)
 POOL = "pool"
 VIEWS = "views"
 NO_LABEL = -1

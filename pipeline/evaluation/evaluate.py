@@ -10,10 +10,10 @@ from pipeline.config.params import Run, RunInputs
 from pipeline.config.students import Student
 from pipeline.config.tasks import TASKS
 from pipeline.data.inputs import Reader, read_inputs, student_reader
-from pipeline.data.rows import Rows
+from pipeline.data.rows import TEST, Rows
 from pipeline.data.tokenizer import TextReader
 from pipeline.evaluation.latency import latencies
-from pipeline.evaluation.results import SPLIT, Metrics, results_row
+from pipeline.evaluation.results import Metrics, results_row
 from pipeline.evaluation.sampled_lines import Line, sampled_lines
 from pipeline.objectives.language_model import TeacherReference, score_documents
 from pipeline.objectives.registry import objective_of
@@ -38,7 +38,7 @@ def evaluate_run(name: str, run: Run, student: Student, paths: RunInputs) -> dic
     """The run's metrics on the test split, each as {"mean", "std", "values"} over its seeds."""
     seeds = run_record(paths)["seeds"]
     cache, rows = open_inputs(paths)
-    rows, task = rows.only(SPLIT), cache.identity.spec.task
+    rows, task = rows.only(TEST), cache.identity.spec.task
     hardware.pin_threads(hardware.num_cores())
     reader = student_reader(student, rows, paths.out / "tokenizer")
     mixed = isinstance(cache, Mixture)  # no single teacher's row is the one to compare with
@@ -60,8 +60,8 @@ def evaluate_run(name: str, run: Run, student: Student, paths: RunInputs) -> dic
 def _evaluate_rows(cache: Cache, rows: Rows, seeds: Seeds, paths: RunInputs, reader: Reader) -> list[Metrics]:
     """The metrics of each seed's student, which gives one output a row."""
     inputs, objective = read_inputs(reader, rows), objective_of(cache.identity.spec.task)
-    cached = CachedRows(cache, rows, inputs, reader.pad_id, (SPLIT,))
-    chosen, found = rows.select(SPLIT), list[Metrics]()
+    cached = CachedRows(cache, rows, inputs, reader.pad_id, (TEST,))
+    chosen, found = rows.select(TEST), list[Metrics]()
     for seed in seeds:
         model, facts = _load(paths, seed)
         student, teacher, labels = (tensor.numpy() for tensor in predict_all(model, cached))
@@ -75,7 +75,7 @@ def _evaluate_documents(
     cache: Cache, rows: Rows, seeds: Seeds, paths: RunInputs, reader: TextReader
 ) -> tuple[list[Metrics], list[Line]]:
     """(the metrics of each seed's language model, lines that the first one generates)."""
-    cached = CachedDocuments(cache, rows, (SPLIT,), reader.max_length)
+    cached = CachedDocuments(cache, rows, (TEST,), reader.max_length)
     teacher = TeacherReference(cache.identity.spec.sampled, cached.entropy())
     found, lines = list[Metrics](), list[Line]()
     for seed in seeds:

@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.data.rows import TEST
 from pipeline.runtime import hardware
-
-SPLIT = "test"
 
 Metrics = dict[str, float | None]
 
@@ -17,7 +16,7 @@ def results_row(about: dict[str, Any], num_rows: int, seeds: Sequence[Metrics]) 
 
     `about` names what was measured: kind (run or teacher), name, teacher and dataset first.
     """
-    measured = {"split": SPLIT, "rows": num_rows, "machine": hardware.machine(), "threads": 1}
+    measured = {"split": TEST, "rows": num_rows, "machine": hardware.machine(), "threads": 1}
     return {**over_seeds(seeds), "about": about | measured}
 
 

@@ -6,12 +6,12 @@ from typing import Any
 from pipeline.config.tasks import TASKS
 from pipeline.config.teachers import Teacher
 from pipeline.data.inputs import Reader, read_inputs
-from pipeline.data.rows import Rows, load_rows
+from pipeline.data.rows import TEST, Rows, load_rows
 from pipeline.data.tokenizer import TextReader
 from pipeline.engines.language_head import LanguageHead
 from pipeline.engines.loading import load_classifier, load_language_model
 from pipeline.evaluation.latency import latencies
-from pipeline.evaluation.results import SPLIT, Metrics, results_row
+from pipeline.evaluation.results import Metrics, results_row
 from pipeline.evaluation.sampled_lines import Line, sampled_lines
 from pipeline.objectives.language_model import LanguageModelScores
 from pipeline.objectives.registry import objective_of
@@ -23,7 +23,7 @@ from pipeline.teachers.scoring import TeacherRows, labelled_logits
 
 def evaluate_teacher(name: str, entry: Teacher, dataset: Path, teacher: Path) -> dict[str, Any]:
     """The teacher's metrics on the test split, in the form of a run's of one seed."""
-    rows, reader, record = load_rows(dataset).only(SPLIT), teacher_reader(teacher), teacher_record(teacher)
+    rows, reader, record = load_rows(dataset).only(TEST), teacher_reader(teacher), teacher_record(teacher)
     hardware.pin_threads(hardware.num_cores())
     task = record["task"]
     about: dict[str, Any] = {"kind": "teacher", "name": f"teacher-{name}", "teacher": name}
@@ -33,7 +33,7 @@ def evaluate_teacher(name: str, entry: Teacher, dataset: Path, teacher: Path) ->
         if TASKS[task].predicts_next:
             assert isinstance(reader, TextReader)
             about["lines"] = _lines(teacher, record, rows, reader)
-        metrics = dict(LanguageModelScores(**record["reading"][SPLIT]).metrics)
+        metrics = dict(LanguageModelScores(**record["reading"][TEST]).metrics)
     else:
         metrics = _evaluate_rows(teacher, record, rows, reader)
     metrics |= {
@@ -47,7 +47,7 @@ def evaluate_teacher(name: str, entry: Teacher, dataset: Path, teacher: Path) ->
 def _evaluate_rows(teacher: Path, record: dict[str, Any], rows: Rows, reader: Reader) -> Metrics:
     """Quality and latency; the agreement is that of the teacher with itself."""
     inputs, objective = read_inputs(reader, rows, rows.tags is not None), objective_of(record["task"])
-    reading, chosen = reading_spec(teacher), rows.select(SPLIT)
+    reading, chosen = reading_spec(teacher), rows.select(TEST)
     model = load_classifier(teacher, task=record["task"], reading=reading, pad_token_id=reader.pad_id)
     read = TeacherRows(rows, inputs, reader.pad_id)
     logits_NC, labels = labelled_logits(model, read, record["labels"], chosen)

@@ -13,13 +13,12 @@ import numpy as np
 import torch
 
 from pipeline.data.inputs import Inputs
-from pipeline.data.rows import Rows
+from pipeline.data.rows import TEST, Rows
 from pipeline.export.predictor import OnnxModel
 from pipeline.objectives.classification import Logits
 from pipeline.streaming.model_inputs import InputTensors, input_tensors
 from storage.errors import ExportError
 
-SPLIT = "test"
 BATCH_ROWS = 32
 LARGEST_DIFFERENCE = 1e-3  # of a logit between the student and float32 ONNX; rounding is far below
 
@@ -68,7 +67,7 @@ def compare_forms(
     if (lost := found["int8"]["points_lost"]) > int8_max_loss:
         raise ExportError(
             f"runs.{name}: as int8 it is right on {found['int8']['accuracy']:.1%} of "
-            f"{len(read.rows.row_ids):,} {SPLIT} rows, the student on {found['torch']['accuracy']:.1%}: "
+            f"{len(read.rows.row_ids):,} {TEST} rows, the student on {found['torch']['accuracy']:.1%}: "
             f"{lost:.2f} points lost, at most {int8_max_loss:g} allowed.\n"
             "Nothing was exported. Raise export.int8_max_loss in params.yaml if that is acceptable."
         )

@@ -14,9 +14,9 @@ import numpy as np
 from pipeline.config.params import Export, Run, RunInputs
 from pipeline.config.students import Student
 from pipeline.data.inputs import read_inputs, student_reader
-from pipeline.data.rows import Rows, load_rows
+from pipeline.data.rows import TEST, Rows, load_rows
 from pipeline.evaluation.latency import latencies
-from pipeline.export.compare import SPLIT, ComparedRows, ModelCall, compare_forms, onnx_call
+from pipeline.export.compare import ComparedRows, ModelCall, compare_forms, onnx_call
 from pipeline.export.predictor import FACTS, MODEL_FILES, NOT_EXPORTED, OnnxModel
 from pipeline.export.to_onnx import write_onnx
 from pipeline.runtime import hardware
@@ -34,7 +34,7 @@ def export_run(
 
     Raises ExportError as `compare_forms` does. A run that cannot be exported gets a record with the reason.
     """
-    rows = load_rows(paths.dataset).only(SPLIT)
+    rows = load_rows(paths.dataset).only(TEST)
     about: dict[str, Any] = {"name": name, "dataset": run.dataset}
     about |= {"student": run.student, "recipe": run.recipe}
     if not _is_exported(student, rows):
@@ -52,7 +52,7 @@ def export_run(
     facts: dict[str, Any] = {"run": name, "seed": seed, "labels": list(rows.label_names)}
     facts["max_length"] = reader.max_length
     write_json(facts, out / FACTS)
-    about |= {"seed": seed, "split": SPLIT, "rows": len(rows.row_ids)}
+    about |= {"seed": seed, "split": TEST, "rows": len(rows.row_ids)}
     return {**found, "about": {**about, "machine": hardware.machine(), "threads": 1}}
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.teachers import Teacher
 from pipeline.data.inputs import PixelReader, Reader, read_inputs
-from pipeline.data.rows import Rows
+from pipeline.data.rows import TEST, Rows
 from pipeline.data.tokenizer import TextReader
 from pipeline.engines.loading import ReadingSpec, load_classifier
 from pipeline.engines.sentence_encoder import embedding_spec
@@ -17,7 +17,7 @@ from pipeline.teachers.extremes import try_extremes
 from pipeline.teachers.files import empty_directory, link_model, save_tokenizer
 from pipeline.teachers.finetune import fine_tune
 from pipeline.teachers.record import teacher_labels
-from pipeline.teachers.scoring import SPLIT, TeacherRows, score_quality
+from pipeline.teachers.scoring import TeacherRows, score_quality
 from storage.errors import AssetError, TeacherError
 from storage.spec import ImageSpec
 
@@ -54,9 +54,9 @@ def prepare_classifier(name: str, entry: Teacher, rows: Rows, out: Path) -> dict
     if reading is not None:
         record["image" if isinstance(reading, ImageSpec) else "embedding"] = reading.model_dump(mode="json")
     if "accuracy" in record:
-        log(f"{name}: {record['accuracy'][SPLIT]:.1%} of the {SPLIT} {_unit(rows)}s right")
+        log(f"{name}: {record['accuracy'][TEST]:.1%} of the {TEST} {_unit(rows)}s right")
     else:
-        log(f"{name}: {record['quality'][SPLIT] or 'taken as it is'}")
+        log(f"{name}: {record['quality'][TEST] or 'taken as it is'}")
     return record
 
 

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.config.caches import mask_spec
 from pipeline.config.teachers import Teacher
-from pipeline.data.rows import Rows
+from pipeline.data.rows import TEST, Rows
 from pipeline.data.tokenizer import TextReader, Tokens
 from pipeline.engines.inference import InferenceRequest
 from pipeline.engines.language_head import LanguageHead, position_states
@@ -24,8 +24,6 @@ from pipeline.runtime.progress import log
 from pipeline.teachers.extremes import extreme_rows
 from pipeline.teachers.files import empty_directory, keep_model_files, link_model, save_tokenizer
 from storage.errors import AssetError, TeacherError
-
-SPLIT = "test"
 
 
 def prepare_language_model(name: str, entry: Teacher, rows: Rows, out: Path) -> dict[str, Any]:
@@ -49,18 +47,18 @@ def prepare_language_model(name: str, entry: Teacher, rows: Rows, out: Path) -> 
     truth = tokens.ids if mask else np.roll(tokens.ids, -1)
     model = load_language_model(out, hardware.precision("auto"), rows.task_spec.auto_class)
     head = LanguageHead(model, min(reader.num_ids, model.config.get_text_config().vocab_size))
-    request = InferenceRequest(read.tokens, rows.select(SPLIT), reader.pad_id)
+    request = InferenceRequest(read.tokens, rows.select(TEST), reader.pad_id)
     probability_mass(head, request._replace(rows=extreme_rows(tokens)), read.has_target)
     scores = score_language_model(head, request, read.has_target, truth)
-    log(f"{name}: perplexity {np.exp(scores.loss):.1f} on the {SPLIT} rows")
+    log(f"{name}: perplexity {np.exp(scores.loss):.1f} on the {TEST} rows")
     return {
         "task": rows.task,
         "labels": [],
         "vocab_size": head.vocab_size,
         "max_length": entry.max_length,
         "too_long": entry.too_long,
-        "accuracy": {SPLIT: scores.accuracy},
-        "reading": {SPLIT: scores._asdict()},
+        "accuracy": {TEST: scores.accuracy},
+        "reading": {TEST: scores._asdict()},
         "parameters": model.num_parameters(),
         "training": None,
     }

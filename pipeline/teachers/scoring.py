@@ -11,14 +11,12 @@ import numpy.typing as npt
 import torch
 
 from pipeline.data.inputs import Inputs
-from pipeline.data.rows import NO_LABEL, Rows
+from pipeline.data.rows import NO_LABEL, TEST, Rows
 from pipeline.data.tokenizer import NO_WORD, Tokens
 from pipeline.engines.inference import Indices, InferenceRequest, infer_rows, infer_tokens
 from pipeline.objectives.classification import CLASSIFICATION
 from pipeline.objectives.registry import objective_of
 from storage.entries import ends, ranges
-
-SPLIT = "test"
 
 
 class TeacherRows(NamedTuple):
@@ -78,8 +76,8 @@ def score_quality(model: torch.nn.Module, read: TeacherRows, labels: Sequence[st
     """
     objective = objective_of(read.rows.task)
     if objective is not CLASSIFICATION and not labels:
-        return {"quality": {SPLIT: {}}}
-    logits_NC, truth = labelled_logits(model, read, labels, read.rows.select(SPLIT))
+        return {"quality": {TEST: {}}}
+    logits_NC, truth = labelled_logits(model, read, labels, read.rows.select(TEST))
     if objective is CLASSIFICATION:
-        return {"accuracy": {SPLIT: float((logits_NC.argmax(1) == truth).mean())}}
-    return {"quality": {SPLIT: objective.quality(logits_NC, truth)}}
+        return {"accuracy": {TEST: float((logits_NC.argmax(1) == truth).mean())}}
+    return {"quality": {TEST: objective.quality(logits_NC, truth)}}
