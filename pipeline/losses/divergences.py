@@ -24,7 +24,7 @@ Temperature = float | torch.Tensor
 
 
 class MixedTargets(NamedTuple):
-    """What M teachers say of P positions: their logits at temperature 1, and how much each counts."""
+    """Targets of M teachers for P positions: their logits at temperature 1, and their weights."""
 
     logits: torch.Tensor  # M x P x V
     weights: torch.Tensor  # M, their sum is 1
@@ -63,14 +63,14 @@ def confidence_temperature(teacher_PC: torch.Tensor, low: float, high: float) ->
 
         T = low + (high - low) (c - 1/C) / (1 - 1/C),    c = the teacher's largest probability, C classes
 
-    So `low` where all classes are equally likely and `high` where one is certain: what a sure teacher says of
-    the other classes is softened most. After dynamic temperature distillation (Wen, Lai and Qian 2019,
-    arXiv:1911.07471; TextBrewer's flsw and cwsm), which looks at the student and at the rest of the batch
-    too; here a row has its temperature from the teacher alone, the same at every step.
+    So `low` where all classes are equally likely and `high` where one is certain: confident targets are
+    softened most. After dynamic temperature distillation (Wen, Lai and Qian 2019,
+    arXiv:1911.07471; TextBrewer's flsw and cwsm), which uses the student and the rest of the batch too;
+    here the temperature of a row depends on the teacher alone, and is the same at every step.
     """
     even = 1 / teacher_PC.shape[-1]
-    sure = (teacher_PC.softmax(-1).amax(-1, keepdim=True) - even) / (1 - even)
-    return low + (high - low) * sure
+    confidence = (teacher_PC.softmax(-1).amax(-1, keepdim=True) - even) / (1 - even)
+    return low + (high - low) * confidence
 
 
 def forward_kl(

@@ -112,7 +112,7 @@ class _HeadLoss(torch.autograd.Function):
             grad = logits.to(states.dtype)
             grad_states[start:stop] = grad @ head_VD
             if grad.dtype == wide:
-                grad_head.addmm_(grad.T, states)  # no [V, D] beside it
+                grad_head.addmm_(grad.T, states)  # in place: no second [V, D]
             else:
                 grad_head += grad.T @ states
         ctx.save_for_backward(grad_states, grad_head, *([] if grad_bias is None else [grad_bias]))

@@ -57,10 +57,10 @@ def bucket_kl(student_PV: torch.Tensor, targets: SparseTargets, temperature: flo
     the full KL whose gradient on S is p - t exactly. For top-k targets.
     """
     num, wide = len(student_PV), torch.promote_types(student_PV.dtype, torch.float32)
-    said = log_softmax(student_PV.to(wide), dim=-1)
-    log_t, log_p = targets.weights.to(wide).log(), said[targets.positions, targets.ids]
+    log_student = log_softmax(student_PV.to(wide), dim=-1)
+    log_t, log_p = targets.weights.to(wide).log(), log_student[targets.positions, targets.ids]
     log_a, log_b = log_sums(log_t, targets.positions, num), log_sums(log_p, targets.positions, num)
-    others = said.index_put((targets.positions, targets.ids), log_p.new_tensor(-torch.inf))
+    others = log_student.index_put((targets.positions, targets.ids), log_p.new_tensor(-torch.inf))
     log_not_b = others.logsumexp(-1)  # summed, not subtracted: the tail can be the smallest part by far
     log_not_a = targets.log_tail.to(wide)
     bernoulli = weighted(log_a, log_a - log_b) + weighted(log_not_a, log_not_a - log_not_b)
@@ -71,7 +71,7 @@ def bucket_kl(student_PV: torch.Tensor, targets: SparseTargets, temperature: flo
     within = student_PV.new_zeros(num, dtype=wide).index_add(
         0, targets.positions, weighted(inside[0], inside[0] - inside[1])
     )
-    kept = torch.zeros(num, dtype=torch.bool, device=said.device)
+    kept = torch.zeros(num, dtype=torch.bool, device=log_student.device)
     kept[targets.positions] = True
     loss: torch.Tensor = bernoulli + log_a.exp() * temperature**2 * within
     return torch.where(kept, loss, 0).sum() / num
@@ -84,10 +84,10 @@ def sampled_kl(student_PV: torch.Tensor, targets: SparseTargets) -> torch.Tensor
     value is larger by a constant that no student changes. Random sampling: Anshumann et al., ACL 2025.
     """
     wide = torch.promote_types(student_PV.dtype, torch.float32)
-    said = log_softmax(student_PV.to(wide), dim=-1)[targets.positions, targets.ids]
+    log_student = log_softmax(student_PV.to(wide), dim=-1)[targets.positions, targets.ids]
     weights = targets.weights.to(wide)
-    loss: torch.Tensor = (torch.special.xlogy(weights, weights) - weights * said).sum() / len(student_PV)
-    return loss
+    loss: torch.Tensor = (torch.special.xlogy(weights, weights) - weights * log_student).sum()
+    return loss / len(student_PV)
 
 
 def log_sums(logs_E: torch.Tensor, positions_E: torch.Tensor, num: int) -> torch.Tensor:

@@ -139,6 +139,8 @@ def test_every_task_goes_from_rows_to_results(worlds: dict[str, World], name: st
         ("vectors", {"temperature": 2.0}, "recipe.temperature"),
         ("numbers", {"temperature": 2.0}, "recipe.temperature"),
         ("numbers", {"divergence": "forward"}, "recipe.divergence"),
+        ("numbers", {"temperature": [1.0, 2.0]}, "recipe.temperature"),  # every candidate is checked
+        ("vectors", {"alpha": [0.0, 0.5]}, "recipe.alpha"),
         ("several", {"divergence": "jsd"}, "recipe.divergence"),
         ("images", {"divergence": "cosine"}, "recipe.divergence"),
         ("numbers", {"temperature": {"schedule": "linear", "from": 1.0, "to": 2.0}}, "recipe.temperature"),
