@@ -1,6 +1,6 @@
-"""Seconds of `dvc repro` and `dvc status` with nothing to do, of `stillroom run`, and of stages that start.
+"""Seconds of `dvc repro`, `dvc status` and `stillroom run` with nothing to do, and of the start of stages.
 
-The project is a toy with six runs, made first, or `--project DIRECTORY`, one that `dvc repro` has finished.
+The project is a toy with six runs, which is made first, or a finished one: `--project DIRECTORY`.
 Start-up is `python -c "import stages.NAME"` for stages without torch, and `stillroom --help`.
 """
 
@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import close, medians
+import common
 
 from tests import toy
 
@@ -44,11 +44,11 @@ def make_project(root: Path) -> Path:
 
 def main() -> None:
     """Measure, and print a line for each way."""
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--project", type=Path)
-    given = arguments.parse_args().project
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--project", type=Path)
+    finished = parser.parse_args().project
     with tempfile.TemporaryDirectory() as temporary:
-        root = given or make_project(Path(temporary) / "project")
+        root = finished or make_project(Path(temporary) / "project")
         python = (sys.executable, "-c")
         ways = {
             "dvc status": ("dvc", "status"),
@@ -57,10 +57,10 @@ def main() -> None:
             "stillroom --help": ("stillroom", "--help"),
             **{f"import stages.{name}": (*python, f"import stages.{name}") for name in WITHOUT_TORCH},
         }
-        found = medians({name: lambda way=way: run(root, *way) for name, way in ways.items()}, ROUNDS)
+        found = common.medians({name: lambda way=way: run(root, *way) for name, way in ways.items()}, ROUNDS)
     for name, seconds in found.items():
         print(f"{name:22} {seconds:6.2f} s")
-    close({name: round(seconds, 2) for name, seconds in found.items()})
+    common.print_result({name: round(seconds, 2) for name, seconds in found.items()})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The dense oracle: SmolLM2-135M over film reviews, every logit in float32, computed once and kept.
 
-16,384 positions (64 reviews of 256 tokens) times 49,152 ids: 3.2 GB in .stillroom/oracle. Assets are fetched
-as params.yaml names them.
+16,384 positions (64 reviews of 256 tokens) times 49,152 ids: 3.2 GB in .stillroom/oracle. Assets are those
+of examples/prose, fetched into assets/.
 """
 
 import json
@@ -19,6 +19,7 @@ from pipeline.data.assets import fetch_asset
 from pipeline.runtime import hardware
 
 WHERE = Path(".stillroom/oracle")
+PARAMS = Path("examples/prose/params.yaml")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DOCUMENTS, LENGTH = 64, 256
 HIDDEN = 64  # width of the projected final states, the input of the benchmark's students
@@ -117,5 +118,5 @@ def _make() -> None:
 def asset(name: str) -> Path:
     path = Path("assets") / name
     if not path.is_dir():
-        fetch_asset(name, load_params().assets[name], path)
+        fetch_asset(name, load_params(PARAMS).assets[name], path)
     return path
