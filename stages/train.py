@@ -16,10 +16,7 @@ def main(name: str) -> None:
     run = pick_entry(params.every_run, "runs", name)
     student, recipe = params.students[run.student], params.recipes[run.recipe]
     workers = params.workers
-    record = train_run(
-        name, run, student, recipe, workers.seeds_at_once, paths.of_run(name, run, workers), workers.readers,
-        workers.checkpoint_minutes,
-    )  # fmt: skip
+    record = train_run(name, run, student, recipe, paths.of_run(name, run, workers), workers)
     if hardware.ranks()[0] == 0:
         write_curve(record, paths.CURVES / f"{name}.csv")
 

@@ -25,7 +25,7 @@ from pipeline.streaming.verified import open_inputs
 from pipeline.students.base import LanguageModelStudent
 from pipeline.students.registry import load_student
 from pipeline.training.job import run_record
-from pipeline.training.workload import predict_all
+from pipeline.training.rows_workload import predict_all
 from storage import Cache
 from storage.mixture import Mixture
 

@@ -18,7 +18,7 @@ from pipeline.teachers.adapters import merge_adapters, with_adapters
 from pipeline.teachers.extremes import try_extremes
 from pipeline.teachers.scoring import TeacherRows
 from pipeline.training.job import Fit
-from pipeline.training.loop import TrainingSettings, fit
+from pipeline.training.loop import TrainingFunctions, TrainingSettings, fit
 from storage import order
 from storage.errors import TeacherError
 
@@ -57,11 +57,12 @@ def fine_tune(
         by_loss=objective.by_loss,
     )
     with bar(f"fine-tuning {name}", train.epochs * len(chosen), "rows") as advance:
-        done = fit(
-            _Classifier(learner), batches,
+        functions = TrainingFunctions(
+            batches,
             lambda net, batch, _: objective.label_loss(net(**batch.inputs), batch.labels_T),
-            lambda _: _validate(model, read), settings, advance,
-        )  # fmt: skip
+            lambda _: _validate(model, read),
+        )
+        done = fit(_Classifier(learner), functions, settings, advance)
     return (merge_adapters(learner) if train.lora else model), done
 
 

@@ -1,9 +1,9 @@
-"""Where a training stands, on disk, so that a killed one goes on to the same bits.
+"""Checkpoints: the state of a training on disk, from which a killed one continues to the same bits.
 
-A checkpoint is one safetensors file: weights, the best ones so far, what the optimizer keeps of each
-parameter and the states of random numbers; a few numbers are JSON in its header. It is written aside, flushed
-and renamed, so it is there whole or not at all. Nothing is ever unpickled. Training goes on from it only
-where everything that decides the training is what it was: resuming.py names that.
+A checkpoint is one safetensors file: weights, the best weights so far, the optimizer's state of each
+parameter and the states of random numbers; a few numbers are JSON in its header. It is written under another
+name, flushed and renamed, so it is complete or absent. Nothing is unpickled. Training continues from it only
+where everything that decides the training is unchanged: resume.py lists that.
 """
 
 import contextlib
@@ -35,22 +35,22 @@ class Checkpoint(NamedTuple):
 class Checkpointer:
     """The checkpoint of one training, at `path`.
 
-    `kept` is what an earlier process left there; None where there is nothing, or nothing that can be used: a
-    damaged file, or one that another training (other `facts`) wrote, which a line on stderr says of `label`.
+    `kept` is the checkpoint of an earlier process; None where there is no file, or one that cannot be used,
+    because it is damaged or of another training (other `facts`): a line on stderr about `label` says so.
     """
 
     def __init__(self, path: Path, label: str, facts: dict[str, str], every_seconds: float) -> None:
         self.path, self._label, self._facts, self._every = path, label, facts, every_seconds
-        self.notes: dict[str, Any] = {}  # JSON that is kept with every checkpoint from now on
+        self.notes: dict[str, Any] = {}  # JSON that is saved with every checkpoint from now on
         self.kept = self._load()
         self._saved = time.monotonic()
 
     def due(self) -> bool:
-        """Whether it is time for the next checkpoint."""
+        """Whether the next checkpoint is due."""
         return time.monotonic() - self._saved >= self._every
 
     def save(self, tensors: Tensors, numbers: dict[str, Any]) -> None:
-        """Replace the checkpoint by this one; a line on stderr where it cannot be written."""
+        """Replace the checkpoint; a line on stderr where it cannot be written."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         header = {"facts": json.dumps(self._facts), "numbers": json.dumps(numbers | {"notes": self.notes})}
         aside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
@@ -60,13 +60,10 @@ class Checkpointer:
             fsync(aside)
             os.replace(aside, self.path)
             fsync(self.path.parent)
-        except (
-            OSError,
-            SafetensorError,
-        ) as error:  # the disk is full, perhaps: no reason to lose the training
+        except (OSError, SafetensorError) as error:  # a full disk does not end the training
             with contextlib.suppress(OSError):
                 aside.unlink()
-            self._say(f"could not be written ({error}); training goes on")
+            self._log(f"could not be written ({error}); training continues")
         self._saved = time.monotonic()
 
     def _load(self) -> Checkpoint | None:
@@ -77,35 +74,35 @@ class Checkpointer:
                 header = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
             if header.pop("digest", None) != _digest(tensors, header):
-                raise ValueError("its bytes are not those that were written")
+                raise ValueError("its digest is another one")
             facts, numbers = json.loads(header["facts"]), json.loads(header["numbers"])
         except (SafetensorError, OSError, ValueError, KeyError) as error:
-            self._say(f"is damaged ({error}); training starts anew")
+            self._log(f"is damaged ({error}); training starts again")
             return None
         names = {**facts, **self._facts}
         if other := [name for name in names if facts.get(name) != self._facts.get(name)]:
-            self._say(f"is of another {', '.join(other)}; training starts anew")
+            self._log(f"is of another {', '.join(other)}; training starts again")
             return None
         self.notes = numbers.pop("notes")
         return Checkpoint(tensors, numbers)
 
-    def _say(self, what: str) -> None:
+    def _log(self, what: str) -> None:
         log(f"{self._label}: the checkpoint {self.path} {what}")
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
-    """What an optimizer keeps, as `optimizer.<parameter>.<what>`."""
+    """The state of an optimizer, as `optimizer.<parameter>.<name>`."""
     return {
-        f"optimizer.{name}.{what}": value
-        for name, parameter in _trained(model)
-        for what, value in optimizer.state[parameter].items()
+        f"optimizer.{name}.{key}": value
+        for name, parameter in _trainable(model)
+        for key, value in optimizer.state[parameter].items()
     }
 
 
 def restore_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
     """The inverse of `optimizer_tensors`."""
     state: dict[int, dict[str, torch.Tensor]] = {}
-    for place, (name, _) in enumerate(_trained(model)):
+    for place, (name, _) in enumerate(_trainable(model)):
         prefix = f"optimizer.{name}."
         state[place] = {key.removeprefix(prefix): value for key, value in tensors.items()
                         if key.startswith(prefix) and "." not in key.removeprefix(prefix)}  # fmt: skip
@@ -113,12 +110,12 @@ def restore_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, 
 
 
 def without_prefix(prefix: str, tensors: Tensors) -> Tensors:
-    """The tensors whose names begin so, without that beginning."""
+    """The tensors whose names have this prefix, without it."""
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def random_state() -> torch.Tensor:
-    """The state of this process's random numbers, bytes: dropout draws from them."""
+    """The state of this process's random numbers, as bytes: dropout draws from them."""
     state = torch.get_rng_state()
     return torch.cat([state, torch.cuda.get_rng_state()]) if torch.cuda.is_available() else state
 
@@ -126,13 +123,13 @@ def random_state() -> torch.Tensor:
 def restore_random_state(state: torch.Tensor) -> None:
     """The inverse of `random_state`."""
     size = len(torch.get_rng_state())
-    torch.set_rng_state(state[:size].clone())  # of a part of a larger tensor torch 2.13 crashes
+    torch.set_rng_state(state[:size].clone())  # torch 2.13 crashes on a part of a larger tensor
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(state[size:].clone())
 
 
-def _trained(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Parameters in the order in which the optimizer has them."""
+def _trainable(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Trainable parameters, in the order of the optimizer."""
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 

@@ -46,7 +46,7 @@ def check_task(what: str, task: Task, kind: str) -> None:
 
 
 def check_recipe(what: str, task: Task, recipe: "Recipe") -> None:
-    """Raise SpecMismatch where a recipe names a loss that this task has not, or labels where it has none."""
+    """Raise SpecMismatch where a recipe names a loss that this task does not have, or labels without any."""
     row, faults = TASKS[task], []
     soft = min(bounds(recipe.alpha)) < 1
     if soft and recipe.divergence not in row.divergences:
@@ -71,19 +71,19 @@ def check_truncated(
     divergence: str,
     temperature: float | Schedule | ByConfidence,
 ) -> None:
-    """Raise SpecMismatch where a soft loss cannot be had from targets of this codec, with the reason."""
+    """Raise SpecMismatch where targets of this codec do not allow a soft loss, with the reason."""
     if codec is None:
         return
     faults, reasons = [], []
     if divergence != "forward":
         faults.append(Mismatch("recipe.divergence", codec.name, f"dense (for {divergence})"))
         reasons.append(
-            f"{divergence} weighs ids by the student's own probability; on truncated targets it is ruled by "
-            "ids that the cache does not hold."
+            f"{divergence} weighs ids by the student's own probability; on truncated targets it depends on "
+            "ids that the cache does not have."
         )
     if isinstance(temperature, ByConfidence):
         faults.append(Mismatch("recipe.temperature", codec.name, f"dense (for {temperature})"))
-        reasons.append("How sure the teacher is of a row is known where all its classes are kept.")
+        reasons.append("The teacher's confidence in a row is known where all its classes are kept.")
     elif not codec.tempered and any(end != 1 for end in bounds(temperature)):
         faults.append(Mismatch("recipe.temperature", f"{codec.name} (temperature 1)", temperature))
         reasons.append(
@@ -97,46 +97,65 @@ def check_truncated(
 
 def check_run(name: str, cache: Cache, rows: Rows, student: Student, recipe: Recipe, verified: Path) -> None:
     """Raise ConfigError, DataError or SpecMismatch where this cache cannot teach the student so."""
+    run = f"runs.{name}"
     check_verified(cache, verified)
-    check_task(f"runs.{name}", cache.identity.spec.task, student.kind)
+    check_task(run, cache.identity.spec.task, student.kind)
+    _check_losses(run, cache, student, recipe)
+    _check_labels(run, cache, student, recipe)
+    _check_rows(run, cache, rows, recipe)
+
+
+def _check_losses(run: str, cache: Cache, student: Student, recipe: Recipe) -> None:
+    """Raise SpecMismatch where the cache does not have what a loss of the recipe needs."""
+    spec = cache.identity.spec
     candidates = [recipe.chosen(values) for values in recipe.grid] or [recipe]
     for one in candidates:
-        check_recipe(f"runs.{name}", cache.identity.spec.task, one)
+        check_recipe(run, spec.task, one)
+    if recipe.match:
+        resolve_layers(run, recipe.match, student, spec.hidden)
+    for one in candidates:
+        if one.predicts and min(bounds(one.alpha)) < 1:
+            check_truncated(run, spec.sparse, one.divergence, one.temperature)
+
+
+def _check_labels(run: str, cache: Cache, student: Student, recipe: Recipe) -> None:
+    """Raise ConfigError where the labels of a language model's positions cannot be learned so."""
     next_token = TASKS[cache.identity.spec.task].predicts_next
     if next_token and student.text is not None and student.text.tokenizer != "teacher":
         raise ConfigError(
-            f"the student of runs.{name} has a tokenizer of its own ({student.text.tokenizer} entries), but "
+            f"the student of {run} has a tokenizer of its own ({student.text.tokenizer} entries), but "
             "learns to predict the teacher's tokens.\nWrite tokenizer: teacher."
         )
     if recipe.pseudo_labels and cache.identity.spec.per_position:
         raise ConfigError(
-            f"runs.{name}: its recipe gives the pool pseudo-labels, and text that is to be continued has "
-            "labels of its own, the next tokens.\nWrite pseudo_labels: false."
+            f"{run}: its recipe gives the pool pseudo-labels, and text that is to be continued has labels of "
+            "its own, the next tokens.\nWrite pseudo_labels: false."
         )
+
+
+def _check_rows(run: str, cache: Cache, rows: Rows, recipe: Recipe) -> None:
+    """Raise DataError where the dataset lacks rows that the recipe trains on, SpecMismatch where the cache
+    does.
+    """
     if recipe.pool and not len(rows.select(POOL)):
         raise DataError(
-            f"runs.{name}: its recipe trains on the pool, and the dataset has none.\n"
+            f"{run}: its recipe trains on the pool, and the dataset has none.\n"
             "Add a pool under datasets, or choose a recipe with pool: false."
         )
-    if recipe.match:
-        resolve_layers(f"runs.{name}", recipe.match, student, cache.identity.spec.hidden)
-    for one in candidates:
-        if one.predicts and min(bounds(one.alpha)) < 1:
-            check_truncated(f"runs.{name}", cache.identity.spec.sparse, one.divergence, one.temperature)
     if not len(rows.select("train")):
         raise DataError(
-            f"runs.{name}: no row to train on is in all caches of {cache.path.parent}.\n"
+            f"{run}: no row to train on is in all caches of {cache.path.parent}.\n"
             "Mix caches of the same dataset: row ids are made of a dataset's name and its texts."
         )
-    there = 0 if rows.views is None else int(rows.views.max())
-    if recipe.views > there:
+    num_views = 0 if rows.views is None else int(rows.views.max())
+    if recipe.views > num_views:
         raise DataError(
-            f"runs.{name}: its recipe trains on {recipe.views} views of each training row, and the dataset "
-            f"has {there}.\nMake more of them (augmented.NAME.views), or lower the recipe's views."
+            f"{run}: its recipe trains on {recipe.views} views of each training row, and the dataset has "
+            f"{num_views}.\nMake more of them (augmented.NAME.views), or lower the recipe's views."
         )
     rows = rows.with_views(recipe.views, recipe.view_labels)
-    wanted = rows.row_ids.take(rows.select(*SPLITS, VIEWS, *((POOL,) if recipe.pool else ())))
-    cache.check(f"runs.{name}", labels=rows.label_names, row_ids=wanted)
+    needed = rows.row_ids.take(rows.select(*SPLITS, VIEWS, *((POOL,) if recipe.pool else ())))
+    cache.check(run, labels=rows.label_names, row_ids=needed)
 
 
 def check_start(name: str, cache: Cache, student: Student, init: Path | None) -> None:
@@ -155,7 +174,7 @@ def _check_previous_run(name: str, cache: Cache, student: Student, init: Path) -
     first = training_record(init)["seeds"][0]["seed"]
     facts = json.loads((init / f"seed-{first}" / "student.json").read_text())
     sizes = {"student": student.model_dump(mode="json"), "num_labels": cache.identity.spec.num_outputs}
-    wrong = [Mismatch(key, facts[key], wanted) for key, wanted in sizes.items() if facts[key] != wanted]
+    wrong = [Mismatch(key, facts[key], size) for key, size in sizes.items() if facts[key] != size]
     known, text = cache.identity.tokenizer, student.text
     if known is not None and text is not None and text.tokenizer == "teacher":
         found = TextReader(init / "tokenizer", text.max_length, "truncate").identity().content
@@ -163,22 +182,22 @@ def _check_previous_run(name: str, cache: Cache, student: Student, init: Path) -
             wrong.append(Mismatch("tokenizer.content", found, known.content))
     if wrong:
         raise SpecMismatch(
-            f"the students of {init} are no start for chained.{name}", wrong,
+            f"the students of {init} are not a start for chained.{name}", wrong,
             "Chain runs of one student, over caches of one tokenizer and as many classes.",
         )  # fmt: skip
 
 
 def check_ranks(name: str, recipe: Recipe, num_ranks: int) -> None:
-    """Raise ConfigError where a recipe's loss is no sum over rows, so that parts of a batch have none."""
+    """Raise ConfigError where a recipe's loss is not a sum over rows, so that ranks cannot share a batch."""
     if recipe.match:
         raise ConfigError(
-            f"runs.{name}: its recipe matches inner states, found {num_ranks} processes, expected one.\n"
+            f"runs.{name}: its recipe matches hidden states, found {num_ranks} processes, expected one.\n"
             f"Train it in one: python -m stages.train {name}"
         )
 
 
 def check_same_tokenizer(name: str, caches: Mapping[str, Cache], student: Student) -> None:
-    """Raise SpecMismatch where the student reads with the teachers' tokenizer, and they have several."""
+    """Raise SpecMismatch where the student has the teachers' tokenizer, and they have several."""
     known = {task: cache.identity.tokenizer for task, cache in caches.items()}
     contents = {task: tokenizer.content for task, tokenizer in known.items() if tokenizer is not None}
     first = next(iter(contents.values()))

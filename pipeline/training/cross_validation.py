@@ -1,9 +1,9 @@
-"""Choosing a recipe's numbers by cross-validation, from one cache: folds, candidates, and which one is best.
+"""Cross-validation of a recipe's numbers on one cache: folds, candidates, and the best one.
 
 The training rows are cut into folds by a hash of their row_id. Each candidate is trained once a fold on all
-the others, with the run's first seed, and judged on the fold that it has not seen; pool rows are learned from
-every time and judged on never, the validation and test splits stay untouched. It is the training of a run in
-every other respect: early stopping looks at the fold where it would look at validation.
+other folds, with the run's first seed, and judged on the fold that it has not seen. Pool rows are trained on
+every time and judged on never; the validation and test splits are not used. In every other respect it is the
+training of a run: the fold takes the place of validation.
 """
 
 import hashlib
@@ -18,11 +18,11 @@ from pipeline.data.rows import POOL, Rows
 from pipeline.training.selection import rank
 from storage.errors import DataError
 
-CandidateValues = dict[str, Any]  # of the recipe's fields that were given as lists
+CandidateValues = dict[str, Any]  # of the fields of a recipe that are lists
 
 
 class FoldScores(NamedTuple):
-    """What a candidate reached on each fold, in their order."""
+    """The scores of a candidate on each fold, in their order."""
 
     score: list[float]  # Validation.score
     loss: list[float]
@@ -36,24 +36,24 @@ class Trial(NamedTuple):
     folds: int
 
     def __str__(self) -> str:
-        """As a person would say it."""
+        """Its name in messages."""
         return f"{describe_values(self.values)}, fold {self.fold + 1} of {self.folds}"
 
 
 def describe_values(values: CandidateValues) -> str:
-    """The numbers of a candidate as a person would say them."""
+    """The numbers of a candidate, as text."""
     return ", ".join(f"{field} {value}" for field, value in values.items())
 
 
 def fold_of(row_id: str, folds: int) -> int:
-    """The fold of a training row: a function of its id alone, so that new rows move none."""
+    """The fold of a training row: a function of its id alone, so that new rows move no other."""
     return int.from_bytes(hashlib.sha256(f"fold/{row_id}".encode()).digest()[:8], "little") % folds
 
 
 def hold_out_fold(rows: Rows, fold: int, folds: int) -> Rows:
     """The training and pool rows, those of this fold as the validation split.
 
-    Raises DataError where a side of the cut would be empty.
+    Raises DataError where the fold or the rest would be empty.
     """
     rows = rows.only("train", POOL)
     training = rows.splits == "train"
@@ -68,7 +68,7 @@ def hold_out_fold(rows: Rows, fold: int, folds: int) -> Rows:
 
 
 def all_trials(recipe: Recipe) -> list[Trial]:
-    """All trainings of a choice: the folds of the first candidate, then those of the next."""
+    """All trainings: the folds of the first candidate, then those of the next."""
     return [Trial(values, fold, recipe.folds) for values in recipe.grid for fold in range(recipe.folds)]
 
 

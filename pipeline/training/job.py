@@ -13,7 +13,7 @@ from storage.errors import AssetError
 
 
 class Fit(NamedTuple):
-    """What training did. The model holds its best state afterwards."""
+    """The result of a training. The model has its best state afterwards."""
 
     seconds: float  # of training and validation: core-seconds on a CPU, seconds on a GPU
     steps: int
@@ -22,7 +22,7 @@ class Fit(NamedTuple):
     best_accuracy: float  # on validation, of the state that is kept
     best_loss: float  # likewise
     stopped: str  # "patience" or "epochs"
-    targets_per_second: float  # of training, validation apart, by the clock on the wall
+    targets_per_second: float  # of training without validation, by wall clock
     waiting: float  # share of that time in which a step waited for its batch
     curve: list[dict[str, float]]  # one entry an evaluation
 
@@ -31,12 +31,12 @@ RECORD = "training.json"
 
 
 def training_record(directory: Path) -> dict[str, Any]:
-    """What training wrote of the run in `directory`. Raises AssetError where it has not ended."""
+    """The content of training.json of the run in `directory`. Raises AssetError where it has not ended."""
     path = directory / RECORD
     if not path.is_file():
         raise AssetError(
             f"{directory} has no {RECORD}: the run is not trained, or not to its end.\n"
-            f"`dvc repro train@{directory.name}` goes on with it (train-after@ where it stands in chained, "
+            f"`dvc repro train@{directory.name}` continues it (train-after@ for a run in chained, "
             "train-tasks@ in multitask)."
         )
     record: dict[str, Any] = json.loads(path.read_text())
@@ -61,18 +61,18 @@ class Job(NamedTuple):
     """One training of a run. Of several tasks, `recipe` and `paths` are those of the first."""
 
     seed: int
-    threads: int  # at most so many
+    threads: int  # at most
     student: Student
     recipe: Recipe
     paths: RunInputs
-    trial: Trial | None = None  # what it judges; None: a student that is kept
-    readers: int = 1  # threads that read the cache for it
-    checkpoint_minutes: float | None = None  # how often it writes down where it stands; None: never
+    trial: Trial | None = None  # the candidate and fold that it judges; None: a student that is saved
+    readers: int = 1  # threads that read the cache
+    checkpoint_minutes: float | None = None  # between checkpoints; None: no checkpoints
     parts: dict[str, TaskPart] = {}  # noqa: RUF012 (a default of NamedTuple is never changed)
 
     @property
     def one_by_one(self) -> dict[str, "Job"]:
-        """Of several tasks: each as if it were alone."""
+        """Of several tasks: each as a training of its own."""
         return {
             task: self._replace(recipe=part.recipe, paths=part.paths, parts={})
             for task, part in self.parts.items()
@@ -80,39 +80,39 @@ class Job(NamedTuple):
 
     @property
     def label(self) -> str:
-        """What people call it."""
+        """Its name in messages."""
         return f"seed {self.seed}" if self.trial is None else str(self.trial)
 
 
 def run_record(paths: RunInputs) -> dict[str, Any]:
-    """What training wrote of a run, or of the one of its several tasks that is meant."""
+    """The record of a run, or of one of its several tasks (`paths.task`)."""
     record = training_record(paths.out)
     return record if paths.task is None else record["tasks"][paths.task]
 
 
 def write_curve(record: dict[str, Any], path: Path) -> None:
-    """The learning curve as CSV for `dvc plots`: the mean over the seeds that got that far."""
+    """Write the learning curve as CSV for `dvc plots`: the mean over the seeds that have the point."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    looks: dict[int, list[dict[str, float]]] = {}
+    points: dict[int, list[dict[str, float]]] = {}
     for seed in record["seeds"]:
         for point in seed["curve"]:
-            looks.setdefault(point["rows"], []).append(point)
+            points.setdefault(point["rows"], []).append(point)
     columns = ("train_loss", "validation_loss", "validation_accuracy")
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["rows", "seeds", *columns])
-        for rows, points in sorted(looks.items()):
-            means = [sum(point[column] for point in points) / len(points) for column in columns]
-            writer.writerow([rows, len(points), *(f"{mean:.5f}" for mean in means)])
+        for rows, own in sorted(points.items()):
+            means = [sum(point[column] for point in own) / len(own) for column in columns]
+            writer.writerow([rows, len(own), *(f"{mean:.5f}" for mean in means)])
 
 
 def seed_record(job: Job, done: "TrainedSeed") -> dict[str, Any]:
-    """What the record of a run says of one seed."""
+    """The record of one seed."""
     start = start_directory(job.paths.init, job.seed) if job.paths.init else None
     return {
         "seed": job.seed,
         **({"started_from": f"{start.parent.name}/{start.name}"} if start else {}),
-        "teacher_rows_seen": done.rows_seen,
+        "teacher_rows_seen": done.teacher_rows_seen,
         "cut_rows": done.cut_rows,
         **done.setup,
         **done.fit._asdict(),
@@ -120,10 +120,10 @@ def seed_record(job: Job, done: "TrainedSeed") -> dict[str, Any]:
 
 
 class TrainedSeed(NamedTuple):
-    """What became of one seed."""
+    """The result of one seed."""
 
     fit: Fit
-    rows_seen: int  # whose target in the cache was looked at, each as often as it was
+    teacher_rows_seen: int  # rows whose cached target was used, counted each time
     cut_rows: int  # rows that lost tokens to the student's maximum
-    by_loss: bool  # what its best state is chosen by: the lowest loss, or the highest accuracy
-    setup: dict[str, Any]  # threads and precision, what was tried for them, padding; each of several tasks
+    by_loss: bool  # see training/selection.py
+    setup: dict[str, Any]  # threads, precision, setups that were tried, padding; records of several tasks

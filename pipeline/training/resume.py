@@ -1,6 +1,6 @@
-"""Which checkpoint belongs to which training: all that decides its numbers, the code included.
+"""Which checkpoint belongs to which training: everything that decides its numbers, the code included.
 
-The machine is left out: whoever moves a training to another one wants it to go on there.
+The machine is left out, so that a training continues after it was moved to another one.
 """
 
 from pathlib import Path
@@ -14,12 +14,12 @@ from pipeline.training.job import Job, start_directory
 from storage.fingerprints import sha256_json
 from storage.mixture import open_cache
 
-VERSION = 1  # of what a checkpoint holds
-CODE = ("pipeline", "storage")  # packages: other code may train otherwise
+VERSION = 1  # of the content of a checkpoint
+CODE = ("pipeline", "storage")  # packages: other code may train differently
 
 
 def checkpointer_of(job: Job) -> Checkpointer | None:
-    """The keeper of a job's checkpoint; None where none are wanted."""
+    """The checkpointer of a job; None where it has no checkpoints."""
     directory = job.paths.checkpoints
     if directory is None or job.checkpoint_minutes is None:
         return None
@@ -33,7 +33,7 @@ def checkpointer_of(job: Job) -> Checkpointer | None:
 
 
 def deciding_facts(job: Job) -> dict[str, str]:
-    """Everything that decides a training, by the name that people know it by."""
+    """Everything that decides a training, by the names that messages have for it."""
     if job.parts:
         found = {"weights": str({task: part.weight for task, part in job.parts.items()})}
         for task, own in job.one_by_one.items():

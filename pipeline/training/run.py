@@ -1,17 +1,17 @@
 """The train stage: a run is one student and one recipe on one cache, over several seeds.
 
-A run's directory: tokenizer/ (what the student reads with), seed-<n>/ (a student, see students.py),
+A run's directory: tokenizer/ (of the student), seed-<n>/ (a student, see students/registry.py),
 training.json. Seeds train side by side in processes of their own. Classifiers have one thread each: small
 models gain little from more, and a result then does not depend on how many run at once. Language models share
-the cores (tuning.py). torch is imported by those processes alone.
+the cores (autotune.py). torch is imported by those processes alone.
 """
 
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pipeline.config.params import Run, RunInputs
+from pipeline.config.params import Run, RunInputs, Workers
 from pipeline.config.recipes import Recipe
 from pipeline.config.students import Student, StudentSection
 from pipeline.data.rows import POOL, Rows
@@ -29,13 +29,10 @@ from pipeline.training.cross_validation import (
     describe_values,
     hold_out_fold,
 )
-from pipeline.training.job import RECORD, Job, seed_record
+from pipeline.training.job import RECORD, Job, TrainedSeed, seed_record
 from pipeline.training.processes import start_importing, train_side_by_side
 from pipeline.training.selection import judged_by
 from storage import Cache
-
-if TYPE_CHECKING:
-    from pipeline.training.job import TrainedSeed
 
 
 def train_run(
@@ -43,19 +40,16 @@ def train_run(
     run: Run,
     student: Student,
     recipe: Recipe,
-    seeds_at_once: int | None,
     paths: RunInputs,
-    readers: int = 1,
-    checkpoint_minutes: float | None = None,
+    workers: Workers = Workers(),  # noqa: B008 (immutable)
 ) -> dict[str, Any]:
     """Train every seed of a run and write its directory; return the content of training.json.
 
     Refuses a cache that was not verified or does not fit, before the first step. Where an earlier process was
-    killed, it goes on from the checkpoints that were left; they are removed when the run is done. Processes
-    that torchrun started train one seed after the other together, and the first of them writes.
+    killed, training continues from its checkpoints, which are removed when the run is done. Processes that
+    torchrun started train one seed after the other together, and the first of them writes.
     """
     rank, num_ranks = hardware.ranks()
-    first = rank == 0
     if num_ranks == 1:
         start_importing()
     else:
@@ -63,7 +57,7 @@ def train_run(
     cache, rows = open_inputs(paths)
     check_run(name, cache, rows, student, recipe, paths.verified)
     check_start(name, cache, student, paths.init)
-    if first:
+    if rank == 0:
         if paths.out.exists():
             shutil.rmtree(paths.out)
         write_student_tokenizer(student, cache, rows, paths.out / "tokenizer", paths.init)
@@ -71,16 +65,15 @@ def train_run(
     if skipped := len(rows.select(SKIPPED)):
         record["skipped_rows"] = skipped
         log(f"{name}: {skipped:,} rows are left out, because a cache lacks them")
+    first = Job(run.seeds[0], 1, student, recipe, paths, None, workers.readers, workers.checkpoint_minutes)
     if recipe.grid:
-        job = Job(run.seeds[0], 1, student, recipe, paths, None, readers, checkpoint_minutes)
-        recipe, record["choice"] = _choose(name, rows, job, seeds_at_once)
-    jobs = [Job(seed, 1, student, recipe, paths, None, readers, checkpoint_minutes) for seed in run.seeds]
-    trained = train_side_by_side(name, jobs, seeds_at_once)
-    if first:
-        log_results(name, trained)
+        recipe, record["choice"] = _choose(name, rows, first, workers.seeds_at_once)
+    jobs = [first._replace(seed=seed, recipe=recipe) for seed in run.seeds]
+    trained = train_side_by_side(name, jobs, workers.seeds_at_once)
     record["judged_by"] = judged_by(trained[0].by_loss)
     record["seeds"] = [seed_record(job, done) for job, done in zip(jobs, trained, strict=True)]
-    if first:
+    if rank == 0:
+        log_results(name, trained)
         write_json(record, paths.out / RECORD)
         if paths.checkpoints:
             shutil.rmtree(paths.checkpoints, ignore_errors=True)
@@ -91,10 +84,10 @@ def write_student_tokenizer(
     student: StudentSection, cache: Cache, rows: Rows, directory: Path, init: Path | None = None,
     others: Sequence[Rows] = (),
 ) -> None:  # fmt: skip
-    """Put what the student reads with into `directory`: the cache's tokenizer, or one learned from the text.
+    """Write the student's tokenizer into `directory`: the cache's, or one learned from the text.
 
-    A learned one sees the training and pool text of the dataset (and of `others`, those of its other tasks),
-    never validation or test. A student that starts from that of another run reads as that does.
+    One is learned from the training and pool text of the dataset (and of `others`, those of its other tasks),
+    never from validation or test. A student that starts from the student of another run has its tokenizer.
     """
     if student.text is None:
         directory.parent.mkdir(parents=True)  # images are read without a tokenizer
@@ -109,14 +102,13 @@ def write_student_tokenizer(
 
 
 def _choose(name: str, rows: Rows, job: Job, seeds_at_once: int | None) -> tuple[Recipe, dict[str, Any]]:
-    """(the best recipe of the job's grid, all that was tried for it: see choosing.py)."""
+    """(the best recipe of the job's grid, the record of all candidates): see cross_validation.py."""
     grid, folds = job.recipe.grid, job.recipe.folds
     for fold in range(folds):
         hold_out_fold(rows, fold, folds)  # an empty one is refused before the first step
     log(f"{name}: choosing among {len(grid)} recipes, {folds} trainings each")
-    jobs = [
-        job._replace(recipe=job.recipe.chosen(trial.values), trial=trial) for trial in all_trials(job.recipe)
-    ]
+    trials = all_trials(job.recipe)
+    jobs = [job._replace(recipe=job.recipe.chosen(trial.values), trial=trial) for trial in trials]
     trained = train_side_by_side(name, jobs, seeds_at_once)
     fits = [done.fit for done in trained]
     scores = [
@@ -125,22 +117,25 @@ def _choose(name: str, rows: Rows, job: Job, seeds_at_once: int | None) -> tuple
     ]
     best = best_candidate(scores, trained[0].by_loss)
     log(f"{name}: chose {describe_values(grid[best])}")
-    tried = [
-        {"values": _plain(values), "accuracy": fold.score, "loss": fold.loss}
-        for values, fold in zip(grid, scores, strict=True)
-    ]
-    record: dict[str, Any] = {"folds": folds, "seed": job.seed}
-    record |= {"judged_by": judged_by(trained[0].by_loss)}
-    record |= {"seconds": sum(fit.seconds for fit in fits), "chosen": _plain(grid[best]), "candidates": tried}
-    return job.recipe.chosen(grid[best]), record
+    return job.recipe.chosen(grid[best]), {
+        "folds": folds,
+        "seed": job.seed,
+        "judged_by": judged_by(trained[0].by_loss),
+        "seconds": sum(fit.seconds for fit in fits),
+        "chosen": _plain(grid[best]),
+        "candidates": [
+            {"values": _plain(values), "accuracy": fold.score, "loss": fold.loss}
+            for values, fold in zip(grid, scores, strict=True)
+        ],
+    }
 
 
 def _plain(values: CandidateValues) -> dict[str, Any]:
     return {field: value if isinstance(value, int | float) else str(value) for field, value in values.items()}
 
 
-def log_results(name: str, trained: list["TrainedSeed"]) -> None:
-    """Log a line about what became of the seeds."""
+def log_results(name: str, trained: list[TrainedSeed]) -> None:
+    """Log the mean scores and times of the seeds."""
     fits = [done.fit for done in trained]
     accuracy = sum(done.best_accuracy for done in fits) / len(fits)
     loss = sum(done.best_loss for done in fits) / len(fits)

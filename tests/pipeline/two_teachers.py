@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.capture.capture import capture_cache
 from pipeline.capture.job import CaptureJob
 from pipeline.config.caches import MixtureEntry
-from pipeline.config.params import RunInputs
+from pipeline.config.params import RunInputs, Workers
 from pipeline.streaming.verified import make_mixture
 from pipeline.teachers.prepare import prepare_teacher
 from pipeline.training.run import train_run
@@ -58,7 +58,9 @@ class Two(World):
         params = self.params
         run = params.runs["fc-kd-pool"].model_copy(update={"cache": name, "seeds": (0,)})
         made = params.recipes["kd-pool"].model_copy(update={"epochs": 1, **recipe})
-        return train_run("fc-both", run, params.students["fc"], made, 1, self.paths(out, name))
+        return train_run(
+            "fc-both", run, params.students["fc"], made, self.paths(out, name), Workers(seeds_at_once=1)
+        )
 
     def copy(self, to: Path) -> "Two":
         return Two(super().copy(to).root)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.augment.substitutes import Masked, Neighbours, Request, _batches, best_first, with_core
 from pipeline.augment.views import augment_dataset, make_views
 from pipeline.config.datasets import Augmented
+from pipeline.config.params import Workers
 from pipeline.config.recipes import Recipe
 from pipeline.data.rows import NO_LABEL, VIEWS, Rows, load_rows
 from pipeline.data.tokenizer import TextReader
@@ -26,8 +27,9 @@ from pipeline.objectives.classification import CLASSIFICATION
 from pipeline.streaming.model_inputs import call_model, for_transformers
 from pipeline.students.registry import build_student
 from pipeline.teachers.record import teacher_reader
+from pipeline.training.rows_workload import rows_workload
 from pipeline.training.run import train_run
-from pipeline.training.workload import rows_workload, training_splits
+from pipeline.training.workload import TrainingData, training_splits
 from storage import Cache
 from storage.errors import AssetError, DataError, SpecMismatch, TeacherError
 from storage.fingerprints import row_id
@@ -275,7 +277,7 @@ def test_only_views_are_asked_about_and_each_has_the_target_that_the_teacher_giv
     reader = teacher_reader(own.teacher)
     taught = rows.with_views(2, False).only("validation", *training_splits(recipe))
     student = own.params.students["fc"]
-    lesson = rows_workload(student, recipe, Cache.open(own.cache), taught, reader, 0)
+    lesson = rows_workload(student, recipe, TrainingData(Cache.open(own.cache), taught, reader), 0)
     model = build_student(student, reader.num_ids, 2).eval()
     live = load_classifier(own.teacher)
     without_labels = 0
@@ -301,7 +303,9 @@ def test_a_recipe_takes_so_many_views_with_labels_or_without(own: Own, tmp_path:
     def seen(**recipe: Any) -> int:
         chosen = Recipe.model_validate({"epochs": 1, **recipe})
         paths = own.run_paths(tmp_path / "out")
-        record = train_run("x", run.model_copy(update={"seeds": (0,)}), student, chosen, 1, paths)
+        record = train_run(
+            "x", run.model_copy(update={"seeds": (0,)}), student, chosen, paths, Workers(seeds_at_once=1)
+        )
         found: int = record["seeds"][0]["rows_seen"]
         return found
 
@@ -321,7 +325,14 @@ def test_a_cache_without_the_views_is_refused(own: Own, tmp_path: Path) -> None:
     shutil.copytree(own.augmented, own.dataset, dirs_exist_ok=True)
     run, student = own.params.runs["fc-ce"], own.params.students["fc"]
     with pytest.raises(SpecMismatch, match=r"does not fit runs\.x"):
-        train_run("x", run, student, Recipe(views=1, epochs=1), 1, own.run_paths(tmp_path / "out"))
+        train_run(
+            "x",
+            run,
+            student,
+            Recipe(views=1, epochs=1),
+            own.run_paths(tmp_path / "out"),
+            Workers(seeds_at_once=1),
+        )
 
 
 def test_labels_of_views_are_the_rows_or_none() -> None:

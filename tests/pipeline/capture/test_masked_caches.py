@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from pipeline.capture.seal import capture_summary
-from pipeline.config.params import Run, RunInputs
+from pipeline.config.params import Run, RunInputs, Workers
 from pipeline.config.recipes import Recipe
 from pipeline.config.students import FCStudent
 from pipeline.config.teachers import Teacher
@@ -274,6 +274,6 @@ def test_a_run_over_such_a_cache_is_refused_with_the_tasks_that_can_be(own: Proj
     paths = RunInputs(own.cache, own.dataset, own.root / "verified.json", own.root / "out")
     entry = Run(dataset="toy", cache="toy", student="fc", recipe="kd")
     with pytest.raises(SpecMismatch, match=r"spec\.task +masked-lm") as refused:
-        train_run("masked", entry, FCStudent(kind="fc"), Recipe(), 1, paths)
+        train_run("masked", entry, FCStudent(kind="fc"), Recipe(), paths, Workers(seeds_at_once=1))
     assert "sequence-classification" in str(refused.value)
     assert not (own.root / "out").exists()

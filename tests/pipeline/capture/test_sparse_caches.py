@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.caches import CacheEntry
+from pipeline.config.params import Workers
 from pipeline.training.run import train_run
 from storage import Cache, manifest, records
 from storage.codecs import PLAIN, Column, Sample, Threshold
@@ -226,7 +227,7 @@ def trained(own: World, out: Path) -> list[float]:
     params = own.params
     recipe = params.recipes["kd-pool"].model_copy(update={"temperature": 1.0})
     run = params.runs["fc-kd-pool"].model_copy(update={"seeds": (0,)})
-    record = train_run("r", run, params.students["fc"], recipe, 1, own.run_paths(out))
+    record = train_run("r", run, params.students["fc"], recipe, own.run_paths(out), Workers(seeds_at_once=1))
     assert record["seeds"][0]["teacher_rows_seen"] > 0
     return [point["train_loss"] for point in record["seeds"][0]["curve"]]
 
@@ -255,7 +256,14 @@ def test_a_recipe_that_truncated_targets_cannot_serve_is_refused_before_the_firs
     params = own.params
     recipe = params.recipes["kd-pool"].model_copy(update={"divergence": "reverse"})
     with pytest.raises(SpecMismatch, match=r"recipe\.divergence"):
-        train_run("r", params.runs["fc-kd-pool"], params.students["fc"], recipe, 1, own.run_paths(tmp_path))
+        train_run(
+            "r",
+            params.runs["fc-kd-pool"],
+            params.students["fc"],
+            recipe,
+            own.run_paths(tmp_path),
+            Workers(seeds_at_once=1),
+        )
 
 
 def test_entries_are_taken_and_joined_by_position() -> None:

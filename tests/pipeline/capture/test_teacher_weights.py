@@ -15,7 +15,7 @@ from pipeline.capture.job import Captured, CaptureJob
 from pipeline.capture.teacher_weights import check_weights, find_tensors, write_tensors
 from pipeline.capture.verify import verify_cache
 from pipeline.config.caches import CacheEntry
-from pipeline.config.params import Run, RunInputs
+from pipeline.config.params import Run, RunInputs, Workers
 from pipeline.config.recipes import Recipe
 from pipeline.config.students import LlamaStudent
 from pipeline.students.llama_weights import (
@@ -186,7 +186,7 @@ def train(prose: Prose, chosen: LlamaStudent) -> None:
     verified.write_text(json.dumps({"manifest": Cache.open(prose.cache).manifest_sha256}))
     run = Run(dataset="prose", cache="prose", student="small", recipe="kd")
     paths = RunInputs(prose.cache, prose.dataset, verified, prose.root / "out")
-    train_run("x", run, chosen, Recipe(alpha=0.0), 1, paths)
+    train_run("x", run, chosen, Recipe(alpha=0.0), paths, Workers(seeds_at_once=1))
 
 
 def test_a_run_is_refused_before_training_where_the_cache_lacks_a_layer(prose: Prose) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from pipeline.capture.seal import capture_summary
-from pipeline.config.params import Run, RunInputs
+from pipeline.config.params import Run, RunInputs, Workers
 from pipeline.config.recipes import Recipe
 from pipeline.config.students import FCStudent
 from pipeline.config.teachers import Teacher
@@ -269,7 +269,7 @@ def run(own: Project, **student: Any) -> None:
     own.root.joinpath("verified.json").write_text(json.dumps(own.check()))
     paths = RunInputs(own.cache, own.dataset, own.root / "verified.json", own.root / "out")
     entry = Run(dataset="toy", cache="toy", student="fc", recipe="kd")
-    train_run("tags", entry, FCStudent(kind="fc", **student), Recipe(), 1, paths)
+    train_run("tags", entry, FCStudent(kind="fc", **student), Recipe(), paths, Workers(seeds_at_once=1))
 
 
 def test_a_run_over_such_a_cache_is_refused_with_the_tasks_that_can_be(own: Project) -> None:

@@ -17,8 +17,9 @@ from pipeline.objectives.classification import CLASSIFICATION
 from pipeline.streaming.batch import DistillBatch
 from pipeline.streaming.verified import open_inputs
 from pipeline.training.checks import check_truncated
-from pipeline.training.loop import TrainingSettings, fit
-from pipeline.training.workload import rows_workload
+from pipeline.training.loop import TrainingFunctions, TrainingSettings, fit
+from pipeline.training.rows_workload import rows_workload
+from pipeline.training.workload import TrainingData
 from storage.codecs import Threshold, TopK
 from storage.errors import ConfigError, SpecMismatch
 from tests import toy
@@ -155,7 +156,7 @@ def test_training_tells_the_loss_how_much_is_done() -> None:
         return net(torch.ones(1, 1)).sum()
 
     settings = TrainingSettings(2, 6, 0.01, 0.0, 0.0, 1, 9)
-    fit(model, batches, loss, lambda _: Validation(0.5, 1.0), settings)
+    fit(model, TrainingFunctions(batches, loss, lambda _: Validation(0.5, 1.0)), settings)
     assert told == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
 
 
@@ -175,7 +176,7 @@ def test_the_lesson_has_the_recipes_numbers_of_that_step(
     cache, rows = open_inputs(world.run_paths(tmp_path))
     student = world.params.students["fc"]
     reader = TextReader(cache.tokenizer_dir, 32, "truncate")
-    lesson = rows_workload(student, recipe, cache, rows, reader, 0)
+    lesson = rows_workload(student, recipe, TrainingData(cache, rows, reader), 0)
     batch = next(lesson.batches(0))
     said = torch.randn(len(batch.labels_T), 2, generator=torch.Generator().manual_seed(0))
     assert isinstance(batch.teacher, torch.Tensor)

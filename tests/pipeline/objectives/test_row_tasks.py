@@ -36,9 +36,10 @@ from pipeline.students.registry import build_student
 from pipeline.teachers.record import teacher_reader
 from pipeline.training.checks import check_run
 from pipeline.training.job import RECORD, Job
+from pipeline.training.rows_workload import rows_workload
 from pipeline.training.run import write_student_tokenizer
 from pipeline.training.seed import train_seed
-from pipeline.training.workload import rows_workload
+from pipeline.training.workload import TrainingData
 from storage import Cache
 from storage.errors import DataError, SpecMismatch, TeacherError
 from storage.fingerprints import row_id
@@ -85,7 +86,7 @@ def test_the_loss_from_the_cache_is_that_with_the_teacher_in_memory(
     cache, rows = Cache.open(world.cache), load_rows(world.dataset)
     student = MLP if name == "images" else FC
     reader = PixelReader(16) if name == "images" else teacher_reader(world.teacher)
-    lesson = rows_workload(student, recipe(name), cache, rows, reader, seed=0)
+    lesson = rows_workload(student, recipe(name), TrainingData(cache, rows, reader), seed=0)
     torch.manual_seed(0)
     model = build_student(student, reader.num_ids, lesson.num_outputs).eval()
     cached = CachedRows(cache, rows, read_inputs(reader, rows), reader.pad_id, ("train",))

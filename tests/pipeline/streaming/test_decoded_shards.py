@@ -12,13 +12,15 @@ import torch
 from pipeline.config.recipes import Recipe
 from pipeline.config.students import LlamaStudent
 from pipeline.data.rows import load_rows
+from pipeline.data.tokenizer import TextReader
 from pipeline.losses.sparse import SparseTargets
 from pipeline.streaming import documents
 from pipeline.streaming.batch import DistillBatch, Stream
 from pipeline.streaming.decoded_shards import DecodedShards
 from pipeline.streaming.documents import CachedDocuments
 from pipeline.students.registry import build_student
-from pipeline.training.workload import documents_workload
+from pipeline.training.documents_workload import documents_workload
+from pipeline.training.workload import TrainingData
 from storage import Cache
 from tests.pipeline.prose import Prose
 
@@ -96,7 +98,8 @@ def test_what_training_decoded_validation_finds(
     recipe = Recipe(alpha=0.0, batch_tokens=40)
     student = LlamaStudent(kind="llama", layers=1, width=16, heads=2, max_length=9)
     rows = load_rows(prose.dataset)
-    lesson = documents_workload(9, recipe, Cache.open(prose.cache), rows, 0, Stream(decoded_bytes=2**30))
+    data = TrainingData(Cache.open(prose.cache), rows, TextReader(prose.teacher, 9, "truncate"))
+    lesson = documents_workload(recipe, data, 0, Stream(decoded_bytes=2**30))
     list(lesson.batches(0))
     decoded.clear()
     model = build_student(student, lesson.num_outputs, lesson.num_outputs)

@@ -22,7 +22,8 @@ from pipeline.evaluation.evaluate import evaluate_run
 from pipeline.losses.divergences import MixedTargets, distillation_loss
 from pipeline.streaming.model_inputs import for_transformers
 from pipeline.streaming.verified import open_inputs
-from pipeline.training.workload import Workload, rows_workload
+from pipeline.training.rows_workload import rows_workload
+from pipeline.training.workload import TrainingData, Workload
 from storage import Cache
 from storage.errors import DataError, SpecMismatch
 from storage.mixture import Mixture
@@ -32,7 +33,7 @@ from tests.pipeline.two_teachers import NAMES, Two
 def lesson(two: Two, recipe: Recipe, name: str = "both") -> Workload:
     cache, rows = open_inputs(two.paths(two.root, name))
     reader = TextReader(cache.tokenizer_dir, 32, "truncate")
-    return rows_workload(two.params.students["fc"], recipe, cache, rows, reader, 0)
+    return rows_workload(two.params.students["fc"], recipe, TrainingData(cache, rows, reader), 0)
 
 
 class Says(torch.nn.Module):

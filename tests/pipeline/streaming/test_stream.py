@@ -20,7 +20,8 @@ from pipeline.streaming.documents import CachedDocuments
 from pipeline.streaming.rows import CachedRows
 from pipeline.students.registry import build_student
 from pipeline.teachers.record import teacher_reader
-from pipeline.training.workload import Workload, rows_workload
+from pipeline.training.rows_workload import rows_workload
+from pipeline.training.workload import TrainingData, Workload
 from storage import Cache, order
 from storage.errors import ShardCorrupt
 from tests.pipeline.conftest import World
@@ -177,7 +178,7 @@ def test_the_mean_of_all_ranks_losses_is_the_loss_of_the_whole_batch(
 
     def lesson(rank: int, of: int) -> Workload:
         cache = Cache.open(world.cache)
-        return rows_workload(entry, recipe, cache, rows, reader, 0, Stream(rank, of))
+        return rows_workload(entry, recipe, TrainingData(cache, rows, reader), 0, Stream(rank, of))
 
     torch.manual_seed(0)
     model = build_student(entry, reader.num_ids, 2).double()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from pipeline.capture.verify import verify_cache
 from pipeline.config.caches import Weights
+from pipeline.config.params import Workers
 from pipeline.config.recipes import Recipe
 from pipeline.config.students import Student
 from pipeline.engines.loading import load_classifier
@@ -64,7 +65,7 @@ class Own(World):
         chosen = student.model_copy(update={"learning_rate": learning_rate})
         run = self.params.runs["fc-ce"].model_copy(update={"seeds": (0,)})
         shutil.rmtree(out, ignore_errors=True)
-        train_run("x", run, chosen, Recipe(epochs=1), 1, self.run_paths(out))
+        train_run("x", run, chosen, Recipe(epochs=1), self.run_paths(out), Workers(seeds_at_once=1))
         return load_student(out / "seed-0")
 
 

@@ -8,6 +8,7 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from pipeline.config.params import Workers
 from pipeline.config.students import TransformersStudent
 from pipeline.students.hf_config import check_padding, student_config
 from pipeline.students.registry import build_student, load_student, save_student
@@ -94,7 +95,7 @@ def test_a_run_gives_a_model_with_the_labels_that_reads_with_the_tokenizer(
     run, recipe = world.params.runs["fc-kd-pool"], world.params.recipes["kd-pool"]
     run = run.model_copy(update={"seeds": (0,)})
     out = tmp_path / "out"
-    train_run("x", run, entry(), recipe, 1, world.run_paths(out))
+    train_run("x", run, entry(), recipe, world.run_paths(out), Workers(seeds_at_once=1))
     foreign = AutoModelForSequenceClassification.from_pretrained(out / "seed-0", local_files_only=True).eval()
     assert foreign.config.id2label == dict(enumerate(Cache.open(world.cache).labels))
     reader = AutoTokenizer.from_pretrained(out / "tokenizer", local_files_only=True)
@@ -119,7 +120,7 @@ def test_what_transformers_does_not_know_is_refused_before_training_with_the_nea
 ) -> None:
     run, recipe = world.params.runs["fc-kd-pool"], world.params.recipes["kd-pool"]
     with pytest.raises(ConfigError) as refused:
-        train_run("x", run, chosen, recipe, 1, world.run_paths(tmp_path / "out"))
+        train_run("x", run, chosen, recipe, world.run_paths(tmp_path / "out"), Workers(seeds_at_once=1))
     assert said in str(refused.value)
     assert not (tmp_path / "out").exists()
 

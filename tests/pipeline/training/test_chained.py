@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.config.load import load_params
+from pipeline.config.params import Workers
 from pipeline.config.students import FCStudent
 from pipeline.evaluation.evaluate import evaluate_run
 from pipeline.export.export_run import export_run
@@ -28,7 +29,7 @@ def train(world: World, out: Path, init: Path | None = None, student: Any = None
     entry = params.runs["fc-ce"].model_copy(update=run)
     paths = world.run_paths(out)._replace(init=init)
     chosen = student or params.students["fc"]
-    return train_run(out.name, entry, chosen, params.recipes["ce"], 2, paths)
+    return train_run(out.name, entry, chosen, params.recipes["ce"], paths, Workers(seeds_at_once=2))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,7 @@ def test_students_of_another_shape_classes_or_tokenizer_are_no_start(
     before: Path, world: World, tmp_path: Path
 ) -> None:
     wide = world.params.students["fc"].model_copy(update={"hidden": 9})
-    with pytest.raises(SpecMismatch, match=r"no start for chained\.after") as refused:
+    with pytest.raises(SpecMismatch, match=r"not a start for chained\.after") as refused:
         train(world, tmp_path / "after", before, wide)
     assert [m.field for m in refused.value.mismatches] == ["student"]
     other = tmp_path / "other"
@@ -114,7 +115,7 @@ def test_students_of_another_shape_classes_or_tokenizer_are_no_start(
         path.write_text(json.dumps(json.loads(path.read_text()) | {"num_labels": 5}))
     words = other / "tokenizer" / "tokenizer.json"
     words.write_text(words.read_text().replace('"good"', '"gold"'))
-    with pytest.raises(SpecMismatch, match=r"no start for chained\.after") as refused:
+    with pytest.raises(SpecMismatch, match=r"not a start for chained\.after") as refused:
         train(world, tmp_path / "after", other)
     assert [m.field for m in refused.value.mismatches] == ["num_labels", "tokenizer.content"]
     assert not (tmp_path / "after").exists()

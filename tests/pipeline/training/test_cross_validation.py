@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.load import load_params
+from pipeline.config.params import Workers
 from pipeline.config.recipes import Recipe
 from pipeline.data.rows import POOL, Rows
 from pipeline.streaming.verified import open_inputs
@@ -34,7 +35,9 @@ def recipe(**fields: Any) -> Recipe:
 
 def train(world: World, out: Path, made: Recipe, name: str = "fc-kd-pool", **others: Any) -> dict[str, Any]:
     run = world.params.runs[name].model_copy(update=others)
-    return train_run(name, run, world.params.students["fc"], made, 2, world.run_paths(out))
+    return train_run(
+        name, run, world.params.students["fc"], made, world.run_paths(out), Workers(seeds_at_once=2)
+    )
 
 
 def test_lists_in_two_fields_are_the_grid_of_them() -> None:

@@ -11,6 +11,7 @@ from transformers import BertForSequenceClassification
 
 from pipeline.config.caches import Hidden
 from pipeline.config.match import Match
+from pipeline.config.params import Workers
 from pipeline.config.recipes import Recipe
 from pipeline.config.students import Student, TinyBERTStudent
 from pipeline.data.rows import POOL
@@ -174,7 +175,9 @@ def train(world: World, out: Path, recipe: dict[str, Any], student: Student = BE
     run = world.params.runs["fc-ce"].model_copy(update={"seeds": (0,)})
     common = {"epochs": 3, "batch_rows": 16, "evaluations_per_epoch": 1}
     entry = Recipe.model_validate(common | recipe)
-    record: dict[str, Any] = train_run("x", run, student, entry, 1, world.run_paths(out))["seeds"][0]
+    record: dict[str, Any] = train_run(
+        "x", run, student, entry, world.run_paths(out), Workers(seeds_at_once=1)
+    )["seeds"][0]
     return record
 
 

@@ -15,7 +15,7 @@ from pipeline.capture.capture import capture_cache
 from pipeline.capture.job import CaptureJob
 from pipeline.capture.verify import verify_cache
 from pipeline.config.caches import Weights
-from pipeline.config.params import Run, RunInputs
+from pipeline.config.params import Run, RunInputs, Workers
 from pipeline.config.recipes import Recipe
 from pipeline.config.students import Student
 from pipeline.data.rows import load_rows
@@ -31,10 +31,10 @@ from pipeline.streaming.model_inputs import call_model, for_transformers
 from pipeline.students.llama import Llama
 from pipeline.students.registry import build_student, load_student
 from pipeline.teachers.record import teacher_reader
+from pipeline.training.documents_workload import language_loss
 from pipeline.training.job import Job
 from pipeline.training.run import train_run, write_student_tokenizer
 from pipeline.training.seed import train_seed
-from pipeline.training.workload import language_loss
 from storage import Cache
 from storage.errors import ConfigError, SpecMismatch
 from storage.writer import Store
@@ -211,7 +211,7 @@ def train(prose: Prose, out: Path, entry: Student, how: Recipe, seed_list: list[
         {"dataset": "prose", "cache": "prose", "student": "s", "recipe": "r", "seeds": seed_list}
     )
     paths = RunInputs(prose.cache, prose.dataset, prose.root / "verified.json", out)
-    return train_run("prose-run", run, entry, how, None, paths)
+    return train_run("prose-run", run, entry, how, paths, Workers(seeds_at_once=None))
 
 
 def test_a_run_trains_is_evaluated_and_says_how_it_was_run(made: Prose, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pipeline.objectives.classification import label_loss
 from pipeline.streaming.batch import DistillBatch
 from pipeline.streaming.model_inputs import call_model
 from pipeline.training.job import Fit
-from pipeline.training.loop import TrainingSettings, fit, learning_rate_factor
+from pipeline.training.loop import TrainingFunctions, TrainingSettings, fit, learning_rate_factor
 from storage.errors import StillroomError, TrainingError
 
 SETTINGS = TrainingSettings(
@@ -63,6 +63,9 @@ def validate(model: torch.nn.Module) -> Validation:
         return Validation(right, label_loss(logits, batch.labels_T).item())
 
 
+FUNCTIONS = TrainingFunctions(epoch, loss, validate)
+
+
 def scripted(
     *looks: tuple[float, float],
 ) -> tuple[Callable[[torch.nn.Module], Validation], list[torch.Tensor]]:
@@ -84,7 +87,7 @@ def test_a_student_learns_and_the_curve_tells_of_it() -> None:
         nonlocal seen
         seen += rows
 
-    done = fit(model, epoch, loss, validate, SETTINGS._replace(epochs=20, steps=80), advance)
+    done = fit(model, FUNCTIONS, SETTINGS._replace(epochs=20, steps=80), advance)
     assert (done.steps, done.rows_seen, seen, done.stopped) == (80, 80 * 32, 80 * 32, "epochs")
     assert done.best_accuracy > 0.95
     assert done.curve[-1]["validation_loss"] < done.curve[0]["validation_loss"] / 2
@@ -96,7 +99,7 @@ def test_a_student_learns_and_the_curve_tells_of_it() -> None:
 def test_the_state_that_is_kept_is_the_best_one_and_ties_go_to_the_lower_loss() -> None:
     say, weights = scripted((0.5, 1.0), (0.9, 0.5), (0.9, 0.3), (0.9, 0.3), (0.6, 0.1))
     model = Linear()
-    done = fit(model, epoch, loss, say, SETTINGS)
+    done = fit(model, FUNCTIONS._replace(validate=say), SETTINGS)
     assert torch.equal(model.head.weight, weights[2])
     assert (done.best_step, done.best_accuracy) == (6, 0.9)
 
@@ -104,7 +107,7 @@ def test_the_state_that_is_kept_is_the_best_one_and_ties_go_to_the_lower_loss() 
 def test_where_the_loss_ranks_a_lower_one_is_kept_although_accuracy_falls() -> None:
     say, weights = scripted((0.9, 1.0), (0.5, 0.4), (0.8, 0.6))
     model = Linear()
-    done = fit(model, epoch, loss, say, SETTINGS._replace(by_loss=True, patience=3))
+    done = fit(model, FUNCTIONS._replace(validate=say), SETTINGS._replace(by_loss=True, patience=3))
     assert torch.equal(model.head.weight, weights[1])
     assert (done.best_step, done.best_loss, done.stopped) == (4, 0.4, "patience")
 
@@ -120,14 +123,17 @@ def test_waiting_for_batches_is_told_apart_from_computing_and_looking() -> None:
         return validate(model)
 
     one = SETTINGS._replace(epochs=1, steps=4)
-    quick, waited = fit(Linear(), epoch, loss, look, one), fit(Linear(), slow, loss, look, one)
+    quick, waited = (
+        fit(Linear(), FUNCTIONS._replace(validate=look), one),
+        fit(Linear(), TrainingFunctions(slow, loss, look), one),
+    )
     assert quick.waiting < waited.waiting > 0.5
     assert waited.targets_per_second < 4 * 32 / 0.2
 
 
 def test_training_stops_after_as_many_looks_without_gain_as_patience_says() -> None:
     say, weights = scripted((0.5, 1.0), (0.9, 0.5), (0.8, 0.5))
-    done = fit(Linear(), epoch, loss, say, SETTINGS._replace(patience=3))
+    done = fit(Linear(), FUNCTIONS._replace(validate=say), SETTINGS._replace(patience=3))
     assert done.stopped == "patience"
     assert len(weights) == 5
     assert done.steps == 10
@@ -135,7 +141,11 @@ def test_training_stops_after_as_many_looks_without_gain_as_patience_says() -> N
 
 def test_epochs_that_end_early_still_end_with_a_look() -> None:
     say, weights = scripted((0.5, 1.0))
-    done = fit(Linear(), lambda n: list(epoch(n))[:3], loss, say, SETTINGS._replace(epochs=1, steps=4))
+    done = fit(
+        Linear(),
+        TrainingFunctions(lambda n: list(epoch(n))[:3], loss, say),
+        SETTINGS._replace(epochs=1, steps=4),
+    )
     assert [point["step"] for point in done.curve] == [2, 3]
     assert len(weights) == 2
 
@@ -163,7 +173,8 @@ def test_a_step_of_the_schedule_is_a_step_of_the_optimizer() -> None:
         logits: torch.Tensor = call_model(net, batch.inputs)
         return logits[:, 0].mean()  # a constant gradient: AdamW moves by the learning rate, whatever its size
 
-    fit(model, epoch, track, scripted((0.0, 1.0))[0], SETTINGS._replace(epochs=1, steps=4, warmup=0.5))
+    functions = TrainingFunctions(epoch, track, scripted((0.0, 1.0))[0])
+    fit(model, functions, SETTINGS._replace(epochs=1, steps=4, warmup=0.5))
     moved = [before - after for before, after in pairwise(seen)]
     assert moved == pytest.approx([0.05 * 0.5, 0.05 * 1.0, 0.05 * 1.0], rel=1e-3)
 
@@ -171,7 +182,7 @@ def test_a_step_of_the_schedule_is_a_step_of_the_optimizer() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_training_loss_that_is_no_number_is_one_clear_error(bad: float) -> None:
     with pytest.raises(TrainingError, match=r"the training loss is .* at step 1") as said:
-        fit(Linear(), epoch, lambda net, batch, done: loss(net, batch) * bad, validate, SETTINGS)
+        fit(Linear(), FUNCTIONS._replace(loss=lambda net, batch, done: loss(net, batch) * bad), SETTINGS)
     assert isinstance(said.value, StillroomError)
     assert isinstance(said.value, ArithmeticError)
     assert "Lower learning_rate" in str(said.value)
@@ -179,13 +190,13 @@ def test_a_training_loss_that_is_no_number_is_one_clear_error(bad: float) -> Non
 
 def test_a_validation_loss_that_is_no_number_is_said_before_it_is_written_anywhere() -> None:
     with pytest.raises(TrainingError, match="the validation loss is nan at step 2"):
-        fit(Linear(), epoch, loss, scripted((0.5, float("nan")))[0], SETTINGS)
+        fit(Linear(), FUNCTIONS._replace(validate=scripted((0.5, float("nan")))[0]), SETTINGS)
 
 
 def test_the_same_seed_trains_to_the_same_bits() -> None:
     def run() -> tuple[Fit, torch.Tensor]:
         model = Linear()
-        return fit(model, epoch, loss, validate, SETTINGS), model.head.weight.detach()
+        return fit(model, FUNCTIONS, SETTINGS), model.head.weight.detach()
 
     (first, weights), (second, again) = run(), run()
     assert torch.equal(weights, again)
@@ -194,7 +205,7 @@ def test_the_same_seed_trains_to_the_same_bits() -> None:
 
 def test_bfloat16_leaves_a_model_that_answers_in_float32() -> None:
     model = Linear()
-    done = fit(model, epoch, loss, validate, SETTINGS._replace(bfloat16=True))
+    done = fit(model, FUNCTIONS, SETTINGS._replace(bfloat16=True))
     assert done.steps == 16
     batch = next(epoch(0))
     assert call_model(model, batch.inputs).dtype == torch.float32

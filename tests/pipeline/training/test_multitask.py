@@ -31,10 +31,11 @@ from pipeline.teachers.record import teacher_reader
 from pipeline.training.job import Job, TaskPart
 from pipeline.training.multitask import ROUND, MultitaskWorkload, TaskBatches
 from pipeline.training.multitask_run import train_multitask
+from pipeline.training.rows_workload import rows_workload
 from pipeline.training.run import train_run, write_student_tokenizer
 from pipeline.training.seed import train_seed
 from pipeline.training.selection import best_seed
-from pipeline.training.workload import rows_workload
+from pipeline.training.workload import TrainingData
 from storage import Cache
 from storage.errors import AssetError, DataError, SpecMismatch
 from tests.pipeline import row_worlds
@@ -91,15 +92,15 @@ class Learned:
         for task, part in parts.items():
             cache, rows = open_inputs(part.paths)
             own = recipes.get(task, part.recipe)
-            self.lessons[task] = rows_workload(STUDENT, own, cache, rows, reader, seed=0)
+            self.lessons[task] = rows_workload(STUDENT, own, TrainingData(cache, rows, reader), seed=0)
         self.joined = MultitaskWorkload(self.lessons, WEIGHTS)
         torch.manual_seed(0)
-        built = build_student(STUDENT, reader.num_ids, self.joined.lesson.num_outputs)
+        built = build_student(STUDENT, reader.num_ids, self.joined.workload.num_outputs)
         assert isinstance(built, FC)
         self.model = built.eval()
 
     def step(self) -> TaskBatches:
-        return next(iter(self.joined.lesson.batches(0)))
+        return next(iter(self.joined.workload.batches(0)))
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def by_hand(model: torch.nn.Module, step: TaskBatches) -> dict[str, torch.Tensor
 
 def test_the_loss_of_a_step_is_the_weighted_mean_of_the_tasks_losses(learned: Learned) -> None:
     step = learned.step()
-    found = learned.joined.lesson.loss(learned.model, step, 0.0)
+    found = learned.joined.workload.loss(learned.model, step, 0.0)
     losses = by_hand(learned.model, step)
     assert found.item() == pytest.approx((3 * losses["mood"] + 1 * losses["sense"]).item() / 4, abs=1e-6)
     for task, part in zip(SPANS, step.parts, strict=True):
@@ -144,7 +145,7 @@ def test_outputs_side_by_side_are_a_head_for_each_task_on_what_they_share(learne
         own = linear(shared[-1], last.weight[start:end], last.bias[start:end])
         assert torch.allclose(said, own, atol=1e-6)
     hook.remove()
-    learned.joined.lesson.loss(model, TaskBatches(step.parts), 0.0).backward()
+    learned.joined.workload.loss(model, TaskBatches(step.parts), 0.0).backward()
     whole = last.weight.grad
     assert whole is not None
     losses = by_hand(model, step)
@@ -166,7 +167,7 @@ def test_one_task_by_itself_gives_the_bytes_of_a_run(
         job = Job(1, 1, STUDENT, own.recipe, own.paths, parts={"mood": own} if several else {})
         done = train_seed(job)
         files.append((tmp_path / place / "seed-1" / "model.safetensors").read_bytes())
-        assert done.rows_seen == 2 * len(rows.select("train", POOL))
+        assert done.teacher_rows_seen == 2 * len(rows.select("train", POOL))
     assert files[0] == files[1]
 
 
@@ -177,7 +178,7 @@ def ids(batches: list[DistillBatch]) -> list[list[int]]:
 def test_the_longest_task_has_the_order_of_its_own_run_and_shorter_ones_go_round_again(
     learned: Learned,
 ) -> None:
-    whole, own = learned.joined.lesson, learned.lessons
+    whole, own = learned.joined.workload, learned.lessons
     steps = list(whole.batches(1))
     assert whole.steps == max(lesson.steps for lesson in own.values()) == 2 * len(steps)
     longest, shorter = (ids([step.parts[place] for step in steps]) for place in (0, 1))
@@ -194,25 +195,25 @@ def test_the_order_is_a_function_of_seed_and_epoch_alone(
     world: World, parts: dict[str, TaskPart], learned: Learned
 ) -> None:
     """Whatever was read before, however much, and however much tasks weigh."""
-    wanted = [ids(list(step.parts)) for step in learned.joined.lesson.batches(1)]
+    wanted = [ids(list(step.parts)) for step in learned.joined.workload.batches(1)]
     again = Learned(world, parts)
     again.step()
     again.joined = MultitaskWorkload(again.lessons, {"mood": 0.1, "sense": 9.0})
-    assert [ids(list(step.parts)) for step in again.joined.lesson.batches(1)] == wanted
-    assert [ids(list(step.parts)) for step in again.joined.lesson.batches(0)] != wanted
+    assert [ids(list(step.parts)) for step in again.joined.workload.batches(1)] == wanted
+    assert [ids(list(step.parts)) for step in again.joined.workload.batches(0)] != wanted
 
 
 def test_a_state_is_judged_by_weighted_means_and_by_loss_where_any_task_is(
     world: World, parts: dict[str, TaskPart], learned: Learned
 ) -> None:
-    whole = learned.joined.lesson
-    learned.joined.lesson.loss(learned.model, learned.step(), 0.0)
+    whole = learned.joined.workload
+    learned.joined.workload.loss(learned.model, learned.step(), 0.0)
     seen = whole.validate(learned.model)
     mood, sense = (learned.lessons[task].validate(TaskHead(learned.model, SPANS[task])) for task in SPANS)
     assert seen.score == pytest.approx(0.75 * mood.score + 0.25 * sense.score)
     assert seen.loss == pytest.approx(0.75 * mood.loss + 0.25 * sense.loss)
     assert whole.by_loss
-    assert not MultitaskWorkload({"mood": learned.lessons["mood"]}, WEIGHTS).lesson.by_loss
+    assert not MultitaskWorkload({"mood": learned.lessons["mood"]}, WEIGHTS).workload.by_loss
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +318,7 @@ def test_the_report_has_each_task_beside_the_runs_of_its_dataset(
     root = trained["mood"].paths.out.parent.parent
     single = world.params.runs["fc-kd-pool"]
     paths = world.run_paths(root / "models" / "fc-kd-pool")
-    train_run("fc-kd-pool", single, STUDENT, world.params.recipes["kd-pool"], 2, paths)
+    train_run("fc-kd-pool", single, STUDENT, world.params.recipes["kd-pool"], paths, Workers(seeds_at_once=2))
     found = {"fc-kd-pool": evaluate_run("fc-kd-pool", single, STUDENT, paths)}
     for task in SPANS:
         found[task] = evaluate_run(task, as_run(task), STUDENT, trained[task].paths)

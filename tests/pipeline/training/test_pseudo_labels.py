@@ -18,9 +18,10 @@ from pipeline.objectives.classification import pseudo_labels
 from pipeline.streaming.model_inputs import call_model, for_transformers
 from pipeline.students.registry import build_student
 from pipeline.training.job import Job
+from pipeline.training.rows_workload import rows_workload
 from pipeline.training.run import write_student_tokenizer
 from pipeline.training.seed import train_seed
-from pipeline.training.workload import rows_workload
+from pipeline.training.workload import TrainingData
 from storage import Cache
 from tests.pipeline.conftest import World
 
@@ -31,7 +32,7 @@ STUDENT = FCStudent(kind="fc", embedding=8, hidden=8, dropout=0.0)
 def test_the_loss_from_the_cache_is_that_with_the_teacher_in_memory(world: World) -> None:
     rows, cache = world.rows(), Cache.open(world.cache)
     reader = TextReader(cache.tokenizer_dir, STUDENT.max_length, "truncate")
-    lesson = rows_workload(STUDENT, RECIPE, cache, rows, reader, seed=0)
+    lesson = rows_workload(STUDENT, RECIPE, TrainingData(cache, rows, reader), seed=0)
     torch.manual_seed(0)
     student = build_student(STUDENT, reader.num_ids, 2).eval()
     teacher = load_classifier(world.teacher, task="sequence-classification", pad_token_id=reader.pad_id)
@@ -59,7 +60,7 @@ def test_the_record_counts_the_rows_whose_target_was_looked_at(world: World, tmp
     rows, cache = world.rows(), Cache.open(world.cache)
     write_student_tokenizer(STUDENT, cache, rows, tmp_path / "tokenizer")
     done = train_seed(Job(0, 1, STUDENT, RECIPE, world.run_paths(tmp_path)))
-    assert done.rows_seen == 2 * len(rows.select(POOL))
+    assert done.teacher_rows_seen == 2 * len(rows.select(POOL))
     assert done.fit.rows_seen == 2 * len(rows.select("train", POOL))
     assert np.isfinite(done.fit.best_loss)
 

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from pipeline.config.load import load_params
+from pipeline.config.params import Workers
 from pipeline.config.recipes import Recipe
 from pipeline.training.checks import check_ranks
 from pipeline.training.run import train_run
@@ -70,8 +71,8 @@ def test_a_run_in_two_processes_is_that_of_one_up_to_rounding(
     root = ran / "project"
     params = load_params(root / "params.yaml")
     alone = train_run(
-        "long", params.runs["long"], params.students["fc"], params.recipes["long"], 1,
-        world.run_paths(tmp_path / "alone"),
+        "long", params.runs["long"], params.students["fc"], params.recipes["long"],
+        world.run_paths(tmp_path / "alone"), Workers(seeds_at_once=1),
     )  # fmt: skip
     shared = json.loads((root / "models" / "long" / "training.json").read_text())
     assert [seed["seed"] for seed in shared["seeds"]] == [0, 1]
@@ -101,7 +102,7 @@ def test_two_processes_that_are_killed_go_on_to_the_same_bits(ran: Path, tmp_pat
     before = steps_of(kept / "seed-0.safetensors")
     done = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "starts anew" not in done.stderr
+    assert "starts again" not in done.stderr
     own, expected = (
         json.loads((place / "models/dropped/training.json").read_text())["seeds"][0] for place in (root, calm)
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.load import load_params
-from pipeline.config.params import Params, RunInputs
+from pipeline.config.params import Params, RunInputs, Workers
 from pipeline.streaming.verified import open_inputs
 from pipeline.training.run import train_run
 from storage import Cache
@@ -29,7 +29,9 @@ def test_a_student_learns_the_same_from_a_bucket_within_a_small_limit(
 
     def trained(paths: RunInputs) -> list[dict[str, object]]:
         run = params.runs["fc-kd-pool"].model_copy(update={"seeds": (0, 1)})
-        record = train_run("toy", run, params.students["fc"], params.recipes["kd-pool"], 2, paths)
+        record = train_run(
+            "toy", run, params.students["fc"], params.recipes["kd-pool"], paths, Workers(seeds_at_once=2)
+        )
         return [seed["curve"] for seed in record["seeds"]]
 
     near = trained(world.run_paths(tmp_path / "near-model"))

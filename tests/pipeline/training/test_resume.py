@@ -15,6 +15,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from pipeline.config.params import Workers
 from pipeline.config.recipes import Recipe
 from pipeline.config.students import FCStudent
 from pipeline.training import seed
@@ -302,7 +303,9 @@ def test_a_killed_run_keeps_its_finished_seeds_and_cleans_up_when_it_is_done(
     assert (root / "first").stat().st_nlink == 1, "its name is gone, with all of the run's"
     assert not kept.exists()
     record = json.loads((root / "models" / "long" / "training.json").read_text())
-    calm = train_run("long", *_entries(root), 2, world.run_paths(tmp_path / "calm" / "long"))
+    calm = train_run(
+        "long", *_entries(root), world.run_paths(tmp_path / "calm" / "long"), Workers(seeds_at_once=2)
+    )
     strip = lambda seed: {k: v for k, v in seed.items() if k not in TIMED}  # noqa: E731
     assert [strip(seed) for seed in record["seeds"]] == [strip(seed) for seed in calm["seeds"]]
     for number in (0, 1, 2):

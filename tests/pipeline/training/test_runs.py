@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.config.params import Workers
 from pipeline.config.students import FCStudent
 from pipeline.data.prepare import prepare_dataset
 from pipeline.data.rows import POOL
@@ -35,7 +36,7 @@ def train(
     run = params.runs[name]
     changed = params.students[run.student].model_copy(update=student)
     paths = world.run_paths(out)
-    return train_run(name, run, changed, params.recipes[run.recipe], at_once, paths)
+    return train_run(name, run, changed, params.recipes[run.recipe], paths, Workers(seeds_at_once=at_once))
 
 
 def untimed(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -136,7 +137,7 @@ def test_a_process_that_is_killed_is_an_error_and_no_endless_wait(
         return pipe, process
 
     monkeypatch.setattr(processes, "_start", killed)
-    with pytest.raises(TrainingError, match=r"seed [01]: its process ended without a word"):
+    with pytest.raises(TrainingError, match=r"seed [01]: its process ended without a result"):
         train(world, tmp_path / "out")
 
 

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.objectives.base import Validation
 from pipeline.training.cross_validation import FoldScores, best_candidate
-from pipeline.training.loop import _Progress
+from pipeline.training.progress import TrainingProgress
 from pipeline.training.selection import best_seed, judged_by
 
 
@@ -37,8 +37,8 @@ def test_states_seeds_and_candidates_are_ranked_alike(by_loss: bool) -> None:
     looks = [(0.5, 0.3), (0.7, 0.4), (0.7, 0.2), (0.6, 0.1), (0.7, 0.2), (0.4, 0.1)]
     candidates = [FoldScores([score], [loss]) for score, loss in looks]
     seeds = record(by_loss, *((n, *look) for n, look in enumerate(looks)))
-    state, model = _Progress(by_loss), torch.nn.Linear(1, 1)
+    state, model = TrainingProgress(by_loss), torch.nn.Linear(1, 1)
     for state.steps, look in enumerate(looks):
         state._losses = [math.pi]
-        state.look(model, lambda _, look=look: Validation(*look), epoch=0.0)  # type: ignore[misc]
+        state.evaluate(model, lambda _, look=look: Validation(*look), epoch=0.0)  # type: ignore[misc]
     assert best_candidate(candidates, by_loss) == best_seed(seeds) == state.best_step == (3 if by_loss else 2)
