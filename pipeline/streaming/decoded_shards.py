@@ -1,8 +1,8 @@
-"""Decoded shards in a scratch file: what one epoch got out of Parquet, the next ones read as it is.
+"""Decoded shards in a scratch file: one epoch decodes Parquet, later epochs read the arrays.
 
-Shards are small and checked; getting their numbers out costs several times what making batches of them
-does. A spool is a file without a name, of one process: it is gone when the process is, however that ends, so
-nothing in it can be stale, and nothing has to be checked again. What finds no room is decoded each time.
+Shards are small and checked; decoding them costs several times what making batches of them does. The scratch
+file has no name and belongs to one process: it disappears with the process, however that ends, so nothing in
+it is stale and nothing is checked again. A shard that does not fit is decoded each time.
 """
 
 import os
@@ -22,7 +22,7 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 class _Stored(NamedTuple):
-    """Where the arrays of one shard lie."""
+    """Where the arrays of one shard are in the file."""
 
     start: int
     num_bytes: int
@@ -39,7 +39,7 @@ class DecodedShards:
         self._kept: dict[Hashable, _Stored] = {}
 
     def put(self, key: Hashable, arrays: Arrays) -> None:
-        """Keep these arrays under a key that has none yet; without a word where there is no room for them."""
+        """Store these arrays under a new key; does nothing where they do not fit."""
         layout, size = [], 0
         for name, array in arrays.items():
             first = _aligned(size)
@@ -56,14 +56,14 @@ class DecodedShards:
                 self._end = _aligned(start + size)
             for array, (_, _, _, first) in zip(arrays.values(), layout, strict=True):
                 _write(self._handle, np.ascontiguousarray(array).reshape(-1).view(np.uint8), start + first)
-        except OSError:  # a disk that is full, or not ours, ends no training; what was kept stays
+        except OSError:  # a full or read-only disk does not end the training; stored arrays stay
             self.max_bytes = 0
             return
         with self._lock:
             self._kept[key] = _Stored(start, size, tuple(layout))
 
     def get(self, key: Hashable) -> dict[str, npt.NDArray[Any]] | None:
-        """The arrays under a key, in memory of their own; None where it has none."""
+        """The arrays under a key, as copies in memory; None where there are none."""
         with self._lock:
             kept = self._kept.get(key) if self._owner == os.getpid() else None
         if kept is None:
@@ -82,7 +82,7 @@ class DecodedShards:
         return found
 
     def _open(self) -> None:
-        """A file of this process: one that was forked off would write over what its parent keeps."""
+        """Open a file of this process: a forked one would write over the file of its parent."""
         if self._owner == os.getpid():
             return
         self.directory.mkdir(parents=True, exist_ok=True)

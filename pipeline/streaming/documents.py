@@ -44,7 +44,7 @@ class _Pieces(NamedTuple):
 
     @classmethod
     def of(cls, first: Indices, num_tokens: npt.ArrayLike, max_length: int) -> "_Pieces":
-        """The pieces of rows that begin at these tokens and have so many."""
+        """The pieces of rows that begin at these tokens and have these lengths."""
         tokens = np.asarray(num_tokens, np.int64)
         counts = -(-np.maximum(tokens - 1, 0) // max_length)
         owner = np.repeat(np.arange(len(tokens)), counts)
@@ -55,7 +55,7 @@ class _Pieces(NamedTuple):
 class CachedDocuments(ShardStream["_Part"]):
     """The rows of some splits of a dataset, in pieces, with the entries that a cache holds for them.
 
-    `hidden` are names of `Cache.hidden_names` to read along: states of the true tokens of each batch. Raises
+    `hidden` are names of `Cache.hidden_names` to read too: states of the true tokens of each batch. Raises
     SpecMismatch where the cache lacks a row or a name.
     """
 
@@ -91,7 +91,7 @@ class CachedDocuments(ShardStream["_Part"]):
         return sum(len(list(cut)) for e in range(epochs) for _, cut in self.plan(seed, e, batch_tokens))
 
     def padding(self, seed: int, batch_tokens: int) -> tuple[float, float]:
-        """The share of padding among the tokens of an epoch: as it is, and where lengths were not sorted."""
+        """The share of padding among the tokens of an epoch: in this order, and without sorting by length."""
         spent = spent_unsorted = 0
         for shards, cut in self.plan(seed, 0, batch_tokens):
             lengths = self._lengths(shards)
@@ -103,7 +103,7 @@ class CachedDocuments(ShardStream["_Part"]):
         return 1 - self.num_targets / max(spent, 1), 1 - self.num_targets / max(spent_unsorted, 1)
 
     def entropy(self) -> float:
-        """The teacher's mean entropy over all targets, in nats."""
+        """The mean entropy of the teacher over all targets, in nats."""
         total = 0.0
         for shard, held in zip(self.cache.shards, self._by_shard, strict=True):
             if len(held):
@@ -122,7 +122,7 @@ class CachedDocuments(ShardStream["_Part"]):
                 yield PlannedWindow([shard], self._cut(lengths, batch_size, 0))
 
     def _read(self, shard: int) -> "_Part":
-        """What the cache holds of one shard, and the pieces of its rows that are asked for."""
+        """The content of one shard, and the pieces of its rows."""
         if (arrays := self._spool.get((shard, self.hidden))) is None:
             arrays = self._decoded(shard)
             self._spool.put((shard, self.hidden), arrays)
@@ -148,7 +148,7 @@ class CachedDocuments(ShardStream["_Part"]):
 
 
 class _Part(NamedTuple):
-    """One shard in memory: its tokens with the entries of each, and the pieces that are asked for."""
+    """One shard in memory: its tokens with the entries of each, and the pieces of its rows."""
 
     token_ids: npt.NDArray[np.int32]
     counts: npt.NDArray[np.int32]  # entries of each token
@@ -160,7 +160,7 @@ class _Part(NamedTuple):
 
 
 class _Window:
-    """Some shards in memory, as they were read: a batch copies the tokens of its pieces, run by run."""
+    """Some shards in memory, as they were read: a batch copies the tokens of its pieces, piece by piece."""
 
     def __init__(self, parts: list[_Part]) -> None:
         self._parts = parts
@@ -174,7 +174,7 @@ class _Window:
         self._places = np.concatenate(places)
 
     def num_targets(self, items: Indices) -> int:
-        """Those of these pieces."""
+        """Targets of these pieces."""
         return int(self._lengths[items].sum())
 
     def num_labelled(self, items: Indices) -> int:

@@ -1,4 +1,4 @@
-"""Hidden states of cached rows, on their way into batches.
+"""Hidden states of cached rows, read for batches.
 
 A name is one of storage.Cache.hidden_names. Shape letters: N rows, W width.
 """
@@ -12,17 +12,17 @@ from storage import Cache
 from storage.entries import ends, ranges
 from storage.errors import Mismatch, SpecMismatch
 
-WINDOW_BYTES = 2**29  # of states in memory at a time; one shard's at least
+WINDOW_BYTES = 2**29  # of states in memory at a time; at least one shard
 
 
 class States(NamedTuple):
-    """Hidden states of N rows, taken in the same way as entries."""
+    """Hidden states of N rows, selected in the same way as entries."""
 
-    values: npt.NDArray[np.float32]  # N x W, or one for each of a row's tokens, row after row
+    values: npt.NDArray[np.float32]  # N x W, or one for each token, row after row
     num_tokens: npt.NDArray[np.int64] | None  # N, where there is one a token
 
     def take(self, rows: npt.NDArray[np.int64]) -> "States":
-        """Those of these rows, in this order."""
+        """The states of these rows, in this order."""
         if self.num_tokens is None:
             return States(self.values[rows], None)
         counts = self.num_tokens[rows]
@@ -33,7 +33,7 @@ def check_hidden_kept(cache: Cache, names: tuple[str, ...]) -> None:
     """Raise SpecMismatch where the cache lacks hidden states of these names."""
     if missing := [name for name in names if name not in cache.hidden_names]:
         raise SpecMismatch(
-            f"{cache.path} does not keep the hidden states that are asked for",
+            f"{cache.path} does not have the hidden states that the recipe needs",
             [Mismatch("spec.hidden", list(cache.hidden_names), missing)],
             f"Write hidden: {{layers: [...]}} under caches.{cache.path.name} in params.yaml (qkv: [...] with "
             f"pool: none for queries, keys and values) and run `dvc repro cache@{cache.path.name}`.",
@@ -49,7 +49,7 @@ def read_states(
 
 
 def shards_in_memory(num_shards: int, cache: Cache, names: tuple[str, ...]) -> int:
-    """So many shards in memory at a time, or fewer where their hidden states would fill it."""
+    """`num_shards`, or fewer where their hidden states are larger than WINDOW_BYTES."""
     spec = cache.identity.spec.hidden
     if spec is None or not names:
         return num_shards

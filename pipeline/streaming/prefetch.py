@@ -1,6 +1,6 @@
-"""Threads that read ahead of the one that trains. They know nothing of what they read.
+"""Threads that read ahead of the training thread, for items of any kind.
 
-Whatever their number, items come out in the order in which they went in.
+Items come out in the order in which they went in, for any number of threads.
 """
 
 import contextlib
@@ -16,10 +16,10 @@ Item = TypeVar("Item")
 
 @contextlib.contextmanager
 def decode_ahead(calls: Iterable[Callable[[], Item]], readers: int) -> Iterator[Iterator[Item]]:
-    """What these calls return, in their order: made by all readers but one, which makes batches of them.
+    """The results of these calls, in their order; all readers except one run them, the last makes batches.
 
-    A thread has one call under way or waiting, so that many shards are in memory beside the window. Errors
-    are raised here, in their place.
+    Each thread has one call running or waiting: so many shards are in memory besides the window. Errors are
+    raised here, in their place.
     """
     if readers < 2:
         yield (call() for call in calls)
@@ -45,7 +45,7 @@ def decode_ahead(calls: Iterable[Callable[[], Item]], readers: int) -> Iterator[
 def prefetch(
     items: Iterable[Item], max_bytes: int, size: Callable[[Item], int]
 ) -> Generator[Item, None, None]:
-    """The same items, made by a thread that stays at most `max_bytes` (or one item) ahead.
+    """The same items, produced by a thread that stays at most `max_bytes` (or one item) ahead.
 
     Its errors are raised here, in their place. Closing the iterator early ends the thread.
     """
@@ -76,14 +76,14 @@ def prefetch(
 
 
 class _Ahead:
-    """How many bytes a producer is ahead of its consumer, with a limit that it waits at."""
+    """The bytes that a producer is ahead of its consumer, with a limit at which it waits."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._held, self._closed = limit, 0, False
         self._changed = threading.Condition()
 
     def wait_and_take(self, num_bytes: int) -> bool:
-        """Wait for room and take it; False where nobody wants more."""
+        """Wait until the bytes fit, and count them; False where the consumer is closed."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._closed or not self._held or self._held + num_bytes <= self._limit

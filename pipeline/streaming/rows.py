@@ -47,9 +47,9 @@ from storage.records import LogitRows
 class CachedRows(ShardStream["_Held | None"]):
     """The rows of some splits of a dataset with the targets that a cache holds for them.
 
-    `tokens` are those of all the dataset's rows; `hidden` are names of `Cache.hidden_names` to read along.
-    Raises SpecMismatch where the cache lacks a row or a name, and where it has a state a token and the
-    student reads other tokens than the teacher did.
+    `tokens` are the inputs of all rows of the dataset; `hidden` are names of `Cache.hidden_names`, which are
+    read too. Raises SpecMismatch where the cache lacks a row or a name, and where it has a state for each
+    token and the student has other tokens than the teacher.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ BERT_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 BERT_POSITIONS = "bert.embeddings.position_embeddings.weight"
 BERT_LAYER_PREFIX = "bert.encoder.layer."
 _BOTH = ("weight", "bias")
-_AROUND = (  # what a classifier has besides its layers
+_AROUND = (  # of a classifier, besides its layers
     BERT_EMBEDDINGS,
     BERT_POSITIONS,
     "bert.embeddings.token_type_embeddings.weight",
@@ -29,14 +29,14 @@ _PARTS = (
     "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
     "attention.output.LayerNorm", "intermediate.dense", "output.dense", "output.LayerNorm",
 )  # fmt: skip
-# What a student of kind tinybert computes with, whatever its sizes.
+# Settings of every student of kind tinybert.
 BERT_SETTINGS: dict[str, Any] = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2}
 FEED_FORWARD_RATIO = 4  # times the width: inside its feed-forward blocks
 MIN_POSITIONS = 16
 
 
 def bert_tensors(layers: Sequence[int]) -> list[str]:
-    """What a BERT for rows calls all that a student of these layers needs."""
+    """Names of the tensors of a BERT classifier that a student of these layers needs."""
     return [
         *_AROUND,
         *(f"{BERT_LAYER_PREFIX}{n}.{part}.{kind}" for n in layers for part in _PARTS for kind in _BOTH),
@@ -87,7 +87,7 @@ def _mismatched_layers(
     if not set(layers) <= set(carried):
         faults.append(Mismatch("init.layers", list(layers), f"of {sorted(carried)}"))
         advice.append(
-            "Name layers that the cache carries, or more of them under caches.NAME.weights, and run "
-            "`dvc repro cache@NAME`: the teacher is not asked again."
+            "Name layers that the cache has, or add layers under caches.NAME.weights, and run "
+            "`dvc repro cache@NAME`: the teacher is not run again."
         )
     return faults, " ".join(advice)

@@ -1,7 +1,7 @@
 """Students by a transformers config: any architecture that transformers has a classifier of rows for.
 
 The entry gives `model_type` and the config's own keys; vocabulary, padding, labels and positions are set
-here. Imports transformers where it is called: whoever asks for no such student needs none.
+here. Imports transformers where it is called: other students do not need the library.
 """
 
 from collections.abc import Mapping, Sequence
@@ -74,13 +74,13 @@ def build_network(made: "PreTrainedConfig") -> "nn.Module":
     except Exception as error:  # each architecture has checks, and errors, of its own
         raise ConfigError(
             f"students of kind transformers: a {made.model_type} of this config cannot be built: {error}\n"
-            f"Mend its `config`, or leave out what need not differ from transformers' defaults."
+            f"Fix its `config`, or leave out keys that can have transformers' defaults."
         ) from error
     return net
 
 
 def check_padding(model: "nn.Module", entry: TransformersStudent, num_ids: int) -> None:
-    """Raise ConfigError where `model` cannot read rows of max_length, or where padding changes its answer."""
+    """Raise ConfigError where `model` cannot read rows of max_length, or where padding changes its logits."""
     import torch
 
     ids = torch.arange(2 * entry.max_length).reshape(2, -1) % num_ids
@@ -98,6 +98,6 @@ def check_padding(model: "nn.Module", entry: TransformersStudent, num_ids: int) 
         ) from error
     if not torch.allclose(together[1], alone[0], atol=TOLERANCE, rtol=TOLERANCE):
         raise ConfigError(
-            f"students of kind transformers: what a {entry.model_type} answers depends on the padding beside "
-            "a row, so a row would have other answers in other company.\nChoose another model_type."
+            f"students of kind transformers: the logits of a {entry.model_type} depend on the padding of a "
+            "row, and so on the other rows of its batch.\nChoose another model_type."
         )

@@ -3,10 +3,10 @@
 Projection is SliceGPT's (Ashkboos et al. 2024, section 3). An RMSNorm commutes with rotations once its weight
 is folded into the linear maps that read it. So the residual stream x can be kept as y = s Q^T x with columns
 of Q orthonormal: embeddings and what blocks write are multiplied by s Q^T, maps that read by Q / s. With
-s = sqrt(W / D) the mean of y^2 over W is that of x^2 over D wherever x lies in the span of Q. So norms divide
+s = sqrt(W / D) the mean of y^2 over W is that of x^2 over D wherever x is in the span of Q. So norms divide
 by the same number, eps counts as much as it did, and the student computes what the teacher does. (SliceGPT
 has no s; it divides the sum of squares by D in a norm of its own.) Where the span misses a part of x, norms
-make up for its length, and the maps behind them still read numbers of the size that they know.
+make up for its length, and the maps after them still read numbers of the size that they expect.
 
 The student's head is tied to its embeddings, so the weight g of the final norm cannot be folded. Of the
 weights that the student's final norm can have, (D / W) sum_i g_i Q_iw^2 is the best: the least squares of
@@ -106,7 +106,7 @@ class Llama(LanguageModelStudent):
         return weight
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """States [B, L, D] that the head would read. Padding is on the right: no token looks at it."""
+        """States [B, L, D] that the head would read. Padding is on the right: no token attends to it."""
         states_BLD: torch.Tensor = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
         return states_BLD
 

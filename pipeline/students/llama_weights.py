@@ -1,7 +1,6 @@
-"""Decoders in params.yaml: a student's sizes, and the teacher's layers that it starts from.
+"""Llama-like students that start from a teacher: the heads that they take, and whether the sizes fit.
 
-Which of a teacher's heads a student takes, and whether it can start from that teacher at all, is known from
-sizes alone. The weights themselves are the business of weights.py and initialise.py.
+Both follow from sizes alone. llama.py reads the weights.
 """
 
 import json
@@ -18,7 +17,7 @@ LLAMA_EMBEDDINGS, FINAL_NORM = "model.embed_tokens.weight", "model.norm.weight"
 
 
 class HalfLayer(NamedTuple):
-    """One of the two halves of a layer, by the names of its parts: what it adds to the residual stream."""
+    """One of the two halves of a layer, by the names of its parts; each adds to the residual stream."""
 
     norm: str
     readers: tuple[str, ...]  # linear maps of the normalised stream
@@ -35,7 +34,7 @@ LAYER_PARTS = tuple(part for block in HALF_LAYERS for part in (block.norm, *bloc
 
 
 class Sizes(NamedTuple):
-    """Of a Llama-like teacher."""
+    """Sizes of a Llama-like teacher."""
 
     width: int
     heads: int
@@ -52,12 +51,12 @@ class Heads(NamedTuple):
 
 
 def llama_tensor(layer: int, part: str) -> str:
-    """What a Llama calls the weight of a part of a layer."""
+    """The name of the weight of a part of a layer in a Llama."""
     return f"model.layers.{layer}.{part}.weight"
 
 
 def teacher_sizes(weights: Path) -> Sizes:
-    """What config.json in the directory `weights` says."""
+    """The sizes in config.json of the directory `weights`."""
     model = json.loads((weights / "config.json").read_text())
     width, heads = model["hidden_size"], model["num_attention_heads"]
     return Sizes(
@@ -70,7 +69,7 @@ def teacher_sizes(weights: Path) -> Sizes:
 
 
 def spread_evenly(num: int, of: int) -> list[int]:
-    """`num` of the numbers below `of`, spread evenly, ascending; repeated where there are not so many."""
+    """`num` of the numbers below `of`, spread evenly, ascending; repeated where `of` is smaller."""
     return [(2 * place + 1) * of // (2 * num) for place in range(num)]
 
 
@@ -78,7 +77,7 @@ def choose_heads(heads: int, kv_heads: int, teacher: Sizes) -> Heads:
     """Evenly chosen heads, each with the key and value head that it reads in the teacher.
 
     A key and value head is repeated where the student has more of them. Where a group of the teacher has too
-    few heads for the student's, some stand there twice.
+    few heads for the student's, some are taken twice.
     """
     kv, group = spread_evenly(kv_heads, teacher.kv_heads), teacher.heads // teacher.kv_heads
     query = [
@@ -92,7 +91,7 @@ def choose_heads(heads: int, kv_heads: int, teacher: Sizes) -> Heads:
 def check_llama_start(what: str, student: Decoder, weights: Path, carried: Sequence[int]) -> None:
     """Raise SpecMismatch where `student` cannot start from the weights in this directory, with every reason.
 
-    `carried` are the layers that lie there.
+    `carried` are the layers in it.
     """
     if student.init is None:
         return
@@ -100,8 +99,8 @@ def check_llama_start(what: str, student: Decoder, weights: Path, carried: Seque
     if not set(student.init.layers) <= set(carried):
         faults.append(Mismatch("init.layers", list(student.init.layers), f"of {sorted(carried)}"))
         advice.append(
-            "Name layers that the cache carries, or more of them under caches.NAME.weights, and run "
-            "`dvc repro cache@NAME`: the teacher is not asked again."
+            "Name layers that the cache has, or add layers under caches.NAME.weights, and run "
+            "`dvc repro cache@NAME`: the teacher is not run again."
         )
     if student.width > teacher.width:
         faults.append(Mismatch("width", student.width, f"at most {teacher.width}"))
@@ -125,7 +124,7 @@ def check_llama_start(what: str, student: Decoder, weights: Path, carried: Seque
 
 
 def _fitting(student: Decoder, teacher: Sizes) -> str:
-    """Widths and head counts beside the student's own that go with heads as wide as the teacher's."""
+    """Widths and head counts near the student's own that fit heads as wide as the teacher's."""
     fits = [f"heads: {student.heads} goes with width: {student.heads * teacher.head_width}"]
     if student.width % teacher.head_width == 0:
         fits.append(f"width: {student.width} with heads: {student.width // teacher.head_width}")

@@ -77,7 +77,7 @@ def _whole(directory: Path) -> StudentModel:
     if not (directory / "student.json").is_file():
         raise AssetError(
             f"there is no student in {directory}: train it with `dvc repro train@{directory.parent.name}` "
-            "(train-after@ where it stands in chained)."
+            "(train-after@ for a run in chained)."
         )
     facts = json.loads((directory / "student.json").read_text())
     entry: Student = TypeAdapter(Student).validate_python(facts["student"])
