@@ -49,8 +49,8 @@ def _evaluate_rows(teacher: Path, record: dict[str, Any], rows: Rows, reader: Re
     inputs, objective = read_inputs(reader, rows, rows.tags is not None), objective_of(record["task"])
     reading, chosen = reading_spec(teacher), rows.select(TEST)
     model = load_classifier(teacher, task=record["task"], reading=reading, pad_token_id=reader.pad_id)
-    read = TeacherRows(rows, inputs, reader.pad_id)
-    logits_NC, labels = labelled_logits(model, read, record["labels"], chosen)
+    teacher_rows = TeacherRows(rows, inputs, reader.pad_id)
+    logits_NC, labels = labelled_logits(model, teacher_rows, record["labels"], chosen)
     model.cpu()  # latency is that of one thread of a CPU, for teachers as for students
 
     def call(tensors: InputTensors) -> object:

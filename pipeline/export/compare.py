@@ -48,7 +48,7 @@ def onnx_call(model: OnnxModel) -> ModelCall:
 
 
 def compare_forms(
-    name: str, read: ComparedRows, forms: Mapping[str, ModelCall], int8_max_loss: float
+    name: str, compared: ComparedRows, forms: Mapping[str, ModelCall], int8_max_loss: float
 ) -> dict[str, dict[str, float]]:
     """Accuracy of each form on all rows, and how close ONNX is to the student ("torch").
 
@@ -56,18 +56,18 @@ def compare_forms(
     does in use: its rounding depends on the other rows of a batch. Raises ExportError where float32 gives
     other logits than the student, or int8 loses more than `int8_max_loss` points of accuracy.
     """
-    student_NC = read.logits(forms["torch"], BATCH_ROWS)
-    found = {"torch": {"accuracy": _accuracy(student_NC, read.rows)}}
+    student_NC = compared.logits(forms["torch"], BATCH_ROWS)
+    found = {"torch": {"accuracy": _accuracy(student_NC, compared.rows)}}
     for size in (1, BATCH_ROWS):
-        onnx_NC = read.logits(forms["float32"], size)
-        found["float32"] = _differences(student_NC, onnx_NC, read.rows)
+        onnx_NC = compared.logits(forms["float32"], size)
+        found["float32"] = _differences(student_NC, onnx_NC, compared.rows)
         if not found["float32"]["largest_difference"] <= LARGEST_DIFFERENCE:  # NaN is refused too
-            raise _other_logits(name, read.rows, size, student_NC, onnx_NC)
-    found["int8"] = _differences(student_NC, read.logits(forms["int8"], 1), read.rows)
+            raise _other_logits(name, compared.rows, size, student_NC, onnx_NC)
+    found["int8"] = _differences(student_NC, compared.logits(forms["int8"], 1), compared.rows)
     if (lost := found["int8"]["points_lost"]) > int8_max_loss:
         raise ExportError(
             f"runs.{name}: as int8 it is right on {found['int8']['accuracy']:.1%} of "
-            f"{len(read.rows.row_ids):,} {TEST} rows, the student on {found['torch']['accuracy']:.1%}: "
+            f"{len(compared.rows.row_ids):,} {TEST} rows, the student on {found['torch']['accuracy']:.1%}: "
             f"{lost:.2f} points lost, at most {int8_max_loss:g} allowed.\n"
             "Nothing was exported. Raise export.int8_max_loss in params.yaml if that is acceptable."
         )

@@ -47,8 +47,8 @@ def export_run(
     hardware.pin_threads(1)
     shutil.copytree(paths.out / "tokenizer", out)
     reader = student_reader(student, rows, out)
-    read = ComparedRows(rows, read_inputs(reader, rows), reader.pad_id)
-    found = _export_student(name, paths.out / f"seed-{seed}", paths.task, read, limits, out)
+    compared = ComparedRows(rows, read_inputs(reader, rows), reader.pad_id)
+    found = _export_student(name, paths.out / f"seed-{seed}", paths.task, compared, limits, out)
     facts: dict[str, Any] = {"run": name, "seed": seed, "labels": list(rows.label_names)}
     facts["max_length"] = reader.max_length
     write_json(facts, out / FACTS)
@@ -57,16 +57,16 @@ def export_run(
 
 
 def _export_student(
-    name: str, trained: Path, task: str | None, read: ComparedRows, limits: Export, out: Path
+    name: str, trained: Path, task: str | None, compared: ComparedRows, limits: Export, out: Path
 ) -> dict[str, dict[str, float]]:
     """Write the ONNX models of one seed's student into `out`; accuracy, latency and size of each form."""
     write_onnx(load_student(trained, task), out)
     files = {form: out / file for form, file in MODEL_FILES.items()}
     forms: dict[str, ModelCall] = {"torch": partial(call_model, load_student(trained, task))}
     forms |= {form: onnx_call(OnnxModel(file)) for form, file in files.items()}
-    found = compare_forms(name, read, forms, limits.int8_max_loss)
-    chosen = np.arange(len(read.rows.row_ids))
-    milliseconds = latencies(forms, read.tokens, chosen, read.pad_id)
+    found = compare_forms(name, compared, forms, limits.int8_max_loss)
+    chosen = np.arange(len(compared.rows.row_ids))
+    milliseconds = latencies(forms, compared.tokens, chosen, compared.pad_id)
     for form, file in {"torch": trained / "model.safetensors", **files}.items():
         found[form] |= {**milliseconds[form], "bytes": file.stat().st_size}
     return found

@@ -36,8 +36,8 @@ def prepare_classifier(name: str, entry: Teacher, rows: Rows, out: Path) -> dict
     reader = _reader(entry, rows, reading, out)
     # Reads all rows first: a row that is too long is refused before any work.
     inputs = read_inputs(reader, rows, rows.task_spec.inputs == "words")
-    read = TeacherRows(rows, inputs, reader.pad_id)
-    model, done = _obtain(name, entry, read, reading, out)
+    teacher_rows = TeacherRows(rows, inputs, reader.pad_id)
+    model, done = _obtain(name, entry, teacher_rows, reading, out)
     labels = () if not rows.label_names else teacher_labels(out, entry.labels, rows.label_names)
     _check_outputs(name, model, labels, rows)
     record: dict[str, Any] = {
@@ -45,7 +45,7 @@ def prepare_classifier(name: str, entry: Teacher, rows: Rows, out: Path) -> dict
         "labels": list(labels),
         "max_length": reader.max_length,
         "too_long": entry.too_long,
-        **score_quality(model, read, labels),
+        **score_quality(model, teacher_rows, labels),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "training": done._asdict() if done else None,
     }
@@ -61,16 +61,18 @@ def prepare_classifier(name: str, entry: Teacher, rows: Rows, out: Path) -> dict
 
 
 def _obtain(
-    name: str, entry: Teacher, read: TeacherRows, reading: ReadingSpec | None, out: Path
+    name: str, entry: Teacher, teacher_rows: TeacherRows, reading: ReadingSpec | None, out: Path
 ) -> "tuple[PreTrainedModel, Fit | None]":
     """(the model, whose files are in `out`; what fine-tuning did, where the entry has it)."""
     source = Path(entry.model)
     if entry.train:
-        model, done = fine_tune(name, entry.train, source, read, reading)
+        model, done = fine_tune(name, entry.train, source, teacher_rows, reading)
         model.save_pretrained(out)
         return model, done
-    model = load_classifier(source, task=read.rows.task, reading=reading, pad_token_id=read.pad_id)
-    try_extremes(model, read)
+    model = load_classifier(
+        source, task=teacher_rows.rows.task, reading=reading, pad_token_id=teacher_rows.pad_id
+    )
+    try_extremes(model, teacher_rows)
     link_model(source, out)
     return model, None
 

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def try_extremes(model: "PreTrainedModel", read: TeacherRows) -> None:
+def try_extremes(model: "PreTrainedModel", teacher_rows: TeacherRows) -> None:
     """Run the model on `extreme_rows`, or on one image. Raises TeacherError where it cannot read them."""
-    inputs = read.inputs
+    inputs = teacher_rows.inputs
     rows = extreme_rows(inputs) if isinstance(inputs, Tokens) else np.zeros(1, np.int64)
-    read.infer(model, rows)
+    teacher_rows.infer(model, rows)
 
 
 def extreme_rows(tokens: Tokens) -> npt.NDArray[np.int64]:

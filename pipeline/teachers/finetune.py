@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 
 def fine_tune(
-    name: str, train: TeacherTraining, source: Path, read: TeacherRows, reading: ReadingSpec | None
+    name: str, train: TeacherTraining, source: Path, teacher_rows: TeacherRows, reading: ReadingSpec | None
 ) -> "tuple[PreTrainedModel, Fit]":
     """The fine-tuned model, and what training did. Raises TeacherError where the model cannot be trained."""
     torch.manual_seed(train.seed)
-    rows, inputs, objective = read.rows, read.inputs, objective_of(read.rows.task)
-    model = _load(train, source, read, reading)
-    try_extremes(model, read)
+    rows, inputs, objective = teacher_rows.rows, teacher_rows.inputs, objective_of(teacher_rows.rows.task)
+    model = _load(train, source, teacher_rows, reading)
+    try_extremes(model, teacher_rows)
     if train.frozen_layers is not None:
         _freeze(name, model, train.frozen_layers)
     learner = with_adapters(name, model, train.lora) if train.lora else model
@@ -42,7 +42,7 @@ def fine_tune(
     def batches(epoch: int) -> Iterator[DistillBatch]:
         lengths = inputs.lengths[chosen]
         for part in order.batches(lengths, train.batch_rows, BUCKET_BATCHES, train.seed, epoch):
-            tensors = input_tensors(inputs.padded(chosen[part], read.pad_id))
+            tensors = input_tensors(inputs.padded(chosen[part], teacher_rows.pad_id))
             yield DistillBatch(tensors, torch.from_numpy(truth[chosen[part]]), torch.zeros(len(part), 0))
 
     settings = TrainingSettings(
@@ -60,17 +60,17 @@ def fine_tune(
         functions = TrainingFunctions(
             batches,
             lambda net, batch, _: objective.label_loss(net(**batch.inputs), batch.labels_T),
-            lambda _: _validate(model, read),
+            lambda _: _validate(model, teacher_rows),
         )
         done = fit(_Classifier(learner), functions, settings, advance)
     return (merge_adapters(learner) if train.lora else model), done
 
 
 def _load(
-    train: TeacherTraining, source: Path, read: TeacherRows, reading: ReadingSpec | None
+    train: TeacherTraining, source: Path, teacher_rows: TeacherRows, reading: ReadingSpec | None
 ) -> "PreTrainedModel":
     """The model with a head for the dataset's labels."""
-    rows, changes = read.rows, dict[str, Any]()
+    rows, changes = teacher_rows.rows, dict[str, Any]()
     if train.dropout is not None:
         changes |= {"hidden_dropout_prob": train.dropout, "attention_probs_dropout_prob": train.dropout}
     changes["id2label"] = dict(enumerate(rows.label_names))
@@ -78,7 +78,7 @@ def _load(
     if rows.task_spec.problem_type:
         changes["problem_type"] = rows.task_spec.problem_type
     return load_classifier(
-        source, len(rows.label_names), rows.task, reading, pad_token_id=read.pad_id, **changes
+        source, len(rows.label_names), rows.task, reading, pad_token_id=teacher_rows.pad_id, **changes
     )
 
 
@@ -107,7 +107,9 @@ class _Classifier(torch.nn.Module):
         return logits_BC
 
 
-def _validate(model: "PreTrainedModel", read: TeacherRows) -> Validation:
-    chosen = read.rows.select("validation")
-    logits_NC = torch.from_numpy(read.infer(model, chosen))
-    return objective_of(read.rows.task).validate(logits_NC, torch.from_numpy(read.rows.truth[chosen]), None)
+def _validate(model: "PreTrainedModel", teacher_rows: TeacherRows) -> Validation:
+    chosen = teacher_rows.rows.select("validation")
+    logits_NC = torch.from_numpy(teacher_rows.infer(model, chosen))
+    return objective_of(teacher_rows.rows.task).validate(
+        logits_NC, torch.from_numpy(teacher_rows.rows.truth[chosen]), None
+    )

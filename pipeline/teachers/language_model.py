@@ -43,13 +43,13 @@ def prepare_language_model(name: str, entry: Teacher, rows: Rows, out: Path) -> 
     reader = TextReader(out, entry.max_length, entry.too_long)
     tokens = reader.read(rows.texts.to_pylist(), rows.row_ids)
     mask = mask_spec(rows.task, None)
-    read = teacher_tokens(rows.task, mask, tokens, rows.row_ids, reader.special)
+    teacher_inputs = teacher_tokens(rows.task, mask, tokens, rows.row_ids, reader.special)
     truth = tokens.ids if mask else np.roll(tokens.ids, -1)
     model = load_language_model(out, hardware.precision("auto"), rows.task_spec.auto_class)
     head = LanguageHead(model, min(reader.num_ids, model.config.get_text_config().vocab_size))
-    request = InferenceRequest(read.tokens, rows.select(TEST), reader.pad_id)
-    probability_mass(head, request._replace(rows=extreme_rows(tokens)), read.has_target)
-    scores = score_language_model(head, request, read.has_target, truth)
+    request = InferenceRequest(teacher_inputs.tokens, rows.select(TEST), reader.pad_id)
+    probability_mass(head, request._replace(rows=extreme_rows(tokens)), teacher_inputs.has_target)
+    scores = score_language_model(head, request, teacher_inputs.has_target, truth)
     log(f"{name}: perplexity {np.exp(scores.loss):.1f} on the {TEST} rows")
     return {
         "task": rows.task,

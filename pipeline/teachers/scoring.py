@@ -34,18 +34,18 @@ class TeacherRows(NamedTuple):
 
 
 def labelled_logits(
-    model: torch.nn.Module, read: TeacherRows, labels: Sequence[str], chosen: Indices
+    model: torch.nn.Module, teacher_rows: TeacherRows, labels: Sequence[str], chosen: Indices
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[Any]]:
     """(logits [N, C], labels [N] or numbers [N, C]) of the chosen rows, or of their words, by task.
 
     `labels` are the names of the model's outputs, in its order; columns come in the dataset's order.
     """
-    rows, logits = read.rows, read.infer(model, chosen)
+    rows, logits = teacher_rows.rows, teacher_rows.infer(model, chosen)
     if rows.label_names:
         logits = logits[:, [labels.index(label) for label in rows.label_names]]
     if rows.task_spec.engine != "tokens":
         return logits, rows.truth[chosen]
-    tokens = read.inputs
+    tokens = teacher_rows.inputs
     assert isinstance(tokens, Tokens)  # words are text
     true_P = token_labels(rows, tokens)[ranges(tokens.offsets[chosen], tokens.lengths[chosen])]
     labelled = true_P != NO_LABEL
@@ -70,14 +70,14 @@ def token_labels(rows: Rows, tokens: Tokens) -> npt.NDArray[np.int32]:
     return labels
 
 
-def score_quality(model: torch.nn.Module, read: TeacherRows, labels: Sequence[str]) -> dict[str, Any]:
+def score_quality(model: torch.nn.Module, teacher_rows: TeacherRows, labels: Sequence[str]) -> dict[str, Any]:
     """Quality on the test split, for the teacher's record: accuracy where there are classes, else the metrics
     of the task; none where the rows have no labels.
     """
-    objective = objective_of(read.rows.task)
+    objective = objective_of(teacher_rows.rows.task)
     if objective is not CLASSIFICATION and not labels:
         return {"quality": {TEST: {}}}
-    logits_NC, truth = labelled_logits(model, read, labels, read.rows.select(TEST))
+    logits_NC, truth = labelled_logits(model, teacher_rows, labels, teacher_rows.rows.select(TEST))
     if objective is CLASSIFICATION:
         return {"accuracy": {TEST: float((logits_NC.argmax(1) == truth).mean())}}
     return {"quality": {TEST: objective.quality(logits_NC, truth)}}
