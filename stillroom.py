@@ -1,10 +1,12 @@
 """Knowledge distillation from cached teachers, for your own training loop.
 
     import stillroom
-    cache = stillroom.Cache.open("caches/reviews")          # needs no torch
-    params = stillroom.load_params(Path("params.yaml"))     # the checked content of params.yaml
+    cache = stillroom.Cache.open("caches/reviews")       # needs no torch
+    data = stillroom.CachedDataset("caches/reviews", "data/reviews", batch_size=64)
+    loss = stillroom.DistillationLoss(alpha=0.5, temperature=2.0)
+    params = stillroom.load_params()                     # the checked content of params.yaml
 
-Each name is imported when it is first used: `stillroom.Cache` never imports torch. docs/your-own-loop.md has
+A name is imported when it is first used: `stillroom.Cache` never imports torch. docs/your-own-loop.md has
 whole loops.
 """
 
@@ -13,14 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.config.load import load_params
+    from pipeline.objectives.loss import DistillationLoss
+    from pipeline.streaming.dataset import CachedDataset
     from storage.errors import StillroomError
     from storage.reader import Cache
 
 __version__ = "0.1.0"
-__all__ = ["Cache", "StillroomError", "load_params"]
+__all__ = ["Cache", "CachedDataset", "DistillationLoss", "StillroomError", "load_params"]
 
-_HOMES = {
+_MODULES = {
     "Cache": "storage.reader",
+    "CachedDataset": "pipeline.streaming.dataset",
+    "DistillationLoss": "pipeline.objectives.loss",
     "StillroomError": "storage.errors",
     "load_params": "pipeline.config.load",
 }
@@ -28,9 +34,9 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """The object of this name, imported now. Raises AttributeError for a name that is not public."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'stillroom' has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
     return value
 
 

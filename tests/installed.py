@@ -28,7 +28,7 @@ def check_environment() -> None:
     home = Path(pipeline.__file__).parent
     for name in ("CAPTURE_VERSION", "report/report.html.j2"):
         assert (home / name).is_file(), f"the wheel lacks pipeline/{name}"
-    assert {"Cache", "load_params"} <= set(dir(stillroom))
+    assert {"Cache", "CachedDataset", "DistillationLoss", "load_params"} <= set(dir(stillroom))
     assert stillroom.load_params(Path("params.yaml")).runs
 
 

@@ -1,5 +1,6 @@
 """`import stillroom`: lazy, complete, and without torch where none is needed."""
 
+import ast
 import subprocess
 import sys
 
@@ -36,8 +37,14 @@ def test_what_needs_no_torch_never_imports_it(name: str) -> None:
 
 def test_every_public_name_is_there_and_is_listed() -> None:
     for name in stillroom.__all__:
-        assert getattr(stillroom, name) is not None
+        assert getattr(stillroom, name).__name__ == name
         assert name in dir(stillroom)
+    typed = {
+        node.name
+        for node in ast.walk(ast.parse((ROOT / "stillroom.py").read_text()))
+        if isinstance(node, ast.alias)
+    }
+    assert {*stillroom.__all__} <= typed
 
 
 def test_another_name_is_refused_with_those_that_exist() -> None:

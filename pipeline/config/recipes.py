@@ -10,6 +10,16 @@ from pipeline.config.match import Match
 from pipeline.config.schedules import ShareOrSchedule, Temperature, bounds
 from pipeline.config.tasks import ClassDivergence
 
+# Why entries of sparse targets have one divergence, and sampled ones one temperature.
+ONLY_FORWARD = (
+    "{divergence} weighs ids by the student's own probability; on truncated targets it is ruled by ids that "
+    "the cache does not hold."
+)
+UNTEMPERED = (
+    "A sampled weight is unbiased for the probability, not for a power of it: at another temperature the "
+    "loss would be biased."
+)
+
 # Fields that may be a list of candidates: cross-validation chooses one.
 CHOOSABLE = (
     "alpha", "temperature", "skew", "epochs", "batch_rows", "batch_tokens", "warmup", "weight_decay",

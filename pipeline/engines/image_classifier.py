@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from pipeline.streaming.model_inputs import normalised_images
 from pipeline.students.mlp import perceptron
 from storage.errors import AssetError, TeacherError
 from storage.spec import ImageSpec
@@ -70,14 +71,11 @@ class ImageModel(nn.Module):
 
     def __init__(self, model: PreTrainedModel, spec: ImageSpec) -> None:
         super().__init__()
-        self.model, self.config, self._shape = model, model.config, spec.shape
-        self._mean, self._std = (torch.tensor(part).view(-1, 1, 1) for part in (spec.mean, spec.std))
+        self.model, self.config, self._spec = model, model.config, spec
 
     def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
         """Logits [B, labels] of bytes [B, P]."""
-        images_BHWC = pixel_values.view(-1, *self._shape)
-        mean_C11, std_C11 = self._mean.to(pixel_values.device), self._std.to(pixel_values.device)
-        images_BCHW = (images_BHWC.permute(0, 3, 1, 2) / 255 - mean_C11) / std_C11
+        images_BCHW = normalised_images(pixel_values, self._spec)
         output: ImageClassifierOutput = self.model(pixel_values=images_BCHW)
         return output
 

@@ -87,6 +87,23 @@ def mix(
     return soft if alpha == 0 else label_share * alpha * label_loss() + soft
 
 
+def mix_part(
+    alpha: float,
+    label_loss: Callable[[], torch.Tensor],
+    soft_loss: Callable[[], torch.Tensor],
+    shares: tuple[float, float] | None,
+) -> torch.Tensor:
+    """`mix` of one rank's part of a batch. `shares`: what its means over targets and over labels count among
+    those of all ranks (DistillBatch.shares); None: it is the whole batch.
+    """
+    if shares is None:
+        return mix(alpha, label_loss, soft_loss)
+    soft_share, label_share = shares
+    if soft_share == label_share:
+        return soft_share * mix(alpha, label_loss, soft_loss)
+    return mix(alpha, label_loss, soft_loss, label_share, soft_share)
+
+
 def over_labelled(loss: LabelLoss, student_BC: torch.Tensor, labels_BC: torch.Tensor) -> torch.Tensor:
     """A loss over the rows that have labels; 0, with a gradient of 0, where no row has."""
     labelled_B = ~labels_BC.isnan().any(-1)

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline.losses.fused_linear import head_loss, mix_labels
 from pipeline.losses.sparse import SparseTargets, bucket_kl
-from pipeline.objectives.base import Validation, Values, binned_error
+from pipeline.objectives.base import Validation, Values, binned_error, mix
 from pipeline.streaming.batch import DistillBatch
 from pipeline.streaming.model_inputs import call_model
 
@@ -56,6 +57,42 @@ class TeacherReference(NamedTuple):
 
     sampled: bool  # whether its entries are of a sampling codec
     entropy: float  # mean over the targets, nats
+
+
+class HeadInputs(NamedTuple):
+    """What a head makes logits of: states @ head^T + bias."""
+
+    states_TD: torch.Tensor
+    head_VD: torch.Tensor
+    bias_V: torch.Tensor | None = None
+
+    def autocast(self) -> "HeadInputs":
+        """In bfloat16 under autocast: the fused loss computes in the dtype that it is given."""
+        if not torch.is_autocast_enabled(self.states_TD.device.type):
+            return self
+        bias = None if self.bias_V is None else self.bias_V.bfloat16()
+        return HeadInputs(self.states_TD.bfloat16(), self.head_VD.bfloat16(), bias)
+
+
+def fused_loss(
+    inputs: HeadInputs, labels_T: torch.Tensor, targets: SparseTargets, alpha: float, sampled: bool
+) -> torch.Tensor:
+    """alpha CE + (1 - alpha) soft, in nats, mean over tokens, each of which has a label.
+
+    soft is sum w log(1 / p) on sampled entries, and with a bucket for the rest on top-k: the KL up to a
+    constant of the targets. The matrix of logits is never whole (losses/fused_linear.py).
+    """
+    states_TD, head_VD, bias_V = inputs.autocast()
+    if sampled:  # labels are entries too: one pass over the head
+        loss = head_loss(states_TD, head_VD, mix_labels(labels_T, targets, alpha), bias_V)
+    else:
+        labels = mix_labels(labels_T, targets, 1.0)
+        loss = mix(
+            alpha,
+            lambda: head_loss(states_TD, head_VD, labels, bias_V),
+            lambda: head_loss(states_TD, head_VD, targets, bias_V, bucket=True),
+        )
+    return loss / len(states_TD)
 
 
 @torch.inference_mode()

@@ -25,7 +25,8 @@ PREFETCH_BYTES = 32 * 2**20
 
 
 class Stream(NamedTuple):
-    """Who reads: one of several processes that share each batch, and how many threads it reads with.
+    """Who reads: one of several ranks that share each batch, one of several workers that take turns in making
+    the batches of a rank, and how many threads it reads with.
 
     Batches, and the order of their rows, are the same for every choice.
     """
@@ -34,6 +35,8 @@ class Stream(NamedTuple):
     ranks: int = 1
     readers: int = 1  # threads beside the one that trains: one makes batches, others decode shards for it
     decoded_bytes: int = 0  # of local disk for decoded shards, which later epochs read as they are
+    worker: int = 0  # makes the batches whose number, from the first that is read on, leaves this rest
+    workers: int = 1
 
 
 ALONE = Stream()

@@ -50,7 +50,7 @@ class ShardStream(ABC, Generic[Part]):
     """The batches of an epoch. Subclasses read shards, and cut the items of a window into batches."""
 
     def __init__(self, num_shards: int, shards_per_window: int, stream: Stream) -> None:
-        self._num_shards, self._shards_per_window, self._stream = num_shards, shards_per_window, stream
+        self._num_shards, self._shards_per_window, self.stream = num_shards, shards_per_window, stream
 
     def epoch(
         self, seed: int, epoch: int, batch_size: int, start: int = 0
@@ -61,7 +61,7 @@ class ShardStream(ABC, Generic[Part]):
         batches all come before `start` are not read.
         """
         batches = self._epoch(seed, epoch, batch_size, start)
-        return read_ahead(batches, self._stream.readers)
+        return read_ahead(batches, self.stream.readers)
 
     def in_order(self, batch_size: int) -> Iterator[DistillBatch]:
         """All items once, those of like length together: for evaluation. All of each batch, on every rank."""
@@ -79,19 +79,26 @@ class ShardStream(ABC, Generic[Part]):
             if len(lengths):
                 yield PlannedWindow(chosen, self._cut(lengths, batch_size, seed, epoch, number))
 
+    def epoch_length(self, seed: int, epoch: int, batch_size: int) -> int:
+        """The number of batches that `epoch` gives without `start`, of all workers."""
+        return sum(len(list(window.batches)) for window in self.plan(seed, epoch, batch_size))
+
     def _epoch(self, seed: int, epoch: int, batch_size: int, start: int) -> Iterator[DistillBatch]:
         windows = list(_from_batch(start, self.plan(seed, epoch, batch_size)))
         reading = [partial(self._read, shard) for shards, _ in windows for shard in shards]
-        with decode_ahead(reading, self._stream.readers) as parts:
+        with decode_ahead(reading, self.stream.readers) as parts:
+            number = 0
             for shards, batches in windows:
                 window = self._window(shards, itertools.islice(parts, len(shards)))
                 for items in batches:
-                    yield self._own_part(items, window)
+                    if number % self.stream.workers == self.stream.worker:
+                        yield self._own_part(items, window)
+                    number += 1
                 del window  # before the next one is read
 
     def _own_part(self, items: Indices, window: Window) -> DistillBatch:
         """This rank's part of a global batch."""
-        rank, ranks = self._stream.rank, self._stream.ranks
+        rank, ranks = self.stream.rank, self.stream.ranks
         if ranks == 1:
             return window.batch(items)
         own, targets = order.part(items, rank, ranks), window.num_targets(items)

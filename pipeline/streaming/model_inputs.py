@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pipeline.data.tokenizer import InputArrays
+from storage.spec import ImageSpec
 
 InputTensors = Mapping[str, torch.Tensor]  # each with B first
 
@@ -51,3 +52,13 @@ def call_model(model: torch.nn.Module, inputs: InputTensors) -> torch.Tensor:
 def for_transformers(inputs: InputTensors) -> dict[str, torch.Tensor]:
     """The same inputs as models of transformers take them: masks are int64, 1 for true."""
     return {name: value.long() if value.dtype == torch.bool else value for name, value in inputs.items()}
+
+
+def normalised_images(pixels_BP: torch.Tensor, how: ImageSpec) -> torch.Tensor:
+    """Images [B, channels, height, width], float32, of bytes [B, numbers of an image]."""
+    images_BHWC = pixels_BP.view(-1, *how.shape)
+    mean_C11, std_C11 = (
+        torch.tensor(part, device=pixels_BP.device).view(-1, 1, 1) for part in (how.mean, how.std)
+    )
+    images_BCHW: torch.Tensor = (images_BHWC.permute(0, 3, 1, 2) / 255 - mean_C11) / std_C11
+    return images_BCHW

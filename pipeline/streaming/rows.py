@@ -78,6 +78,15 @@ class CachedRows(ShardStream["_Held | None"]):
         windows = -(-len(self._by_shard) // self._shards_per_window)
         return -(-self.num_rows // batch_rows) + windows - 1
 
+    def num_steps(self, seed: int, epochs: int, batch_rows: int) -> int:
+        """The most batches of all epochs: what a schedule is planned for."""
+        return epochs * self.num_batches(batch_rows)
+
+    def epoch_length(self, seed: int, epoch: int, batch_size: int) -> int:
+        """The number of batches of an epoch, from the sizes of its windows alone."""
+        windows = order.windows(self._num_shards, self._shards_per_window, seed, epoch)
+        return sum(-(-sum(len(self._by_shard[s].rows) for s in window) // batch_size) for window in windows)
+
     def _check_same_tokens(self) -> None:
         """A state belongs to a token: the student must have the teacher's tokens of every row."""
         lengths, hashes = self.cache.index()[1], self.cache.input_hashes()

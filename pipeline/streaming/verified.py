@@ -19,15 +19,21 @@ SKIPPED = "skipped"
 
 
 def open_inputs(paths: RunInputs) -> tuple[Cache, Rows]:
-    """The cache (or mixture) and the prepared rows of a run.
+    """The cache (or mixture) and the prepared rows of a run."""
+    cache = open_cache(paths.cache, paths.local_bytes)
+    return cache, open_rows(cache, paths.dataset)
+
+
+def open_rows(cache: Cache, dataset: Path) -> Rows:
+    """The prepared rows that a cache is read with.
 
     Rows to train on that a mixture skips have the split SKIPPED: none that anything selects.
     """
-    cache, rows = open_cache(paths.cache, paths.local_bytes), load_rows(paths.dataset)
+    rows = load_rows(dataset)
     if isinstance(cache, Mixture) and cache.missing == "skip":
         left_out = np.isin(rows.splits, ("train", POOL)) & ~cache.known(rows.row_ids)
         rows = rows._replace(splits=np.where(left_out, SKIPPED, rows.splits))
-    return cache, rows
+    return rows
 
 
 def make_mixture(name: str, entry: MixtureEntry, caches: Path, verified: Path) -> dict[str, str]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.recipes import Recipe
+from pipeline.config.recipes import ONLY_FORWARD, UNTEMPERED, Recipe
 from pipeline.config.schedules import ByConfidence, Schedule, bounds
 from pipeline.config.students import STUDENTS, Student
 from pipeline.config.tasks import TASKS
@@ -77,19 +77,13 @@ def check_truncated(
     faults, reasons = [], []
     if divergence != "forward":
         faults.append(Mismatch("recipe.divergence", codec.name, f"dense (for {divergence})"))
-        reasons.append(
-            f"{divergence} weighs ids by the student's own probability; on truncated targets it depends on "
-            "ids that the cache does not have."
-        )
+        reasons.append(ONLY_FORWARD.format(divergence=divergence))
     if isinstance(temperature, ByConfidence):
         faults.append(Mismatch("recipe.temperature", codec.name, f"dense (for {temperature})"))
         reasons.append("The teacher's confidence in a row is known where all its classes are kept.")
     elif not codec.tempered and any(end != 1 for end in bounds(temperature)):
         faults.append(Mismatch("recipe.temperature", f"{codec.name} (temperature 1)", temperature))
-        reasons.append(
-            "A sampled weight is unbiased for the probability, not for a power of it: at another temperature "
-            "the loss would be biased."
-        )
+        reasons.append(UNTEMPERED)
     if faults:
         advice = " ".join(reasons) + " Use divergence: forward and temperature: 1, or a dense or topk cache."
         raise SpecMismatch(f"the cache does not fit {what}", faults, advice)

@@ -9,10 +9,9 @@ import torch
 
 from pipeline.config.recipes import Recipe
 from pipeline.config.schedules import value_at
-from pipeline.losses.fused_linear import head_loss, mix_labels
 from pipeline.losses.sparse import SparseTargets
-from pipeline.objectives.base import Validation, mix
-from pipeline.objectives.language_model import BY_LOSS, score_documents
+from pipeline.objectives.base import Validation
+from pipeline.objectives.language_model import BY_LOSS, HeadInputs, fused_loss, score_documents
 from pipeline.streaming.batch import ALONE, DistillBatch, Stream
 from pipeline.streaming.decoded_shards import SCRATCH, DecodedShards
 from pipeline.streaming.documents import CachedDocuments
@@ -51,25 +50,9 @@ def documents_workload(recipe: Recipe, data: TrainingData, seed: int, stream: St
 
 
 def language_loss(model: torch.nn.Module, batch: DistillBatch, alpha: float, sampled: bool) -> torch.Tensor:
-    """alpha CE + (1 - alpha) soft, in nats, mean over tokens; the head runs in the dtype of autocast.
-
-    soft is sum w log(1 / p) on sampled entries, and with a bucket for the rest on top-k: the KL up to a
-    constant of the targets.
-    """
+    """`fused_loss` of the model's states on this batch."""
     assert isinstance(batch.teacher, SparseTargets)  # caches of documents have no dense targets
     states_TD = call_model(model, batch.inputs)[batch.mask]
     head_VD = cast(LanguageModelStudent, unwrapped(model)).head
-    if torch.is_autocast_enabled(states_TD.device.type):  # the kernel computes in the dtype of its arguments
-        states_TD, head_VD = states_TD.bfloat16(), head_VD.bfloat16()
-    targets = batch.teacher
-    if sampled:  # labels are entries too: one pass over the head
-        loss = head_loss(states_TD, head_VD, mix_labels(batch.labels_T, targets, alpha))
-    else:
-        labels = mix_labels(batch.labels_T, targets, 1.0)
-        loss = mix(
-            alpha,
-            lambda: head_loss(states_TD, head_VD, labels),
-            lambda: head_loss(states_TD, head_VD, targets, bucket=True),
-        )
-    loss = loss / len(states_TD)
+    loss = fused_loss(HeadInputs(states_TD, head_VD), batch.labels_T, batch.teacher, alpha, sampled)
     return batch.shares[0] * loss if batch.whole else loss

@@ -13,7 +13,7 @@ from pipeline.config.students import StudentSection
 from pipeline.data.inputs import read_inputs
 from pipeline.losses.divergences import MixedTargets, confidence_temperature
 from pipeline.losses.sparse import SparseTargets
-from pipeline.objectives.base import SoftLossSettings, Targets, Validation, mix
+from pipeline.objectives.base import SoftLossSettings, Targets, Validation
 from pipeline.objectives.classification import pseudo_labels
 from pipeline.objectives.registry import objective_of
 from pipeline.streaming.batch import ALONE, DistillBatch, Stream
@@ -108,13 +108,10 @@ class _RowsTraining:
             settings = SoftLossSettings(temperature, recipe.divergence, recipe.skew, self._spec.sampled)
             return self._objective.soft_loss(student_logits, batch.teacher, settings)
 
-        alpha, (share, label_share) = value_at(recipe.alpha, done), batch.shares
+        alpha, shares = value_at(recipe.alpha, done), batch.shares
         if recipe.pseudo_labels:
-            label_share = share  # every row has a label then
-        if share != label_share:  # a rank's part of a batch
-            return mix(alpha, label_loss, soft_loss, label_share, share)
-        loss = mix(alpha, label_loss, soft_loss)
-        return share * loss if batch.whole else loss
+            shares = shares[0], shares[0]  # every row has a label then
+        return mix_part(alpha, label_loss, soft_loss, shares if batch.whole else None)
 
 
 def _temperature(recipe: Recipe, batch: DistillBatch, done: float) -> float | torch.Tensor:
