@@ -24,6 +24,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 ADDRESS, MARK = "STILLROOM_WARM", "warm:"
 LIBRARIES = (
     "numpy", "pyarrow.parquet", "pyarrow.compute", "pyarrow.dataset", "pandas", "pydantic", "ruamel.yaml",
@@ -93,6 +95,27 @@ def served(pid: int) -> int:
     return pid
 
 
+def children(pid: int) -> list[int]:
+    """What a process started, itself or through a server."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [served(child.pid) for child in psutil.Process(served(pid)).children()]
+    return []
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that it started, each before what it started."""
+    return [pid, served(pid), *(one for child in children(pid) for one in family(child))]
+
+
+def kill(pid: int) -> list[int]:
+    """SIGKILL a process and all that it started; returns which they were."""
+    found = family(pid)
+    for one in found:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
+    return found
+
+
 def _start(directory: Path, address: Path) -> None:
     for name in ("python", "dvc"):
         program = CLIENT.format(
@@ -129,7 +152,7 @@ def serve(address: Path) -> None:
             else:
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return
+                    os._exit(0)  # threads of libraries did not come along: there is nothing to wait for
             with contextlib.suppress(ChildProcessError):
                 while os.waitpid(-1, os.WNOHANG) != (0, 0):
                     pass

@@ -24,7 +24,7 @@ from pipeline.runtime import hardware
 from pipeline.teachers.prepare import prepare_teacher
 from storage import Cache
 from storage.writer import Store
-from tests import toy
+from tests import shared, toy
 from tests.pipeline.prose import Prose
 
 
@@ -128,16 +128,19 @@ def make(root: Path) -> World:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make(tmp_path_factory.mktemp("world"))
+    return World(shared.once(tmp_path_factory, "world", make))
 
 
 @pytest.fixture(scope="session")
 def prose(tmp_path_factory: pytest.TempPathFactory) -> Prose:
     """Documents with their cache; files whose tests change it have a fixture of this name that copies it."""
-    made = Prose(tmp_path_factory.mktemp("prose"))
-    made.make_teacher()
-    made.capture()
-    return made
+
+    def make(root: Path) -> None:
+        made = Prose(root)
+        made.make_teacher()
+        made.capture()
+
+    return Prose.at(shared.once(tmp_path_factory, "prose", make))
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,12 @@ from tests import toy, warm
 from tests.pipeline.conftest import World
 
 SHARD_ROWS, SHARDS = 4, 45  # of the toy's 180 rows
-PRELOAD = ["distributed", "transformers", "transformers.models.bert.modeling_bert", "pipeline.capture.worker"]
+# All that workers and seeds import: what is missing here, each of them imports for itself.
+PRELOAD = [
+    "distributed.http.worker", "pandas", "pyarrow.compute", "pyarrow.dataset", "torch._dynamo",
+    "transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama", "zarr",
+    "pipeline.capture.capture", "pipeline.capture.worker", "pipeline.training.seed",
+]  # fmt: skip
 INLINE = Workers(threads=1)
 
 
@@ -69,20 +74,8 @@ def finished(world: World) -> set[str]:
 
 def processes(driver: int | None = None) -> list[int]:
     """The worker processes of a driver, or of this one, that live now: children of what forks them."""
-    forked = [pid for child in _children(driver or os.getpid()) for pid in _children(child)]
+    forked = [pid for child in warm.children(driver or os.getpid()) for pid in warm.children(child)]
     return [pid for pid in forked if not has_ended(pid)]
-
-
-def family(pid: int) -> list[int]:
-    """A process and all that it started, each before what it started."""
-    return [pid, warm.served(pid), *(one for child in _children(pid) for one in family(child))]
-
-
-def _children(pid: int) -> list[int]:
-    """What a process started, itself or through a warm interpreter."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return [warm.served(child.pid) for child in psutil.Process(warm.served(pid)).children()]
-    return []
 
 
 def has_ended(pid: int) -> bool:

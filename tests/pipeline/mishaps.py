@@ -175,8 +175,6 @@ def started(program: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield running
     finally:
-        family = crew.family(running.pid)
-        for pid in family:
-            crew.send(signal.SIGKILL, pid)
+        killed = warm.kill(running.pid)
         running.communicate()
-        crew.wait_for(lambda: all(map(crew.has_ended, family)))
+        crew.wait_for(lambda: all(map(crew.has_ended, killed)))

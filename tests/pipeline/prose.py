@@ -53,13 +53,18 @@ class Prose:
         self.prepare()
 
     @classmethod
+    def at(cls, root: Path) -> "Prose":
+        """The project that `root` holds already."""
+        own = cls.__new__(cls)
+        own.root = root
+        own.dataset, own.teacher, own.cache = root / "data", root / "teacher", root / "cache"
+        return own
+
+    @classmethod
     def copied(cls, root: Path, to: Path) -> "Prose":
         """The project in `root` somewhere else, to be changed."""
         shutil.copytree(root, to)
-        own = cls.__new__(cls)
-        own.root = to
-        own.dataset, own.teacher, own.cache = to / "data", to / "teacher", to / "cache"
-        return own
+        return cls.at(to)
 
     def prepare(self) -> None:
         entry = {"task": "causal-lm", "path": str(self.root / "documents.jsonl")}

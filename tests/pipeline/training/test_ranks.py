@@ -96,8 +96,7 @@ def test_two_processes_that_are_killed_go_on_to_the_same_bits(ran: Path, tmp_pat
     kept = root / ".stillroom/training/dropped"
     with subprocess.Popen(command, cwd=root, env=environment(), stderr=subprocess.DEVNULL) as running:
         crew.wait_for(lambda: steps_of(kept / "seed-0.safetensors") > 3 or running.poll() is not None, 120)
-        for pid in crew.family(running.pid):
-            crew.send(signal.SIGKILL, pid)
+        warm.kill(running.pid)
     assert running.returncode == -signal.SIGKILL
     before = steps_of(kept / "seed-0.safetensors")
     done = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True, check=False)

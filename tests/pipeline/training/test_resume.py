@@ -26,7 +26,7 @@ from pipeline.training.run import train_run, write_student_tokenizer
 from pipeline.training.seed import train_seed
 from storage import Cache
 from tests import toy, warm
-from tests.pipeline import crew, row_worlds
+from tests.pipeline import row_worlds
 from tests.pipeline.conftest import World
 from tests.pipeline.prose import Prose
 from tests.pipeline.training.test_language_students import recipe as language_recipe
@@ -290,8 +290,7 @@ def test_a_killed_run_keeps_its_finished_seeds_and_cleans_up_when_it_is_done(
             assert running.poll() is None, "it ended before the moment came"
             assert time.monotonic() < deadline
             time.sleep(0.005)
-        for pid in crew.family(running.pid):
-            crew.send(signal.SIGKILL, pid)
+        warm.kill(running.pid)
     finished = load_file(kept / "seed-0.safetensors")
     assert all(name.startswith("best.") for name in finished), "the first seed was done"
     before = (kept / "seed-0.safetensors").stat().st_mtime_ns
