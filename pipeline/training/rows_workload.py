@@ -13,7 +13,7 @@ from pipeline.config.students import StudentSection
 from pipeline.data.inputs import read_inputs
 from pipeline.losses.divergences import MixedTargets, confidence_temperature
 from pipeline.losses.sparse import SparseTargets
-from pipeline.objectives.base import SoftLossSettings, Targets, Validation
+from pipeline.objectives.base import SoftLossSettings, Targets, Validation, mix_part
 from pipeline.objectives.classification import pseudo_labels
 from pipeline.objectives.registry import objective_of
 from pipeline.streaming.batch import ALONE, DistillBatch, Stream
