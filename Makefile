@@ -11,10 +11,8 @@ export DVC_NO_ANALYTICS := 1
 .PHONY: demo example examples test check compat fix bench golden constraints
 .DELETE_ON_ERROR:
 
-# All of params.yaml but the entries that end in -full. The report comes last, over what there is.
 demo: .venv/ready
-	dvc repro $$(dvc stage list --name-only | grep --invert-match --regexp='-full$$' --regexp='^report$$')
-	dvc repro --single-item report
+	stillroom run
 	@echo "Open $(CURDIR)/report/index.html"
 
 example: .venv/ready
