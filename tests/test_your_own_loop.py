@@ -15,7 +15,7 @@ from pipeline.capture.capture import capture_cache
 from pipeline.capture.job import CaptureJob
 from pipeline.capture.verify import verify_cache
 from pipeline.config.load import load_params
-from pipeline.config.params import Params, RunInputs
+from pipeline.config.params import Params, RunInputs, Workers
 from pipeline.data.prepare import prepare_dataset
 from pipeline.objectives.loss import DistillationLoss
 from pipeline.runtime import hardware
@@ -150,7 +150,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     run = params.runs["reviews-small-kd"]
     recipe = params.recipes[run.recipe].model_copy(update=EVERY_STEP)
     student = params.students[run.student]
-    record = train_run("reviews-small-kd", run, student, recipe, 1, inputs(root, "reviews-small-kd", params))
+    paths = inputs(root, "reviews-small-kd", params)
+    record = train_run("reviews-small-kd", run, student, recipe, paths, Workers(seeds_at_once=1))
     curve = record["seeds"][0]["curve"]  # of the stage, which trains in a process of its own
     assert [step["train_loss"] for step in curve] == [step["train_loss"] for step in here.curve]
     assert len(curve) == record["seeds"][0]["steps"] > 10

@@ -52,11 +52,11 @@ class DistillationLoss(torch.nn.Module):
         Raises ConfigError for what the task does not have.
         """
         super().__init__()
-        if task not in TASKS:
+        row = TASKS.get(task)
+        if row is None:
             raise ConfigError(f"task: {task!r}, expected one of {', '.join(TASKS)}.")
         self.alpha, self.temperature, self.skew, self.task = alpha, temperature, skew, task
-        self.divergence = divergence or TASKS[task].divergences[0]
-        row = TASKS[task]
+        self.divergence = divergence or row.divergences[0]
         self._objective: Objective = objective_of(task) if row.objective in ROW_OBJECTIVES else CLASSIFICATION
         self._largest_id: int | None = None  # the number of ids that the entries were compared with
         self._check_settings()

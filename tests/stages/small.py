@@ -31,7 +31,7 @@ def write_encoder(directory: Path) -> None:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(vocab), hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        intermediate_size=32, max_position_embeddings=POSITIONS,
+        intermediate_size=4 * WIDTH, max_position_embeddings=POSITIONS,
     )  # fmt: skip
     BertModel(config).save_pretrained(directory)
     steps = [{"path": path, "type": f"sentence_transformers.models.{name}"} for path, name in

@@ -83,5 +83,5 @@ def test_states_of_images_are_refused(tmp_path: Path) -> None:
     world.prepare()
     world.make_teacher()
     entry = {"dataset": "toy", "teacher": "tiny", "hidden": {"layers": [1]}}
-    with pytest.raises(TeacherError, match="no states of image-classification are kept"):
+    with pytest.raises(TeacherError, match="states of image-classification cannot be kept"):
         capture_identity(CacheEntry.model_validate(entry), world.teacher)

@@ -198,7 +198,7 @@ def test_a_run_is_refused_before_training_where_the_cache_lacks_a_layer(prose: P
         SpecMismatch, match=r"runs\.x cannot start from (.|\n)*init\.layers +\[1, 0\] +of \[1\]"
     ) as no:
         train(prose, student())
-    assert "more of them under caches.NAME.weights" in str(no.value)
+    assert "add layers under caches.NAME.weights" in str(no.value)
     seal(prose)
     with pytest.raises(SpecMismatch, match="carries no weights"):
         train(prose, student())

@@ -303,7 +303,7 @@ def test_what_cannot_be_answered_is_one_message(
         find_export("fcc", made.directory.parent, list)
     with pytest.raises(ConfigError, match=r"called 'kd-pol'; did you mean 'kd-pool'\?"):
         find_export("kd-pol", made.directory.parent, lambda: ["kd-pool"])
-    with pytest.raises(DataError, match="there is an empty text"):
+    with pytest.raises(DataError, match="one of the texts is empty"):
         Predictor(made.directory, "int8").predict(" \n")
     for name in (FACTS, "tokenizer.json"):
         (tmp_path / name).write_bytes((made.directory / name).read_bytes())

@@ -12,12 +12,15 @@ from pipeline.config.caches import CacheEntry
 from pipeline.config.recipes import Recipe
 from pipeline.config.students import Student
 from pipeline.data.inputs import student_reader
+from pipeline.data.tokenizer import TextReader
 from pipeline.objectives.loss import DistillationLoss
 from pipeline.streaming.batch import DistillBatch, Stream
 from pipeline.streaming.dataset import CachedDataset
 from pipeline.streaming.plain_batch import PlainBatch
 from pipeline.streaming.verified import open_rows
-from pipeline.training.workload import Workload, documents_workload, rows_workload, training_splits
+from pipeline.training.documents_workload import documents_workload
+from pipeline.training.rows_workload import rows_workload
+from pipeline.training.workload import TrainingData, Workload, training_splits
 from storage.errors import ConfigError, DataError, SpecMismatch
 from storage.mixture import open_cache
 from tests.pipeline import row_worlds
@@ -51,11 +54,11 @@ def workload(cache: Path, dataset: Path, recipe: Recipe, student: Student = FC, 
     opened = open_cache(cache)
     rows = open_rows(opened, dataset).only("validation", *training_splits(recipe))
     if opened.identity.spec.per_position:
-        return documents_workload(9, recipe, opened, rows, 0, Stream(**stream))
+        data = TrainingData(opened, rows, TextReader(opened.tokenizer_dir, 9, "truncate"))
+        return documents_workload(recipe, data, 0, Stream(**stream))
     where = Path() if rows.pixels is not None else opened.tokenizer_dir
-    return rows_workload(
-        student, recipe, opened, rows, student_reader(student, rows, where), 0, Stream(**stream)
-    )
+    data = TrainingData(opened, rows, student_reader(student, rows, where))
+    return rows_workload(student, recipe, data, 0, Stream(**stream))
 
 
 def pairs(cache: Path, dataset: Path, recipe: Recipe, made: Workload, **ranks: int) -> Iterator[Pair]:

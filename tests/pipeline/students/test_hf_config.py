@@ -142,7 +142,7 @@ def test_a_model_that_reads_padding_is_refused() -> None:
     model = build(chosen)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
-    with pytest.raises(ConfigError, match="depends on the padding"):
+    with pytest.raises(ConfigError, match="depend on the padding"):
         check_padding(model, chosen, VOCAB)
 
 

@@ -98,7 +98,7 @@ def test_layers_that_the_model_has_not_are_refused_with_the_nearest(world: World
 def test_a_kind_without_default_layers_must_name_them(world: World) -> None:
     model = load_classifier(world.root / "model")
     model.config.model_type = "burt"
-    with pytest.raises(TeacherError, match=r"in a burt is unknown\.(.|\n)*dense, key, query, value"):
+    with pytest.raises(TeacherError, match=r"no default for a burt\.(.|\n)*dense, key, query, value"):
         with_adapters("tiny", model, Lora())
 
 
