@@ -1,4 +1,4 @@
-"""The house: imports go one way, rooms keep to their libraries, every file is small and says what it is."""
+"""The layout: imports go one way, rooms keep to their libraries, every file is small and says what it is."""
 
 import ast
 import re

@@ -157,8 +157,3 @@ class Params(Section):
             whole = self.multitask[part.run]
             parts[name] = TaskRun(**dict(part), student=whole.student, seeds=whole.seeds)
         return {**self.every_run, **parts}
-
-    @property
-    def every_cache(self) -> dict[str, CacheEntry | MixtureEntry | Received]:
-        """Caches, mixtures and received caches: all that a run can read."""
-        return {**self.caches, **self.mixtures, **self.received}

@@ -37,7 +37,7 @@ def read_labels(name: str, config: Dataset, raw: RawColumns, texts: Texts) -> Ro
 
     Raises DataError for a label that does not fit.
     """
-    return READERS[config.task_spec.labels](name, config, raw, texts)
+    return LABEL_READERS[config.task_spec.labels](name, config, raw, texts)
 
 
 def no_labels(name: str, config: Dataset, raw: RawColumns, texts: Texts) -> RowLabels:
@@ -100,7 +100,7 @@ def row_numbers(name: str, config: Dataset, raw: RawColumns, texts: Texts) -> Ro
     return RowLabels(values=_numbers(name, config, raw, "a finite number", lambda own: True))
 
 
-READERS: dict[Labels, Callable[[str, Dataset, RawColumns, Texts], RowLabels]] = {
+LABEL_READERS: dict[Labels, Callable[[str, Dataset, RawColumns, Texts], RowLabels]] = {
     "none": no_labels,
     "class": row_classes,
     "tags": word_tags,

@@ -97,7 +97,8 @@ def explain_unreadable(inputs: InputTensors) -> Iterator[None]:
         yield
     except (IndexError, RuntimeError) as error:
         length = next(iter(inputs.values())).shape[1]
-        largest = ", ".join(f"{name} up to {int(value.max())}" for name, value in inputs.items())
+        numbers = {name: value for name, value in inputs.items() if value.dtype != torch.bool}
+        largest = ", ".join(f"{name} up to {int(value.max())}" for name, value in numbers.items())
         raise TeacherError(
             f"the teacher cannot read rows of length {length} ({largest}): {error}\n"
             "Lower max_length to its positions, or give it the tokenizer that it was made with."

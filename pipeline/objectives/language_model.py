@@ -86,10 +86,9 @@ def fused_loss(
     if sampled:  # labels are entries too: one pass over the head
         loss = head_loss(states_TD, head_VD, mix_labels(labels_T, targets, alpha), bias_V)
     else:
-        labels = mix_labels(labels_T, targets, 1.0)
         loss = mix(
             alpha,
-            lambda: head_loss(states_TD, head_VD, labels, bias_V),
+            lambda: head_loss(states_TD, head_VD, mix_labels(labels_T, targets, 1.0), bias_V),
             lambda: head_loss(states_TD, head_VD, targets, bias_V, bucket=True),
         )
     return loss / len(states_TD)

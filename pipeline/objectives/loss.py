@@ -58,7 +58,7 @@ class DistillationLoss(torch.nn.Module):
         self.alpha, self.temperature, self.skew, self.task = alpha, temperature, skew, task
         self.divergence = divergence or row.divergences[0]
         self._objective: Objective = objective_of(task) if row.objective in ROW_OBJECTIVES else CLASSIFICATION
-        self._largest_id: int | None = None  # the number of ids that the entries were compared with
+        self._checked_outputs: int | None = None  # number of outputs that ids were compared with
         self._check_settings()
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor, targets: Mapping[str, Any]) -> torch.Tensor:
@@ -155,10 +155,10 @@ class DistillationLoss(torch.nn.Module):
             expected = "[B, C]" if mask is None else f"{[*mask.shape]} and what belongs to each token"
             raise DataError(f"{what} have the shape {[*outputs.shape]}, expected {expected}.")
         num_outputs = outputs.shape[-1] if num_outputs is None else num_outputs
-        wanted = [*leading, num_outputs] if labels.is_floating_point() else [*leading]
-        if [*labels.shape] != wanted:
+        expected_shape = [*leading, num_outputs] if labels.is_floating_point() else [*leading]
+        if [*labels.shape] != expected_shape:
             raise DataError(
-                f"labels ({labels.dtype}) have the shape {[*labels.shape]}, expected {wanted} for {what} of "
+                f"labels ({labels.dtype}) have the shape {[*labels.shape]}, expected {expected_shape} for {what} of "
                 f"the shape {[*outputs.shape]}."
             )
         if mask is not None:
@@ -197,12 +197,13 @@ class DistillationLoss(torch.nn.Module):
         if self.alpha < 1 and sampled and self.temperature != 1:
             faults.append(Mismatch("temperature", "sampled entries (temperature 1)", self.temperature))
             reasons.append(UNTEMPERED)
-        if num_outputs != self._largest_id:  # once: a GPU waits for it
+        on_cpu = entries.ids.device.type == "cpu"
+        if on_cpu or num_outputs != self._checked_outputs:  # a GPU waits for it: once
             largest = int(entries.ids.max()) if len(entries.ids) else -1
             if largest >= num_outputs:
                 faults.append(Mismatch("largest id", largest, f"below {num_outputs}, the student's outputs"))
                 reasons.append("The student has fewer outputs than the teacher: give it the same vocabulary.")
-            self._largest_id = num_outputs
+            self._checked_outputs = num_outputs
         if faults:
             raise SpecMismatch("the targets do not fit this loss", faults, " ".join(reasons))
 

@@ -20,7 +20,7 @@ from storage import Cache
 from storage.entries import ends
 
 SHARDS_PER_WINDOW = 16  # rows are mixed within a window: 65,536 rows at the default shard size
-BUCKET_BATCHES = 50  # rows of like length meet within so many batches
+BUCKET_BATCHES = 50  # rows of similar length meet within this many batches
 PREFETCH_BYTES = 32 * 2**20
 
 
@@ -33,7 +33,7 @@ class Stream(NamedTuple):
 
     rank: int = 0
     ranks: int = 1
-    readers: int = 1  # threads beside the one that trains: one makes batches, others decode shards for it
+    readers: int = 1  # threads besides the one that trains: one makes batches, others decode shards for it
     decoded_bytes: int = 0  # of local disk for decoded shards, which later epochs read as they are
     worker: int = 0  # makes the batches whose number, from the first that is read on, leaves this rest
     workers: int = 1

@@ -167,7 +167,7 @@ class CachedDataset(IterableDataset[PlainBatch]):
         return self._num_batches[epoch]
 
     def num_steps(self, epochs: int) -> int:
-        """The steps that a run of so many epochs plans its learning rate for."""
+        """The steps that a run of this many epochs plans its learning rate for."""
         return self._cached.num_steps(self.seed, epochs, self._batch_size)
 
     @property
@@ -196,7 +196,7 @@ class CachedDataset(IterableDataset[PlainBatch]):
         return {**position, "order": self._order()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue behind the batch where `state_dict` was called; ranks and workers may be others.
+        """Continue after the batch where `state_dict` was called; ranks and workers may be others.
 
         Raises ConfigError where the state is of batches in another order.
         """

@@ -1,4 +1,4 @@
-"""The mix stage: two verified caches, or mixtures of them, that a run reads as one."""
+"""The verified inputs of a run: opens them, mixes caches (the mix stage), pins them (the task stage)."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ def open_rows(cache: Cache, dataset: Path) -> Rows:
 
 
 def make_mixture(name: str, entry: MixtureEntry, caches: Path, verified: Path) -> dict[str, str]:
-    """Write the mixture `name` beside its caches; return the record that stands for its verification.
+    """Write the mixture `name` next to its caches; return the record that stands for its verification.
 
     Raises SpecMismatch where a cache is not the one that was verified, or cannot be averaged.
     """

@@ -23,7 +23,7 @@ class StudentFeatures(NamedTuple):
     """The logits of a student, and the states that lead to them."""
 
     logits_BC: torch.Tensor
-    states: tuple[torch.Tensor, ...]  # [B, L, W] behind the embeddings and behind each layer
+    states: tuple[torch.Tensor, ...]  # [B, L, W] after the embeddings and after each layer
     qkv: dict[int, torch.Tensor]  # layer (the first is 1) -> query, key, value side by side: [B, L, 3 W]
 
 

@@ -392,9 +392,7 @@ def test_closed_cases_of_the_metrics() -> None:
 
 
 @pytest.mark.parametrize(("name", "field"), [("images", "image"), ("vectors", "embedding")])
-def test_a_spec_says_how_images_are_read_and_vectors_made_and_no_other_does(
-    worlds: dict[str, World], name: str, field: str
-) -> None:
+def test_a_spec_has_the_fields_of_its_task_alone(worlds: dict[str, World], name: str, field: str) -> None:
     own = Cache.open(worlds[name].cache).identity.spec
     other = Cache.open(worlds["numbers"].cache).identity.spec
     for body in ({**dict(own), field: None}, {**dict(other), field: getattr(own, field)}):
