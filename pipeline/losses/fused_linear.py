@@ -5,8 +5,8 @@ For entries (ids, w) of a position with mass W = sum of w and logits x = h head^
     loss = W LSE(x) - sum w x_ids        gradient in x: W softmax(x) - w
 
 which is cross-entropy where one id has weight 1, and sum w log(w / p) up to a constant for sampled entries.
-For top-k entries the ids that were left out are one bucket more (losses.sparse.bucket_kl at temperature 1), with
-b the student's mass on the kept ids and a the teacher's:
+For top-k entries the ids that were left out are one more bucket (losses.sparse.bucket_kl at temperature 1):
+b is the student's mass on the kept ids and a the teacher's:
 
     loss = -sum w log p_ids - (1 - a) log(1 - b)         gradient p - w on them, p (a - b) / (1 - b) off them
 

@@ -158,8 +158,8 @@ class DistillationLoss(torch.nn.Module):
         expected_shape = [*leading, num_outputs] if labels.is_floating_point() else [*leading]
         if [*labels.shape] != expected_shape:
             raise DataError(
-                f"labels ({labels.dtype}) have the shape {[*labels.shape]}, expected {expected_shape} for {what} of "
-                f"the shape {[*outputs.shape]}."
+                f"labels ({labels.dtype}) have the shape {[*labels.shape]}, expected {expected_shape} for "
+                f"{what} of the shape {[*outputs.shape]}."
             )
         if mask is not None:
             outputs, labels = outputs[mask], labels[mask]

@@ -18,8 +18,8 @@ Item = TypeVar("Item")
 def decode_ahead(calls: Iterable[Callable[[], Item]], readers: int) -> Iterator[Iterator[Item]]:
     """The results of these calls, in their order; all readers except one run them, the last makes batches.
 
-    Each thread has one call running or waiting: as many shards as threads are in memory besides the window. Errors are
-    raised here, in their place.
+    Each thread has one call running or waiting: as many shards as threads are in memory besides the
+    window. Errors are raised here, in their place.
     """
     if readers < 2:
         yield (call() for call in calls)
